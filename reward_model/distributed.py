@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""This process among the others: rank, device, and what DeepSpeed needs of the machine before it can start."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from reward_model.errors import UserError
+
+
+@dataclass(frozen=True)
+class Place:
+    """Rank of this process, how many there are, and its device."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+def prepare_environment() -> None:
+    """Settings that have to be there before torch and DeepSpeed read them; called before either is imported."""
+    if "RANK" not in os.environ:  # python main.py: one process without a launcher
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    # DeepSpeed calls ninja by name, and an environment that was not activated has it only beside its interpreter
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    # compiled ops fit one environment's torch: keep them in it
+    if os.access(sys.prefix, os.W_OK):
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "var" / "torch_extensions"))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if os.environ["RANK"] != "0":
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(options: argparse.Namespace) -> Place:
+    """Join the other processes.
+
+    Raises:
+        UserError: no C++ compiler or ninja where DeepSpeed compiles an op before it can communicate.
+    """
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    on_cpu = accelerator.device_name() == "cpu"
+    if on_cpu or options.offload:
+        _require_compiler()
+    local_rank = int(os.environ.get("LOCAL_RANK", max(options.local_rank, 0)))
+    if not on_cpu:
+        if local_rank >= accelerator.device_count():
+            raise UserError(f"local rank {local_rank} on {accelerator.device_count()} devices: start fewer processes")
+        accelerator.set_device(local_rank)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+    deepspeed.init_distributed()
+    return Place(
+        torch.distributed.get_rank(),
+        torch.distributed.get_world_size(),
+        torch.device(accelerator.current_device_name()),
+    )
+
+
+def _require_compiler() -> None:
+    compiler = os.environ.get("CXX", "c++")
+    if not (shutil.which(compiler) or shutil.which("g++")):
+        raise UserError(f"no C++ compiler ({compiler}): DeepSpeed compiles an op; install one, e.g. apt install g++")
+    if not shutil.which("ninja"):
+        raise UserError("no ninja: DeepSpeed compiles an op; install it with pip install ninja")
+
+
+def default_dtype() -> str:
+    """bf16 on a GPU that has it, fp16 on one that has not, fp32 on a CPU, where half precision saves no time."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        return "fp32"
+    return "bf16" if accelerator.is_bf16_supported() else "fp16"
+
+
+def sum_over_ranks(tensor: torch.Tensor) -> torch.distributed.Work | None:
+    """Begin to sum a tensor in place over all ranks; wait for what is returned before reading it."""
+    return torch.distributed.all_reduce(tensor, async_op=True)
+
+
+def gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """The rows of all ranks, which each give as many. (m, …) → (world_size · m, …)"""
+    parts = [torch.empty_like(rows) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, rows)
+    return torch.cat(parts)

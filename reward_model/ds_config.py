@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The DeepSpeed configuration of a run: a ZeRO file, with what the flags say filled in.
+
+DeepSpeed drops a nested "auto" without a word, so here every "auto" is filled or refused, and a file that says
+something else than a flag is an error that names both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from reward_model.errors import UserError, say
+
+ZERO_FOLDER = Path(__file__).resolve().parent.parent / "training_scripts" / "zero"
+OURS = {  # sections that the trainer provides itself
+    "optimizer": "--learning_rate and --weight_decay",
+    "scheduler": "--lr_scheduler_type and --num_warmup_steps",
+}
+
+
+def build_config(options: argparse.Namespace, world_size: int, hidden_size: int) -> dict:
+    """Read the ZeRO file that the flags choose, and fill it in.
+
+    Args:
+        options: of :func:`reward_model.options.parse`, ``dtype`` resolved. Updated where the file decides: batch size,
+            accumulation, clipping, dtype and stage, if their flags were not given.
+        world_size: processes.
+        hidden_size: h of the model, from which ZeRO's bucket sizes follow as in Transformers' integration: h² elements
+            to reduce at once, 0.9·h² to fetch ahead, 10·h to keep on every rank.
+
+    Raises:
+        UserError: no such file, not JSON, a contradiction, an "auto" that nothing fills.
+    """
+    name = f"zero{options.zero_stage}{'_offload' if options.offload else ''}.json"
+    path = Path(options.deepspeed_config) if options.deepspeed_config else ZERO_FOLDER / name
+    config = _read(path)
+    for section, flags in OURS.items():
+        if section in config:
+            raise UserError(f"{path}: remove the section {section}; {flags} set it")
+    zero = _section(config, "zero_optimization", path)
+    offload = "offload_optimizer" in zero and zero["offload_optimizer"].get("device") != "none"
+    _agree(options, "zero_stage", zero, "stage", 0, path)
+    if "offload" in options.explicit and not offload:
+        raise UserError(f"--offload and {path}: the file has no offload_optimizer")
+    options.offload = offload
+    _agree(options, "per_device_train_batch_size", config, "train_micro_batch_size_per_gpu", "auto", path)
+    _agree(options, "gradient_accumulation_steps", config, "gradient_accumulation_steps", "auto", path)
+    _agree(options, "max_grad_norm", config, "gradient_clipping", "auto", path)
+    _set_dtype(options, config, path)
+
+    total = options.per_device_train_batch_size * options.gradient_accumulation_steps * world_size
+    if config.get("train_batch_size", "auto") not in ("auto", total):
+        raise UserError(
+            f"{path}: train_batch_size {config['train_batch_size']} and the flags' {total} "
+            f"({options.per_device_train_batch_size} per process × {options.gradient_accumulation_steps} accumulated "
+            f"× {world_size} processes)"
+        )
+    config["train_batch_size"] = total
+    sizes = {
+        "reduce_bucket_size": hidden_size**2,
+        "stage3_prefetch_bucket_size": int(0.9 * hidden_size**2),
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+    }
+    zero |= {key: size for key, size in sizes.items() if zero.get(key) == "auto"}
+    config.setdefault("steps_per_print", 2**31 - 1)  # our own log says more
+    if options.enable_tensorboard:
+        config["tensorboard"] = {
+            "enabled": True,
+            "output_path": f"{options.tensorboard_path}/ds_tensorboard_logs/",
+            "job_name": "step2_model_tensorboard",
+        }
+    _refuse_auto(config, path)
+    return config
+
+
+def _read(path: Path) -> dict:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"DeepSpeed configuration {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"DeepSpeed configuration {path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"DeepSpeed configuration {path} is not a JSON object")
+    return config
+
+
+def _section(config: dict, name: str, path: Path) -> dict:
+    section = config.setdefault(name, {})
+    if not isinstance(section, dict):
+        raise UserError(f"{path}: {name} is not an object")
+    return section
+
+
+def _agree(options: argparse.Namespace, flag: str, section: dict, key: str, default, path: Path) -> None:
+    """Let a flag and a key of the file be one number: the flag's where it is given or the file says nothing."""
+    value = section.get(key, default)
+    if value != "auto" and value != getattr(options, flag):
+        if flag in options.explicit:
+            raise UserError(f"--{flag} {getattr(options, flag)} and {key} {value} in {path}: make them one")
+        setattr(options, flag, value)
+    section[key] = getattr(options, flag)
+
+
+def _set_dtype(options: argparse.Namespace, config: dict, path: Path) -> None:
+    half = {"bf16": _section(config, "bf16", path), "fp16": _section(config, "fp16", path)}
+    chosen = [name for name, section in half.items() if section.get("enabled", "auto") is True]
+    if len(chosen) > 1:
+        raise UserError(f"{path} enables both bf16 and fp16: choose one")
+    if chosen and chosen[0] != options.dtype:
+        if "dtype" in options.explicit:
+            raise UserError(f"--dtype {options.dtype} and {chosen[0]} enabled in {path}: make them one")
+        options.dtype = chosen[0]
+    for name, section in half.items():
+        if section.get("enabled", "auto") is False and options.dtype == name:
+            raise UserError(f"--dtype {name} and {name} disabled in {path}: make them one")
+        section["enabled"] = options.dtype == name
+    if options.dtype == "fp16" and options.zero_stage == 0:
+        # DeepSpeed 0.18.3 to 0.19.8: backward does not scale the loss, step unscales
+        options.zero_stage = config["zero_optimization"]["stage"] = 1
+        say("float16 at ZeRO stage 0 divides gradients by the loss scale in DeepSpeed 0.18.3 to 0.19.8: using stage 1")
+
+
+def _refuse_auto(value, path: Path, where: str = "") -> None:
+    if value == "auto":
+        raise UserError(f'{path}: no flag fills the "auto" at {where}; write a value')
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        _refuse_auto(inner, path, f"{where}.{key}" if where else str(key))

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The flags of ``main.py``: upstream step 2's, under their names, and ours."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from pathlib import Path
+
+from reward_model.errors import UserError, say
+from reward_model.model import POOLINGS
+from reward_model.reward_model import LOSS_LEVELS, SCORE_PENALTIES
+
+SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+SAVE_FORMATS = ("hf", "dschat", "both")
+EXAMPLE = "deepspeed main.py --model_name_or_path facebook/opt-350m --data_path Dahoas/rm-static --output_dir output"
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong flag as one line, without the page of usage."""
+
+    def error(self, message: str):
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+def build_parser() -> Parser:
+    """Every flag of upstream's ``step2_reward_model_finetuning/main.py``, and what this trainer adds."""
+    parser = Parser(
+        description="Train a reward model on preference pairs with DeepSpeed.",
+        epilog=f"example: {EXAMPLE}",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--data_path",
+        nargs="+",
+        default=["Dahoas/rm-static"],
+        metavar="PATH",
+        help="hub names, files (.jsonl .json .parquet .csv, also .gz) or folders with train and eval files",
+    )
+    data.add_argument("--eval_data_path", nargs="+", default=[], metavar="PATH", help="rows to evaluate on instead")
+    data.add_argument("--data_split", help="upstream's shares of its three steps, e.g. 2,4,4: takes the second")
+    data.add_argument("--data_output_path", help="cache of tokenised rows [~/.cache/dschat-reward]")
+    data.add_argument("--max_seq_len", type=positive_int, default=512, help="longest text, in tokens")
+    data.add_argument("--on_bad_row", choices=("stop", "skip"), default="stop", help="what to do with an unusable row")
+    data.add_argument("--num_proc", type=natural, default=0, help="processes that tokenise; 0: by cores and rows")
+    data.add_argument("--add_eot_token", action="store_true", help="add <|endoftext|> as a token and end texts with it")
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--model_name_or_path", required=True, help="a pretrained model: a folder or a hub name")
+    model.add_argument("--dropout", type=probability, help="for every dropout of the model; not given: as configured")
+    model.add_argument("--pooling", choices=POOLINGS, help="where a text is scored [decoder: last, encoder: own head]")
+    model.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations, to save memory")
+    model.add_argument("--lora_dim", type=natural, default=0, help="above 0: LoRA adapters of this dimension")
+    model.add_argument("--lora_alpha", type=positive, help="LoRA's scale is alpha / dimension [the dimension: scale 1]")
+    model.add_argument("--lora_module_name", help="LoRA on layers whose name contains this [every linear layer]")
+    model.add_argument("--only_optimize_lora", action="store_true", help="always so with --lora_dim")
+    model.add_argument("--num_padding_at_beginning", type=int, default=0, help="not needed here: lengths end a text")
+
+    loss = parser.add_argument_group("loss")
+    loss.add_argument("--loss_level", choices=LOSS_LEVELS, default="sequence", help="token: mean over the answers")
+    loss.add_argument("--margin", default="0", metavar="NUMBER|column", help="a number, or the data's margin column")
+    loss.add_argument("--label_smoothing", type=number, default=0.0, help="share of flipped labels assumed, to 0.5")
+    loss.add_argument("--score_penalty", choices=SCORE_PENALTIES, help="keep scores near zero")
+    loss.add_argument("--score_penalty_weight", type=number, default=0.01, help="weight of --score_penalty")
+    loss.add_argument("--compute_fp32_loss", action="store_true", help="always so here")
+
+    train = parser.add_argument_group("training")
+    train.add_argument("--per_device_train_batch_size", type=positive_int, default=16, help="pairs")
+    train.add_argument("--per_device_eval_batch_size", type=positive_int, default=16, help="pairs")
+    train.add_argument("--gradient_accumulation_steps", type=positive_int, default=1)
+    train.add_argument("--num_train_epochs", type=positive_int, default=1)
+    train.add_argument("--learning_rate", type=positive, default=5e-5)
+    train.add_argument("--lora_learning_rate", type=positive, default=5e-4, help="of the adapters")
+    train.add_argument("--weight_decay", type=number, default=0.0)
+    train.add_argument("--max_grad_norm", type=number, default=1.0, help="gradient clipping; 0: none")
+    train.add_argument("--lr_scheduler_type", choices=SCHEDULERS, default="cosine")
+    train.add_argument("--num_warmup_steps", type=natural, default=0)
+    train.add_argument("--seed", type=natural, default=1234)
+    train.add_argument("--eval_interval", type=natural, default=0, help="evaluate every so many steps; 0: each epoch")
+    train.add_argument("--eval_iters", type=natural, default=0, help="batches per evaluation; 0: the whole set")
+
+    output = parser.add_argument_group("output")
+    output.add_argument("--output_dir", help="model, metrics and report; not given: nothing is kept")
+    output.add_argument(
+        "--save_format", choices=SAVE_FORMATS, default="hf", help="dschat: what upstream's step 3 loads"
+    )
+    output.add_argument("--enable_tensorboard", action="store_true")
+    output.add_argument("--tensorboard_path", default="step2_tensorboard")
+    output.add_argument("--debug", action="store_true", help="show tracebacks and DeepSpeed's own log")
+
+    engine = parser.add_argument_group("DeepSpeed")
+    engine.add_argument("--zero_stage", type=int, choices=range(4), default=0)
+    engine.add_argument("--offload", action="store_true", help="optimizer (and, stage 3, parameters) in host memory")
+    engine.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="[bf16 on a GPU that has it, fp32 on a CPU]")
+    engine.add_argument("--deepspeed", action="store_true", help="always so here")
+    engine.add_argument("--deepspeed_config", metavar="FILE", help="in place of zero/*.json")
+    engine.add_argument("--local_rank", "--local-rank", type=int, default=-1, help="given by the launcher")
+    return parser
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Flags → options; ``options.explicit`` holds the names that were given.
+
+    Raises:
+        UserError: an unknown flag or value, or two that contradict each other.
+    """
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    given = {word.split("=")[0] for word in (sys.argv[1:] if arguments is None else arguments)}
+    options.explicit = {action.dest for action in parser._actions if given.intersection(action.option_strings)}
+    _check(options)
+    return options
+
+
+def _check(options: argparse.Namespace) -> None:
+    if not 0.0 <= options.label_smoothing <= 0.5:
+        raise UserError(f"--label_smoothing {options.label_smoothing}: give a number from 0 to 0.5")
+    if options.margin != "column":
+        try:
+            options.margin = number(options.margin)
+        except ValueError as error:
+            raise UserError(f"--margin {options.margin}: give a number, or the word column") from error
+    if options.offload and options.zero_stage == 0 and not options.deepspeed_config:
+        raise UserError("--offload and --zero_stage 0: stage 0 offloads nothing; take --zero_stage 1, 2 or 3")
+    if options.loss_level == "token" and options.pooling not in (None, "last"):
+        raise UserError(f"--loss_level token and --pooling {options.pooling}: only pooling last has a score per token")
+    if options.score_penalty is None and "score_penalty_weight" in options.explicit:
+        raise UserError("--score_penalty_weight without --score_penalty: name the penalty")
+    for name in ("lora_alpha", "lora_module_name", "lora_learning_rate"):
+        # upstream's launch lines name a module without LoRA, so that is no error
+        if name in options.explicit and name != "lora_module_name" and not options.lora_dim:
+            raise UserError(f"--{name} without --lora_dim: give the adapters' dimension")
+
+
+def explain_inherited(options: argparse.Namespace) -> None:
+    """Say of flags that upstream needs and this trainer does not, that they change nothing."""
+    notes = {
+        "num_padding_at_beginning": "a text's length says where it ends, whatever it begins with",
+        "compute_fp32_loss": "scores and loss are always computed in float32",
+        "only_optimize_lora": "with --lora_dim the base is always frozen" if options.lora_dim else "there is no LoRA",
+        "deepspeed": "this trainer always uses DeepSpeed",
+    }
+    if not options.lora_dim:
+        notes["lora_module_name"] = "there is no LoRA without --lora_dim"
+    for name, note in notes.items():
+        if name in options.explicit:
+            say(f"--{name} changes nothing here: {note}")
+
+
+def cache_folder(options: argparse.Namespace) -> Path:
+    """Where tokenised rows lie: private to the user, unlike upstream's folder under /tmp."""
+    if options.data_output_path:
+        return Path(options.data_output_path)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dschat-reward"
+
+
+def number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not finite")
+    return value
+
+
+def positive(text: str) -> float:
+    value = number(text)
+    if value <= 0:
+        raise ValueError(f"{text} is not above 0")
+    return value
+
+
+def probability(text: str) -> float:
+    value = number(text)
+    if not 0 <= value < 1:
+        raise ValueError(f"{text} is not in [0, 1)")
+    return value
+
+
+def natural(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise ValueError(f"{text} is below 0")
+    return value
+
+
+def positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError(f"{text} is below 1")
+    return value

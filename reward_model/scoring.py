@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores of texts from any model that the trainer saves.
+
+from reward_model.scoring import load
+reward = load("output")
+reward.score(["Human: 2 + 2? Assistant:"], [" 4"])
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from huggingface_hub import load_torch_model
+from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase
+
+from reward_model.checkpoint import DSCHAT_WEIGHTS, OWN_CONFIG, OWN_WEIGHTS
+from reward_model.data import close_turn, end_text
+from reward_model.errors import UserError
+from reward_model.model import Scorer, embedding_rows, load_for_training, no_pooler, on_drop_in
+from reward_model.tokenizer import choose_special_tokens, load_tokenizer
+
+
+class RewardScorer:
+    """A saved model with its tokenizer, scoring as the trainer's evaluation does."""
+
+    def __init__(self, scorer: Scorer, tokenizer: PreTrainedTokenizerBase, device: torch.device | str = "cpu"):
+        self.device = torch.device(device)
+        self.scorer = scorer.to(self.device).eval()
+        self.tokenizer = tokenizer
+        self.special = choose_special_tokens(tokenizer, embedding_rows(scorer))
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str], batch_size: int = 16) -> list[float]:
+        """The score of each response to its prompt; the two are joined as they are, and closed with the end token.
+
+        Raises:
+            UserError: not as many responses as prompts.
+        """
+        if len(prompts) != len(responses):
+            raise UserError(f"{len(prompts)} prompts and {len(responses)} responses: give one of each per text")
+        texts = [prompt + response for prompt, response in zip(prompts, responses)]
+        return self._score(self.tokenizer(texts, verbose=False)["input_ids"] if texts else [], batch_size)
+
+    def score_chats(self, chats: Sequence[list[dict]], batch_size: int = 16) -> list[float]:
+        """The score of each list of chat messages, through the tokenizer's template."""
+        texts = [close_turn(self.tokenizer.apply_chat_template(chat, tokenize=False), self.tokenizer) for chat in chats]
+        return self._score(self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"], batch_size)
+
+    @torch.no_grad()
+    def _score(self, ids: list[list[int]], batch_size: int) -> list[float]:
+        scores = []
+        for first in range(0, len(ids), batch_size):
+            rows = [torch.tensor(end_text(row, self.special)) for row in ids[first : first + batch_size]]
+            lengths = torch.tensor([len(row) for row in rows])
+            input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.special.pad)
+            mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
+            batch = (tensor.to(self.device) for tensor in (input_ids, mask, lengths - 1))
+            scores += self.scorer(*batch).tolist()
+        return scores
+
+
+def load(folder: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> RewardScorer:
+    """A model that the trainer saved, in whichever form it was saved.
+
+    Args:
+        dtype: of the weights; None: as saved.
+
+    Raises:
+        UserError: no such model, or weights missing.
+    """
+    folder = Path(folder)
+    tokenizer = load_tokenizer(str(folder))
+    own = folder / OWN_CONFIG
+    if own.is_file():
+        scorer = _empty(folder, dtype, json.loads(own.read_text())["pooling"])
+        load_torch_model(scorer.model, folder, strict=True, filename_pattern=OWN_WEIGHTS)
+    elif (folder / DSCHAT_WEIGHTS).is_file() and not list(folder.glob("*.safetensors")):
+        scorer = _empty(folder, dtype, "last")
+        state = torch.load(folder / DSCHAT_WEIGHTS, map_location="cpu", weights_only=True)
+        # before October 2023 upstream spelt it otherwise
+        state = {name.replace("rwtranrsformer.", "rwtransformer.", 1): weight for name, weight in state.items()}
+        rows = next(w.shape[0] for n, w in state.items() if _is_embedding(scorer, n))
+        if rows != embedding_rows(scorer):
+            scorer.model.rwtransformer.resize_token_embeddings(rows, mean_resizing=False)
+        try:
+            scorer.model.load_state_dict(state)
+        except RuntimeError as error:
+            raise UserError(f"{folder / DSCHAT_WEIGHTS} does not fit its config.json: {error}") from error
+    else:
+        scorer = load_for_training(str(folder), dtype or "auto", seed=0, expect_head=True)
+    return RewardScorer(scorer, tokenizer, device)
+
+
+def _is_embedding(scorer: Scorer, name: str) -> bool:
+    weight = scorer.backbone.get_input_embeddings().weight
+    return any(name == f"rwtransformer.{n}" for n, p in scorer.backbone.named_parameters() if p is weight)
+
+
+def _empty(folder: Path, dtype: torch.dtype | None, pooling: str) -> Scorer:
+    config = AutoConfig.from_pretrained(folder)
+    dtype = dtype or getattr(config, "dtype", None) or torch.float32
+    backbone = AutoModel.from_config(config, dtype=dtype, **no_pooler(config))
+    return on_drop_in(backbone, pooling)

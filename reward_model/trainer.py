@@ -1,0 +1,403 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run: data, model, DeepSpeed engine, steps, evaluations, and what is left behind.
+
+Notation: n rows, s tokens, p pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import AutoConfig, get_scheduler, set_seed
+
+import reward_model
+from reward_model import checkpoint, distributed, report
+from reward_model.batching import Batch, PlannedBatches, plan_epoch, plan_evaluation
+from reward_model.data import Comparisons, Rules, load_comparisons
+from reward_model.distributed import Place
+from reward_model.ds_config import build_config
+from reward_model.errors import UserError, say
+from reward_model.metrics import pair_metrics
+from reward_model.model import Scorer, add_lora, count, load_for_training, resize_embedding
+from reward_model.options import cache_folder, explain_inherited
+from reward_model.reward_model import pairwise_loss, score_penalty, span_loss
+from reward_model.tokenizer import choose_special_tokens, first_line, load_tokenizer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BETAS = (0.9, 0.95)  # upstream's
+
+
+def run(options: argparse.Namespace) -> None:
+    """Train, evaluate and save as the flags say.
+
+    Raises:
+        UserError: whatever the user can mend.
+    """
+    folder = Path(options.output_dir) if options.output_dir else None
+    if folder:
+        checkpoint.refuse_used_folder(folder)
+    place = distributed.start(options)
+    explain_inherited(options)
+    options.dtype = options.dtype or distributed.default_dtype()
+    set_seed(options.seed)
+    config = read_config(options.model_name_or_path)
+    ds_config = build_config(options, place.world_size, config.get_text_config().hidden_size)
+
+    tokenizer = load_tokenizer(options.model_name_or_path, options.add_eot_token)
+    special = choose_special_tokens(tokenizer, config.get_text_config().vocab_size, int(options.add_eot_token))
+    rules = Rules(
+        max_seq_len=options.max_seq_len,
+        on_bad_row=options.on_bad_row,
+        cache=cache_folder(options),
+        processes=options.num_proc,
+        need_margin=options.margin == "column",
+    )
+    train_set, eval_set = load_comparisons(
+        options.data_path, options.eval_data_path, tokenizer, special, rules, options.seed, options.data_split
+    )
+    keep_zero3_alive = _announce_zero3(ds_config)
+    scorer = build_scorer(options, special.rows)
+    for part in (scorer.config, scorer.config.get_text_config()):
+        part.pad_token_id = special.pad
+    if folder:
+        _open_folder(folder, place, scorer, options)
+    trainer = Trainer(options, place, scorer, ds_config, train_set, eval_set, special.pad, folder)
+    del keep_zero3_alive
+    trainer.train()
+    if folder:
+        checkpoint.save(scorer, tokenizer, folder, options.save_format, is_writer=place.is_first)
+        if place.is_first:
+            report.draw(folder / "metrics.jsonl", folder / "report.png", *trainer.last_scores)
+    trainer.summarise()
+    torch.distributed.barrier()
+
+
+def read_config(name_or_path: str):
+    """Raises UserError where there is no model."""
+    try:
+        return AutoConfig.from_pretrained(name_or_path)
+    except Exception as error:  # OSError, ValueError, KeyError: missing, unreachable, unknown architecture
+        raise UserError(f"--model_name_or_path {name_or_path}: {first_line(error)}") from error
+
+
+def _announce_zero3(ds_config: dict):
+    """While the returned object lives, Transformers partitions the weights it loads (ZeRO 3)."""
+    from transformers.integrations import HfDeepSpeedConfig
+
+    return HfDeepSpeedConfig(ds_config) if ds_config["zero_optimization"]["stage"] == 3 else None
+
+
+def build_scorer(options: argparse.Namespace, rows: int) -> Scorer:
+    """The model as the flags want it, with an embedding of at least ``rows`` rows."""
+    scorer = load_for_training(
+        options.model_name_or_path, DTYPES[options.dtype], options.seed, options.pooling, options.dropout
+    )
+    if options.loss_level == "token" and scorer.pooling != "last":
+        raise UserError("--loss_level token: this model has no score per token; leave the flag out")
+    resize_embedding(scorer, rows)
+    if options.gradient_checkpointing:
+        try:
+            # reentrant under ZeRO 3: the other kind compares shapes of weights, which ZeRO 3 empties in between
+            reentrant = options.zero_stage == 3
+            scorer.unwrapped.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            if reentrant and options.lora_dim:
+                scorer.backbone.enable_input_require_grads()
+        except ValueError as error:
+            raise UserError(f"--gradient_checkpointing: {first_line(error)}") from error
+    if options.lora_dim:
+        add_lora(scorer, options.lora_dim, options.lora_alpha or options.lora_dim, options.lora_module_name)
+    return scorer
+
+
+def _open_folder(folder: Path, place: Place, scorer: Scorer, options: argparse.Namespace) -> None:
+    size = sum(count(p) for p in scorer.parameters()) * torch.finfo(DTYPES[options.dtype]).bits // 8
+    if place.is_first:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--output_dir {folder}: {error.strerror}") from error
+        checkpoint.require_space(folder, size * (2 if options.save_format == "both" else 1))
+        settings = {name: value for name, value in vars(options).items() if name != "explicit"}
+        versions = {"reward_model": reward_model.__version__, "torch": torch.__version__}
+        _write(folder / "run.json", json.dumps(settings | {"versions": versions}, indent=2, default=str) + "\n")
+
+
+def progress(*args, **kwargs) -> tqdm:
+    """A progress bar that fills a log file with a line every ten seconds, not ten a second."""
+    return tqdm(*args, mininterval=0.1 if sys.stderr.isatty() else 10.0, **kwargs)
+
+
+def _write(path: Path, text: str, mode: str = "w") -> None:
+    try:
+        with path.open(mode, encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float, lora_learning_rate: float) -> list[dict]:
+    """AdamW's groups: matrices decay, biases and norms do not, LoRA's matrices have a learning rate of their own."""
+    groups = [
+        {"params": [], "weight_decay": weight_decay},
+        {"params": [], "weight_decay": weight_decay, "lr": lora_learning_rate},
+        {"params": [], "weight_decay": 0.0},
+    ]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_matrix = len(getattr(parameter, "ds_shape", parameter.shape)) > 1
+            groups[2 if not is_matrix else 1 if "lora_" in name else 0]["params"].append(parameter)
+    return [group for group in groups if group["params"]]
+
+
+class Trainer:
+    """The DeepSpeed engine and the loop around it."""
+
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        place: Place,
+        scorer: Scorer,
+        ds_config: dict,
+        train_set: Comparisons,
+        eval_set: Comparisons,
+        pad: int,
+        folder: Path | None,
+    ):
+        import deepspeed
+
+        self.options, self.place, self.pad, self.folder = options, place, pad, folder
+        self.train_set, self.eval_set = train_set, eval_set
+        self.last_scores: tuple[np.ndarray, np.ndarray] = (np.array([]), np.array([]))
+        self.last_metrics: dict = {}
+        global_batch = ds_config["train_batch_size"]
+        self.steps_per_epoch = math.ceil(len(train_set) / global_batch)
+        self.total_steps = self.steps_per_epoch * options.num_train_epochs
+        groups = parameter_groups(scorer, options.weight_decay, options.lora_learning_rate)
+        if options.offload:
+            from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+            optimizer = DeepSpeedCPUAdam(groups, lr=options.learning_rate, betas=BETAS)
+        else:
+            optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, betas=BETAS, fused=True)
+        scheduler = get_scheduler(
+            options.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=options.num_warmup_steps,
+            num_training_steps=self.total_steps,
+        )
+        self.engine, *_ = deepspeed.initialize(
+            model=scorer, optimizer=optimizer, lr_scheduler=scheduler, config=ds_config
+        )
+        torch.manual_seed(options.seed + place.rank)  # dropout: another stream on each rank
+        say(
+            f"{len(train_set)} training pairs, {len(eval_set)} held out; global batch {global_batch} = "
+            f"{options.per_device_train_batch_size} pairs × {options.gradient_accumulation_steps} accumulated × "
+            f"{place.world_size} {'process' if place.world_size == 1 else 'processes'}; {self.total_steps} steps; "
+            f"{place.device.type}, {options.dtype}, ZeRO {options.zero_stage}{', offload' if options.offload else ''}"
+        )
+
+    def train(self) -> None:
+        """All epochs, with an evaluation before the first step, after each epoch, and every ``--eval_interval``."""
+        options = self.options
+        self.evaluate(step=0, epoch=0)
+        bar = progress(total=self.total_steps, desc="training", unit="step", disable=not self.place.is_first)
+        log = StepLog(self, bar)
+        step = 0
+        for epoch in range(options.num_train_epochs):
+            self.engine.train()
+            plan = plan_epoch(
+                len(self.train_set),
+                options.per_device_train_batch_size,
+                options.gradient_accumulation_steps,
+                self.place.rank,
+                self.place.world_size,
+                options.seed,
+                epoch,
+            )
+            for micro_batches in plan:
+                for batch in PlannedBatches(self.train_set, micro_batches, self.pad):
+                    self.train_micro_batch(batch.to(self.place.device), log)
+                step += 1
+                log.end_step(step, step / self.steps_per_epoch)
+                last_of_epoch = step % self.steps_per_epoch == 0
+                if last_of_epoch or (options.eval_interval and step % options.eval_interval == 0):
+                    log.flush()
+                    self.evaluate(step, step / self.steps_per_epoch)
+                    self.engine.train()
+                    log.restart_clock()
+        log.flush()
+        bar.close()
+
+    def train_micro_batch(self, batch: Batch, log: StepLog) -> None:
+        loss, chosen, rejected = self.loss(batch)
+        loss = loss * batch.weight
+        self.engine.backward(loss)
+        self.engine.step()
+        log.add(loss.detach(), chosen.detach(), rejected.detach(), batch)
+
+    def loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The mean loss of a batch (0-d), and the end scores of its winners and losers (p,); float32."""
+        options = self.options
+        margin = batch.margin if options.margin == "column" else options.margin
+        if options.loss_level == "token":
+            every = self.engine(batch.input_ids, batch.attention_mask)  # (n, s)
+            scores = every.gather(1, batch.ends[:, None]).squeeze(1)
+        else:
+            scores = self.engine(batch.input_ids, batch.attention_mask, batch.ends)  # (n,)
+        chosen, rejected = scores[batch.better], scores[batch.worse]
+        if options.loss_level == "token":
+            # to the shorter answer's end: no pad has a score
+            end = torch.minimum(batch.ends[batch.better], batch.ends[batch.worse]) + 1
+            loss = span_loss(
+                every[batch.better], every[batch.worse], batch.start, end, margin, options.label_smoothing
+            ).mean()
+        else:
+            loss = pairwise_loss(chosen, rejected, margin, options.label_smoothing).mean()
+        if options.score_penalty:
+            loss = loss + options.score_penalty_weight * score_penalty(options.score_penalty, chosen, rejected)
+        return loss, chosen, rejected
+
+    @torch.no_grad()
+    def evaluate(self, step: int, epoch: float) -> None:
+        """Score the evaluation pairs on all ranks, each pair once, and record the metrics of the whole set."""
+        options, place = self.options, self.place
+        plan = plan_evaluation(
+            self.eval_set.lengths,
+            options.per_device_eval_batch_size,
+            place.rank,
+            place.world_size,
+            options.eval_iters,
+            options.seed,
+        )
+        self.engine.eval()
+        rows = []
+        batches = PlannedBatches(self.eval_set, plan, self.pad)
+        for batch in progress(batches, desc="evaluating", unit="batch", leave=False, disable=not place.is_first):
+            batch = batch.to(place.device)
+            scores = self.engine(batch.input_ids, batch.attention_mask, batch.ends)
+            found = torch.full((options.per_device_eval_batch_size, 4), math.nan, device=place.device)
+            if batch.weight:
+                pair = (scores, batch.response_lengths)
+                columns = [values[side].float() for values in pair for side in (batch.better, batch.worse)]
+                found[: len(batch.better)] = torch.stack(columns, dim=1)
+            rows.append(found)
+        every = distributed.gather_rows(torch.cat(rows)).cpu().numpy()
+        chosen, rejected, *lengths = every[~np.isnan(every[:, 2])].T  # a length is a number where there is a pair
+        if not (np.isfinite(chosen).all() and np.isfinite(rejected).all()):
+            raise UserError(f"step {step}: a held-out score is not finite; lower --learning_rate, or take --dtype bf16")
+        self.last_scores = (chosen, rejected)
+        self.last_metrics = pair_metrics(chosen, rejected, *lengths)
+        self.record({"split": "eval", "step": step, "epoch": round(epoch, 4)} | self.last_metrics)
+        m = self.last_metrics
+        say(
+            f"step {step}: held-out accuracy {m['accuracy']:.4f}, loss {m['loss']:.4f}, gap {m['gap_mean']:.3f}, "
+            f"chosen {m['chosen_mean']:.3f} ± {m['chosen_std']:.3f}, "
+            f"rejected {m['rejected_mean']:.3f} ± {m['rejected_std']:.3f}"
+        )
+
+    def record(self, values: dict) -> None:
+        """Append a line to ``metrics.jsonl``, and hand its numbers to TensorBoard."""
+        if not self.place.is_first:
+            return
+        if self.folder:
+            _write(self.folder / "metrics.jsonl", json.dumps(values) + "\n", mode="a")
+        if self.engine.monitor.enabled:
+            numbers = {k: v for k, v in values.items() if isinstance(v, float) and k != "epoch"}
+            self.engine.monitor.write_events(
+                [(f"{values['split']}/{name}", number, values["step"]) for name, number in numbers.items()]
+            )
+
+    def summarise(self) -> None:
+        """What a user wants to know at the end."""
+        m = self.last_metrics
+        say(
+            f"\nheld-out accuracy {m['accuracy']:.4f} on {m['pairs']} pairs "
+            f"(always the longer answer: {m['longer_wins_accuracy']:.4f})"
+        )
+        if self.folder:
+            say(f"model:   {self.folder}\npicture: {self.folder / 'report.png'}")
+        else:
+            say("nothing was saved: there was no --output_dir")
+
+
+class StepLog:
+    """Sums of a step over its micro-batches and all ranks, read one step late so that no step waits for them."""
+
+    def __init__(self, trainer: Trainer, bar: tqdm):
+        self.trainer, self.bar = trainer, bar
+        self.sums = self._zeros()
+        self.pending = None
+        self.clock = time.perf_counter()
+
+    def _zeros(self) -> torch.Tensor:
+        # loss, pairs, correct, chosen scores, rejected scores, tokens
+        return torch.zeros(6, dtype=torch.float64, device=self.trainer.place.device)
+
+    def add(self, loss: torch.Tensor, chosen: torch.Tensor, rejected: torch.Tensor, batch: Batch) -> None:
+        """Count a micro-batch: its weighted loss (0-d) and the scores of its winners and losers (p,)."""
+        self.sums[0] += loss
+        if batch.weight:
+            correct = (chosen > rejected).double() + 0.5 * (chosen == rejected)
+            parts = (torch.ones_like(correct), correct, chosen, rejected)
+            self.sums[1:5] += torch.stack([part.sum(dtype=torch.float64) for part in parts])
+            self.sums[5] += batch.attention_mask.sum()
+
+    def end_step(self, step: int, epoch: float) -> None:
+        """Begin to add up the ranks, and report the step before."""
+        work = distributed.sum_over_ranks(self.sums)
+        engine = self.trainer.engine
+        now = time.perf_counter()
+        seconds, self.clock = now - self.clock, now
+        ended = (step, epoch, seconds, self.sums, work, engine.get_lr()[0], engine.get_global_grad_norm())
+        self.flush()
+        self.pending = ended
+        self.sums = self._zeros()
+
+    def flush(self) -> None:
+        """Report the step that is pending, if there is one."""
+        if self.pending is None:
+            return
+        step, epoch, seconds, sums, work, learning_rate, grad_norm = self.pending
+        self.pending = None
+        work.wait()
+        loss, pairs, correct, chosen, rejected, tokens = sums.tolist()
+        options, world_size = self.trainer.options, self.trainer.place.world_size
+        loss /= options.gradient_accumulation_steps * world_size
+        if not math.isfinite(loss):
+            raise UserError(f"step {step}: the loss is {loss}; lower --learning_rate, or take --dtype bf16")
+        values = {
+            "split": "train",
+            "step": step,
+            "epoch": round(epoch, 4),
+            "loss": loss,
+            "accuracy": correct / pairs,
+            "gap": (chosen - rejected) / pairs,
+            "chosen_mean": chosen / pairs,
+            "rejected_mean": rejected / pairs,
+            "learning_rate": learning_rate,
+            "pairs_per_second": pairs / seconds,
+            "tokens_per_second": tokens / seconds,
+        }
+        if grad_norm is not None:  # DeepSpeed keeps none at stage 0 in float32
+            values["grad_norm"] = float(grad_norm)
+        self.trainer.record(values)
+        self.bar.set_postfix(
+            loss=f"{loss:.3f}",
+            acc=f"{values['accuracy']:.2f}",
+            gap=f"{values['gap']:.2f}",
+            pairs_s=f"{values['pairs_per_second']:.0f}",
+            refresh=False,
+        )
+        self.bar.update(step - self.bar.n)
+
+    def restart_clock(self) -> None:
+        """Leave what happens in between, an evaluation say, out of the speed."""
+        self.clock = time.perf_counter()

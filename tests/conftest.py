@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lets tests/ and its folders hold files of one name and share reference.py; fixtures for all of them."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="run the slow tests too")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--all"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow: --all runs it"))
+
+
+def pytest_configure(config):
+    config.option.importmode = "importlib"  # the default, prepend, refuses two test_reward_model.py
+
+
+@pytest.fixture
+def one_thread():
+    """Tensors of a few hundred numbers: a second thread costs more than it brings."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Set up what is missing and run the tests.
+#
+#   bash tests/run.sh                      all but the slow ones
+#   bash tests/run.sh --all                the slow ones too
+#   bash tests/run.sh tests/test_data.py   any other argument goes to pytest
+#   DEEPSPEED_EXAMPLES=folder bash tests/run.sh      also compares with upstream's own files in a checkout
+set -euo pipefail
+top=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=training_scripts/setup.sh
+source "$top/training_scripts/setup.sh"
+set_up pytest ruff
+cd "$top"
+"$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check --quiet . || die "not formatted: run ruff format ."
+exec "$PYTHON" -m pytest "$@"

@@ -1,0 +1,64 @@
+#!/usr/bin/env python
+# SPDX-License-Identifier: Apache-2.0
+"""Train a reward model.
+
+deepspeed main.py --model_name_or_path facebook/opt-350m --data_path Dahoas/rm-static --output_dir output
+deepspeed --num_gpus 2 main.py …          two GPUs (or, without a GPU, two processes)
+torchrun --nproc_per_node 2 main.py …     the same through torchrun
+python main.py …                          one process, no launcher
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout's package, installed or not
+
+from reward_model.distributed import prepare_environment
+
+LAUNCHER_GRACE = 3.0  # seconds in which a launcher ends the other ranks once the first has said what is wrong
+
+
+def main() -> int:
+    """Run and return the exit status; an error that the user can mend is one line, said by the first rank."""
+    prepare_environment()
+    from reward_model.quiet import quieten
+
+    debug = "--debug" in sys.argv
+    quieten(debug)
+    import torch
+
+    from reward_model.errors import UserError
+    from reward_model.options import parse
+    from reward_model.trainer import run
+
+    try:
+        run(parse())
+    except UserError as error:
+        return fail(str(error), debug)
+    except torch.OutOfMemoryError:
+        advice = "smaller --per_device_train_batch_size or --max_seq_len, --gradient_checkpointing, higher --zero_stage"
+        return fail(f"out of memory on the device: {advice}", debug)
+    except KeyboardInterrupt:
+        return fail("interrupted", debug)
+    torch.distributed.destroy_process_group()
+    return 0
+
+
+def fail(message: str, debug: bool) -> int:
+    """Say what is wrong and leave at once: the launcher ends the ranks that wait for this one."""
+    rank = os.environ["RANK"]
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+    elif rank != "0":
+        time.sleep(LAUNCHER_GRACE)  # only one voice, unless the fault is this rank's alone
+    print(f"error: {message}" if rank == "0" else f"error on rank {rank}: {message}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
