@@ -123,14 +123,15 @@ def span_loss(
     inside = (position >= start[:, None]) & (position < end[:, None])  # (b, s)
     chosen, rejected = chosen.where(inside, 0.0), rejected.where(inside, 0.0)
     if isinstance(margin, torch.Tensor):
-        margin = margin.reshape(-1, 1)
+        margin = margin[:, None]
     loss = pairwise_loss(chosen, rejected, margin, label_smoothing).where(inside, 0.0)
     return loss.sum(1) / inside.sum(1).clamp(min=1)
 
 
 def first_true(flags: torch.Tensor) -> torch.Tensor:
     """Index of the first True of each row of (b, s), s if there is none. (b,)"""
-    return torch.where(flags.any(1), flags.int().argmax(1), flags.shape[1])
+    sentinel = flags.new_ones(flags.shape[0], 1)
+    return torch.cat([flags, sentinel], dim=1).int().argmax(1)
 
 
 class ValueHead(nn.Linear):
@@ -146,7 +147,8 @@ class ValueHead(nn.Linear):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         bias = None if self.bias is None else at_least_float32(self.bias)
-        return F.linear(at_least_float32(hidden), at_least_float32(self.weight), bias)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(at_least_float32(hidden), at_least_float32(self.weight), bias)
 
 
 def _hidden_width(config) -> int:
@@ -222,8 +224,9 @@ class RewardModel(nn.Module):
         self.PAD_ID = tokenizer.pad_token_id
 
         accepted = inspect.signature(base_model.forward).parameters.values()
-        self._accepts_anything = any(p.kind is p.VAR_KEYWORD for p in accepted)
         self._accepted = {p.name for p in accepted}
+        # a wrapper, PEFT's say, names no argument and hands all of them on
+        self._accepts_anything = "input_ids" not in self._accepted and any(p.kind is p.VAR_KEYWORD for p in accepted)
 
     def gradient_checkpointing_enable(self, **kwargs):
         self.rwtransformer.gradient_checkpointing_enable(**kwargs)
@@ -235,7 +238,8 @@ class RewardModel(nn.Module):
         """The score at every token, (rows, s), float32 at least.
 
         A keyword goes to the backbone only if it holds something and the backbone's ``forward`` names it: LLaMA never
-        had ``head_mask``, Transformers 5 has it nowhere, encoders have no ``use_cache``.
+        had ``head_mask``, Transformers 5 has it nowhere and would lose it among its ``**kwargs``, encoders have no
+        ``use_cache``.
 
         Raises:
             TypeError: a keyword that holds something and that the backbone does not take.
@@ -292,7 +296,7 @@ class RewardModel(nn.Module):
         chosen_scores = chosen.gather(1, torch.where(chosen_end > 0, chosen_end - 1, last)[:, None]).squeeze(1)
         rejected_scores = rejected.gather(1, torch.where(rejected_end > 0, rejected_end - 1, last)[:, None]).squeeze(1)
 
-        margin = self.margin if margin is None else margin
+        margin = self.margin if margin is None else margin.reshape(-1)
         sequence_loss = pairwise_loss(chosen_scores, rejected_scores, margin, self.label_smoothing)
         if self.loss_level == "sequence":
             loss = sequence_loss.mean()
