@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import torch
 
-from reward_model.data import Comparison
+from reward_model.data import Comparison, common_prefix
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def collate(comparisons: Sequence[Comparison], pad: int, weight: float = 1.0) ->
     for row, text in enumerate(texts):
         input_ids[row, : len(text)] = torch.tensor(text)
     judged = [
-        (row_of[i, better], row_of[i, worse], margin, len(c.prompt))
+        (row_of[i, better], row_of[i, worse], margin, len(c.prompt) + _shared(c.responses[better], c.responses[worse]))
         for i, c in enumerate(comparisons)
         for better, worse, margin in zip(c.better, c.worse, c.margin)
     ]
@@ -148,6 +148,11 @@ def collate(comparisons: Sequence[Comparison], pad: int, weight: float = 1.0) ->
         start=torch.tensor(start),
         weight=weight,
     )
+
+
+def _shared(first: list[int], second: list[int]) -> int:
+    """Tokens before two responses differ; each keeps one, where one begins with all of the other."""
+    return min(common_prefix(first, second), len(first) - 1, len(second) - 1)
 
 
 class PlannedBatches(Sequence):

@@ -98,6 +98,19 @@ def default_dtype() -> str:
     return "bf16" if accelerator.is_bf16_supported() else "fp16"
 
 
+def require_dtype(dtype: str) -> None:
+    """Raises UserError for a dtype that DeepSpeed refuses on this device."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    supported = {"fp32": True, "bf16": accelerator.is_bf16_supported(), "fp16": accelerator.is_fp16_supported()}
+    if not supported[dtype]:
+        others = ", ".join(name for name, has in supported.items() if has)
+        raise UserError(
+            f"--dtype {dtype}: DeepSpeed cannot train in it on this {accelerator.device_name()}; {others} can"
+        )
+
+
 def sum_over_ranks(tensor: torch.Tensor) -> torch.distributed.Work | None:
     """Begin to sum a tensor in place over all ranks; wait for what is returned before reading it."""
     return torch.distributed.all_reduce(tensor, async_op=True)

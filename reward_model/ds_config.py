@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from reward_model.errors import UserError, say
@@ -40,22 +41,25 @@ def build_config(options: argparse.Namespace, world_size: int, hidden_size: int)
         if section in config:
             raise UserError(f"{path}: remove the section {section}; {flags} set it")
     zero = _section(config, "zero_optimization", path)
-    offload = "offload_optimizer" in zero and zero["offload_optimizer"].get("device") != "none"
-    _agree(options, "zero_stage", zero, "stage", 0, path)
-    if "offload" in options.explicit and not offload:
-        raise UserError(f"--offload and {path}: the file has no offload_optimizer")
-    options.offload = offload
-    _agree(options, "per_device_train_batch_size", config, "train_micro_batch_size_per_gpu", "auto", path)
-    _agree(options, "gradient_accumulation_steps", config, "gradient_accumulation_steps", "auto", path)
-    _agree(options, "max_grad_norm", config, "gradient_clipping", "auto", path)
+    offload = zero.get("offload_optimizer") or {}
+    if not isinstance(offload, dict):
+        raise UserError(f"{path}: zero_optimization.offload_optimizer is not an object")
+    offloads = offload.get("device", "none") != "none"
+    if "offload" in options.explicit and not offloads:
+        raise UserError(f"--offload and {path}: the file has no offload_optimizer with a device")
+    options.offload = offloads
+    _agree(options, "zero_stage", zero, "stage", path, lambda v: v in range(4))
+    _agree(options, "per_device_train_batch_size", config, "train_micro_batch_size_per_gpu", path, _is_count)
+    _agree(options, "gradient_accumulation_steps", config, "gradient_accumulation_steps", path, _is_count)
+    _agree(options, "max_grad_norm", config, "gradient_clipping", path, lambda v: v >= 0)
     _set_dtype(options, config, path)
 
     total = options.per_device_train_batch_size * options.gradient_accumulation_steps * world_size
     if config.get("train_batch_size", "auto") not in ("auto", total):
         raise UserError(
-            f"{path}: train_batch_size {config['train_batch_size']} and the flags' {total} "
-            f"({options.per_device_train_batch_size} per process × {options.gradient_accumulation_steps} accumulated "
-            f"× {world_size} processes)"
+            f"{path}: train_batch_size {config['train_batch_size']} is not {total}: --per_device_train_batch_size "
+            f"{options.per_device_train_batch_size} × --gradient_accumulation_steps "
+            f"{options.gradient_accumulation_steps} × {world_size} processes"
         )
     config["train_batch_size"] = total
     sizes = {
@@ -66,6 +70,12 @@ def build_config(options: argparse.Namespace, world_size: int, hidden_size: int)
     zero |= {key: size for key, size in sizes.items() if zero.get(key) == "auto"}
     config.setdefault("steps_per_print", 2**31 - 1)  # our own log says more
     if options.enable_tensorboard:
+        if "tensorboard" in config:
+            there = _section(config, "tensorboard", path).get("output_path")
+            raise UserError(
+                f"--enable_tensorboard with --tensorboard_path {options.tensorboard_path} and the section tensorboard "
+                f"with output_path {there} in {path}: keep one"
+            )
         config["tensorboard"] = {
             "enabled": True,
             "output_path": f"{options.tensorboard_path}/ds_tensorboard_logs/",
@@ -94,28 +104,39 @@ def _section(config: dict, name: str, path: Path) -> dict:
     return section
 
 
-def _agree(options: argparse.Namespace, flag: str, section: dict, key: str, default, path: Path) -> None:
+def _agree(options, flag: str, section: dict, key: str, path: Path, is_valid: Callable[[float], bool]) -> None:
     """Let a flag and a key of the file be one number: the flag's where it is given or the file says nothing."""
-    value = section.get(key, default)
-    if value != "auto" and value != getattr(options, flag):
-        if flag in options.explicit:
+    value = section.get(key, "auto")
+    if value != "auto":
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not is_valid(value):
+            raise UserError(f"{path}: {key} {json.dumps(value)} is not a value that --{flag} could have")
+        if value != getattr(options, flag) and flag in options.explicit:
             raise UserError(f"--{flag} {getattr(options, flag)} and {key} {value} in {path}: make them one")
         setattr(options, flag, value)
     section[key] = getattr(options, flag)
 
 
+def _is_count(value: float) -> bool:
+    return isinstance(value, int) and value >= 1
+
+
 def _set_dtype(options: argparse.Namespace, config: dict, path: Path) -> None:
+    if "bfloat16" in config:
+        raise UserError(f"{path}: write bf16 in place of the old name bfloat16")
     half = {"bf16": _section(config, "bf16", path), "fp16": _section(config, "fp16", path)}
-    chosen = [name for name, section in half.items() if section.get("enabled", "auto") is True]
-    if len(chosen) > 1:
+    enabled = {name: section.get("enabled", "auto") for name, section in half.items()}
+    if list(enabled.values()) == [True, True]:
         raise UserError(f"{path} enables both bf16 and fp16: choose one")
-    if chosen and chosen[0] != options.dtype:
+    allowed = {name for name, value in enabled.items() if value is True}
+    if not allowed:
+        allowed = {"fp32"} | {name for name, value in enabled.items() if value == "auto"}
+    if options.dtype not in allowed:
         if "dtype" in options.explicit:
-            raise UserError(f"--dtype {options.dtype} and {chosen[0]} enabled in {path}: make them one")
-        options.dtype = chosen[0]
+            words = {True: "enabled", False: "disabled"}
+            said = ", ".join(f"{name} {words[value]}" for name, value in enabled.items() if value in words)
+            raise UserError(f"--dtype {options.dtype} and {said} in {path}: make them one")
+        options.dtype = allowed.pop() if len(allowed) == 1 else "fp32"
     for name, section in half.items():
-        if section.get("enabled", "auto") is False and options.dtype == name:
-            raise UserError(f"--dtype {name} and {name} disabled in {path}: make them one")
         section["enabled"] = options.dtype == name
     if options.dtype == "fp16" and options.zero_stage == 0:
         # DeepSpeed 0.18.3 to 0.19.8: backward does not scale the loss, step unscales

@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
     """Reports a wrong flag as one line, without the page of usage."""
 
     def error(self, message: str):
-        raise UserError(f"{message} (--help lists the flags)")
+        raise UserError(f"{' '.join(message.split())} (--help lists the flags)")
 
 
 def build_parser() -> Parser:
@@ -76,11 +76,11 @@ def build_parser() -> Parser:
     train.add_argument("--num_train_epochs", type=positive_int, default=1)
     train.add_argument("--learning_rate", type=positive, default=5e-5)
     train.add_argument("--lora_learning_rate", type=positive, default=5e-4, help="of the adapters")
-    train.add_argument("--weight_decay", type=number, default=0.0)
-    train.add_argument("--max_grad_norm", type=number, default=1.0, help="gradient clipping; 0: none")
+    train.add_argument("--weight_decay", type=not_negative, default=0.0)
+    train.add_argument("--max_grad_norm", type=not_negative, default=1.0, help="gradient clipping; 0: none")
     train.add_argument("--lr_scheduler_type", choices=SCHEDULERS, default="cosine")
     train.add_argument("--num_warmup_steps", type=natural, default=0)
-    train.add_argument("--seed", type=natural, default=1234)
+    train.add_argument("--seed", type=seed, default=1234)
     train.add_argument("--eval_interval", type=natural, default=0, help="evaluate every so many steps; 0: each epoch")
     train.add_argument("--eval_iters", type=natural, default=0, help="batches per evaluation; 0: the whole set")
 
@@ -123,7 +123,7 @@ def _check(options: argparse.Namespace) -> None:
     if options.margin != "column":
         try:
             options.margin = number(options.margin)
-        except ValueError as error:
+        except argparse.ArgumentTypeError as error:
             raise UserError(f"--margin {options.margin}: give a number, or the word column") from error
     if options.offload and options.zero_stage == 0 and not options.deepspeed_config:
         raise UserError("--offload and --zero_stage 0: stage 0 offloads nothing; take --zero_stage 1, 2 or 3")
@@ -131,10 +131,8 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError(f"--loss_level token and --pooling {options.pooling}: only pooling last has a score per token")
     if options.score_penalty is None and "score_penalty_weight" in options.explicit:
         raise UserError("--score_penalty_weight without --score_penalty: name the penalty")
-    for name in ("lora_alpha", "lora_module_name", "lora_learning_rate"):
-        # upstream's launch lines name a module without LoRA, so that is no error
-        if name in options.explicit and name != "lora_module_name" and not options.lora_dim:
-            raise UserError(f"--{name} without --lora_dim: give the adapters' dimension")
+    if options.lora_alpha and not options.lora_dim:
+        raise UserError("--lora_alpha without --lora_dim: give the adapters' dimension")
 
 
 def explain_inherited(options: argparse.Namespace) -> None:
@@ -146,7 +144,7 @@ def explain_inherited(options: argparse.Namespace) -> None:
         "deepspeed": "this trainer always uses DeepSpeed",
     }
     if not options.lora_dim:
-        notes["lora_module_name"] = "there is no LoRA without --lora_dim"
+        notes |= dict.fromkeys(("lora_module_name", "lora_learning_rate"), "there is no LoRA without --lora_dim")
     for name, note in notes.items():
         if name in options.explicit:
             say(f"--{name} changes nothing here: {note}")
@@ -160,35 +158,53 @@ def cache_folder(options: argparse.Namespace) -> Path:
 
 
 def number(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not math.isfinite(value):
-        raise ValueError(f"{text} is not finite")
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return value
+
+
+def not_negative(text: str) -> float:
+    value = number(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
     return value
 
 
 def positive(text: str) -> float:
     value = number(text)
     if value <= 0:
-        raise ValueError(f"{text} is not above 0")
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return value
 
 
 def probability(text: str) -> float:
     value = number(text)
     if not 0 <= value < 1:
-        raise ValueError(f"{text} is not in [0, 1)")
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
     return value
 
 
 def natural(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number") from None
     if value < 0:
-        raise ValueError(f"{text} is below 0")
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
     return value
 
 
 def positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError(f"{text} is below 1")
-    return value
+    if natural(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    if natural(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is not below 2**32, where NumPy's seeds end")
+    return int(text)

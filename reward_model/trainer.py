@@ -47,6 +47,7 @@ def run(options: argparse.Namespace) -> None:
     place = distributed.start(options)
     explain_inherited(options)
     options.dtype = options.dtype or distributed.default_dtype()
+    distributed.require_dtype(options.dtype)
     set_seed(options.seed)
     config = read_config(options.model_name_or_path)
     ds_config = build_config(options, place.world_size, config.get_text_config().hidden_size)
@@ -72,6 +73,7 @@ def run(options: argparse.Namespace) -> None:
     trainer = Trainer(options, place, scorer, ds_config, train_set, eval_set, special.pad, folder)
     del keep_zero3_alive
     trainer.train()
+    trainer.engine.empty_partition_cache()  # ZeRO 3 may be fetching ahead, and gathers no weight twice
     if folder:
         checkpoint.save(scorer, tokenizer, folder, options.save_format, is_writer=place.is_first)
         if place.is_first:
@@ -196,6 +198,10 @@ class Trainer:
         self.engine, *_ = deepspeed.initialize(
             model=scorer, optimizer=optimizer, lr_scheduler=scheduler, config=ds_config
         )
+        if options.zero_stage == 0 and options.dtype != "fp32":
+            # DeepSpeed's half-precision optimizer at stage 0 has taken a step with zero gradients by now, which leaves
+            # Adam's bias correction one step ahead: the first updates come out at 0.73, 0.83, … of their size
+            optimizer.state.clear()
         torch.manual_seed(options.seed + place.rank)  # dropout: another stream on each rank
         say(
             f"{len(train_set)} training pairs, {len(eval_set)} held out; global batch {global_batch} = "

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lets tests/ and its folders hold files of one name and share reference.py; fixtures for all of them."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: no test waits for the network
 
 
 def pytest_addoption(parser):
@@ -32,3 +34,12 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """What datasets keeps of the files it read goes with the test; rank 0 speaks."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.delenv("RANK", raising=False)

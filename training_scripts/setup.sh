@@ -13,6 +13,7 @@ die() { printf 'error: %s\n' "$*" >&2; exit 1; }
 missing() {
   "$1" - "${@:2}" <<'PY'
 import sys
+sys.path.remove("")  # a folder named datasets where the user stands is not the module
 from importlib.util import find_spec
 if sys.version_info < (3, 10):
     sys.exit(f"Python {sys.version.split()[0]} is too old: 3.10 or newer is needed (set PYTHON)")
@@ -29,12 +30,16 @@ set_up() {
   if [ -z "$base" ]; then
     base=$(command -v python3 || command -v python) || die "no python3: install Python 3.10 or newer"
   fi
+  # a full path, its links kept: an environment's python is one
+  base=$(cd "$(dirname "$(command -v "$base")")" && pwd)/${base##*/} || die "no interpreter $base"
   lacking=$(missing "$base" "${modules[@]}") || die "cannot use $base"
   if [ -z "$lacking" ]; then
     PYTHON=$base
   else
     PYTHON=$top/.venv/bin/python
-    make_environment "$top" "$base" "$@"
+    if [ ! -x "$PYTHON" ] || [ -n "$(missing "$PYTHON" "${modules[@]}")" ]; then
+      make_environment "$top" "$base" "$@"
+    fi
   fi
   command -v "${CXX:-c++}" >/dev/null || command -v g++ >/dev/null ||
     die "no C++ compiler, and DeepSpeed compiles an op when it starts: install one, e.g. apt install g++"
@@ -45,14 +50,12 @@ set_up() {
 make_environment() {
   local top=$1 base=$2 torch pin extra=()
   shift 2
-  if [ -x "$PYTHON" ] && [ -z "$(missing "$PYTHON" torch deepspeed transformers datasets peft "$@")" ]; then
-    return
-  fi
   say "setting up $top/.venv (once)"
   torch=$("$base" -c 'import torch; print(torch.__version__)' 2>/dev/null || true)
   [ -z "$torch" ] || extra=(--system-site-packages)
   [ -x "$PYTHON" ] || "$base" -m venv "${extra[@]}" "$top/.venv" ||
     die "python3 -m venv failed: install it, e.g. apt install python3-venv"
+  pip_install numpy # before torch, which warns without it
   [ -n "$torch" ] || install_torch
   # whatever torch is there stays
   pin=$("$PYTHON" -c 'import torch; print("torch==" + torch.__version__)') || die "torch does not import in $top/.venv"

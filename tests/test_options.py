@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The flags: upstream's all known, launch lines unchanged, one clear line for what is wrong."""
+
+import shlex
+import sys
+
+import pytest
+
+from reward_model.errors import UserError
+from reward_model.options import SCHEDULERS, build_parser, cache_folder, explain_inherited, parse
+
+MODEL = ["--model_name_or_path", "facebook/opt-350m"]
+
+# every flag of upstream's step 2 main.py with a value, and what it is read as
+UPSTREAM = [
+    ("--data_path Dahoas/rm-static Dahoas/full-hh-rlhf", "data_path", ["Dahoas/rm-static", "Dahoas/full-hh-rlhf"]),
+    ("--data_split 2,4,4", "data_split", "2,4,4"),
+    ("--data_output_path /tmp/data_files/", "data_output_path", "/tmp/data_files/"),
+    ("--model_name_or_path facebook/opt-1.3b", "model_name_or_path", "facebook/opt-1.3b"),
+    ("--num_padding_at_beginning 1", "num_padding_at_beginning", 1),
+    ("--per_device_train_batch_size 4", "per_device_train_batch_size", 4),
+    ("--per_device_eval_batch_size 8", "per_device_eval_batch_size", 8),
+    ("--max_seq_len 1024", "max_seq_len", 1024),
+    ("--learning_rate 9.65e-6", "learning_rate", 9.65e-6),
+    ("--weight_decay 0.1", "weight_decay", 0.1),
+    ("--num_train_epochs 2", "num_train_epochs", 2),
+    ("--gradient_accumulation_steps 4", "gradient_accumulation_steps", 4),
+    ("--lr_scheduler_type linear", "lr_scheduler_type", "linear"),
+    ("--num_warmup_steps 100", "num_warmup_steps", 100),
+    ("--output_dir ./output", "output_dir", "./output"),
+    ("--seed 42", "seed", 42),
+    ("--local_rank 3", "local_rank", 3),
+    ("--gradient_checkpointing", "gradient_checkpointing", True),
+    ("--dropout 0.0", "dropout", 0.0),
+    ("--offload --zero_stage 2", "offload", True),
+    ("--dtype fp16", "dtype", "fp16"),
+    ("--dtype bf16", "dtype", "bf16"),
+    ("--zero_stage 3", "zero_stage", 3),
+    ("--lora_dim 128", "lora_dim", 128),
+    ("--lora_module_name decoder.layers.", "lora_module_name", "decoder.layers."),
+    ("--only_optimize_lora", "only_optimize_lora", True),
+    ("--lora_learning_rate 5e-4", "lora_learning_rate", 5e-4),
+    ("--eval_interval 50", "eval_interval", 50),
+    ("--eval_iters 100", "eval_iters", 100),
+    ("--compute_fp32_loss", "compute_fp32_loss", True),
+    ("--enable_tensorboard", "enable_tensorboard", True),
+    ("--tensorboard_path ./logs", "tensorboard_path", "./logs"),
+    ("--add_eot_token", "add_eot_token", True),
+    # deepspeed.add_config_arguments
+    ("--deepspeed", "deepspeed", True),
+    ("--deepspeed_config ds.json", "deepspeed_config", "ds.json"),
+]
+
+FOUR_SETS = (
+    "Dahoas/rm-static Dahoas/full-hh-rlhf Dahoas/synthetic-instruct-gptj-pairwise yitingxie/rlhf-reward-datasets"
+)
+OPT = (
+    f"--data_path {FOUR_SETS} --data_split 2,4,4 --model_name_or_path facebook/opt-350m --num_padding_at_beginning 1 "
+    "--per_device_train_batch_size {batch} --per_device_eval_batch_size {batch} --max_seq_len 512 --learning_rate 5e-5 "
+    "--weight_decay 0.1 --dropout 0.0 --num_train_epochs 1 --gradient_accumulation_steps 1 --lr_scheduler_type cosine "
+    "--num_warmup_steps 0 --seed 1234 --zero_stage {stage} --deepspeed --output_dir ./output"
+)
+LLAMA = (
+    "--data_path Dahoas/rm-static --data_split 2,4,4 --model_name_or_path meta-llama/Llama-2-7b-hf "
+    "--per_device_train_batch_size 8 --per_device_eval_batch_size 8 --max_seq_len 512 --learning_rate 9.65e-6 "
+    "--weight_decay 0.1 --num_padding_at_beginning 0 --num_train_epochs 1 --gradient_accumulation_steps 1 "
+    "--lr_scheduler_type cosine --num_warmup_steps 0 --seed 1234 --gradient_checkpointing --zero_stage 3 --deepspeed "
+    "--offload {lora} --output_dir ./output_step2_llama_7b_epoch1_lr9.65e-6"
+)
+LAUNCH_LINES = {
+    "opt/single_gpu/run_350m.sh": "--model_name_or_path facebook/opt-350m --num_padding_at_beginning 1 "
+    "--weight_decay 0.1 --dropout 0.0 --gradient_accumulation_steps 4 --zero_stage 0 --enable_tensorboard "
+    "--tensorboard_path ./output --deepspeed --output_dir ./output",
+    "opt/single_node/run_350m.sh": OPT.format(batch=4, stage=0),
+    "opt/multi_node/run_350m.sh": OPT.format(batch=2, stage=0),
+    "opt/single_node/sweep/run_single.sh": OPT.format(batch=4, stage=2) + " --offload",
+    "llama2/run_llama2_7b.sh": LLAMA.format(lora=""),
+    "llama2/run_llama2_7b_lora.sh": LLAMA.format(lora='--lora_dim 128 --lora_module_name "layers."'),
+}
+
+WRONG = [
+    ("--zero_stage 5", ["--zero_stage", "5"]),
+    ("--zero_stage two", ["--zero_stage", "two"]),
+    ("--dtype fp8", ["--dtype", "fp8"]),
+    ("--lr_scheduler_type step", ["--lr_scheduler_type"]),
+    ("--max_seq_len 0", ["--max_seq_len", "0"]),
+    ("--per_device_train_batch_size 0", ["--per_device_train_batch_size"]),
+    ("--per_device_eval_batch_size -4", ["--per_device_eval_batch_size"]),
+    ("--gradient_accumulation_steps 1.5", ["--gradient_accumulation_steps"]),
+    ("--num_train_epochs 0", ["--num_train_epochs"]),
+    ("--num_warmup_steps -1", ["--num_warmup_steps"]),
+    ("--eval_iters -1", ["--eval_iters"]),
+    ("--lora_dim -1", ["--lora_dim"]),
+    ("--lora_alpha 0 --lora_dim 8", ["--lora_alpha"]),
+    ("--learning_rate 0", ["--learning_rate", "0"]),
+    ("--learning_rate inf", ["--learning_rate", "inf"]),
+    ("--learning_rate fast", ["--learning_rate", "fast"]),
+    ("--weight_decay nan", ["--weight_decay"]),
+    ("--weight_decay -0.1", ["--weight_decay", "-0.1"]),
+    ("--max_grad_norm -1", ["--max_grad_norm", "-1"]),
+    ("--seed -1", ["--seed"]),
+    ("--seed 4294967296", ["--seed", "4294967296"]),
+    ("--dropout 1.5", ["--dropout", "1.5"]),
+    ("--label_smoothing 0.6", ["--label_smoothing", "0.6"]),
+    ("--label_smoothing -0.1", ["--label_smoothing", "-0.1"]),
+    ("--margin wide", ["--margin", "wide", "column"]),
+    ("--margin nan", ["--margin", "nan"]),
+    ("--score_penalty fine", ["--score_penalty", "fine"]),
+    ("--loss_level word", ["--loss_level", "word"]),
+    ("--pooling max", ["--pooling", "max"]),
+    ("--save_format zip", ["--save_format", "zip"]),
+    ("--on_bad_row ignore", ["--on_bad_row", "ignore"]),
+    ("--data_path", ["--data_path"]),
+    ("--local_rank first", ["local_rank", "first"]),
+    ("--learning_rte 1e-5", ["--learning_rte"]),
+    ("--learn 1e-5", ["--learn"]),
+    ("1e-5", ["1e-5"]),
+]
+
+CONTRADICTIONS = [
+    ("--offload --zero_stage 0", ["--offload", "--zero_stage"]),
+    ("--loss_level token --pooling mean", ["--loss_level", "--pooling", "mean"]),
+    ("--score_penalty_weight 0.1", ["--score_penalty_weight", "--score_penalty:"]),
+    ("--lora_alpha 16", ["--lora_alpha", "--lora_dim"]),
+]
+
+INHERITED = [
+    ("--num_padding_at_beginning 1", "num_padding_at_beginning"),
+    ("--compute_fp32_loss", "compute_fp32_loss"),
+    ("--only_optimize_lora", "only_optimize_lora"),
+    ("--only_optimize_lora --lora_dim 8", "only_optimize_lora"),
+    ("--lora_module_name layers.", "lora_module_name"),
+    ("--deepspeed", "deepspeed"),
+]
+
+
+def options(line=""):
+    return parse(MODEL + shlex.split(line))
+
+
+def message(line):
+    with pytest.raises(UserError) as caught:
+        options(line)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("line", "name", "value"), UPSTREAM, ids=[line for line, _, _ in UPSTREAM])
+def test_every_flag_of_upstream_is_known(line, name, value):
+    assert getattr(options(line), name) == value
+
+
+@pytest.mark.parametrize("line", LAUNCH_LINES.values(), ids=LAUNCH_LINES)
+@pytest.mark.parametrize("rank", ["--local_rank=1", "--local-rank=1"])
+def test_launch_lines_of_upstream_parse_unchanged(line, rank):
+    words = shlex.split(line)
+    parsed = parse([rank, *words])
+    assert parsed.local_rank == 1
+    assert parsed.explicit == {word[2:] for word in words if word.startswith("--")} | {"local_rank"}
+
+
+def test_a_launch_line_is_read_as_it_says():
+    parsed = parse(shlex.split(LAUNCH_LINES["llama2/run_llama2_7b_lora.sh"]))
+    assert (parsed.zero_stage, parsed.offload, parsed.lora_dim, parsed.lora_module_name) == (3, True, 128, "layers.")
+    assert (parsed.data_path, parsed.data_split, parsed.learning_rate) == (["Dahoas/rm-static"], "2,4,4", 9.65e-6)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_schedule_is_one_of_transformers(name):
+    from transformers import SchedulerType
+
+    assert options(f"--lr_scheduler_type {name}").lr_scheduler_type == SchedulerType(name)
+
+
+def test_defaults_are_upstreams_where_they_do_not_surprise():
+    parsed = options()
+    same = {"per_device_train_batch_size": 16, "per_device_eval_batch_size": 16, "max_seq_len": 512, "seed": 1234}
+    same |= {"learning_rate": 5e-5, "weight_decay": 0.0, "num_train_epochs": 1, "gradient_accumulation_steps": 1}
+    same |= {"lr_scheduler_type": "cosine", "num_warmup_steps": 0, "zero_stage": 0, "offload": False, "lora_dim": 0}
+    same |= {"lora_learning_rate": 5e-4, "dropout": None, "output_dir": None, "local_rank": -1, "eval_interval": 0}
+    same |= {"data_path": ["Dahoas/rm-static"], "tensorboard_path": "step2_tensorboard"}
+    ours = {"data_split": None, "dtype": None, "eval_iters": 0, "margin": 0.0, "score_penalty": None}
+    assert {name: getattr(parsed, name) for name in same | ours} == same | ours
+
+
+@pytest.mark.parametrize(("line", "words"), WRONG, ids=[line for line, _ in WRONG])
+def test_a_wrong_value_is_one_line_that_names_the_flag(line, words):
+    text = message(line)
+    assert "\n" not in text
+    assert [word for word in words if word not in text] == []
+
+
+@pytest.mark.parametrize(("line", "words"), CONTRADICTIONS, ids=[line for line, _ in CONTRADICTIONS])
+def test_a_contradiction_is_one_line_that_names_both_flags(line, words):
+    text = message(line)
+    assert "\n" not in text
+    assert [word for word in words if word not in text] == []
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [("--learning_rate 0", "above 0"), ("--max_seq_len 0", "below 1"), ("--seed -1", "below 0"), ("--dropout 1", "1)")],
+)
+def test_a_number_out_of_range_says_which_range(line, reason):
+    assert reason in message(line)
+
+
+def test_the_model_is_required():
+    with pytest.raises(UserError, match="--model_name_or_path"):
+        parse([])
+
+
+def test_offload_without_a_stage_is_left_to_the_file_where_there_is_one():
+    assert options("--offload --deepspeed_config ds.json").offload
+
+
+@pytest.mark.parametrize(
+    ("line", "value"), [("--margin 1.5", 1.5), ("--margin=-1", -1.0), ("--margin column", "column")]
+)
+def test_margin_is_a_number_or_the_column(line, value):
+    assert options(line).margin == value
+
+
+@pytest.mark.parametrize(
+    ("line", "explicit"),
+    [
+        ("", set()),
+        ("--seed 1234", {"seed"}),
+        ("--seed=1234", {"seed"}),
+        ("--deepspeed", {"deepspeed"}),
+        ("--output_dir=--debug", {"output_dir"}),
+        ("--local-rank=0", {"local_rank"}),
+        ("--data_path a b --dropout 0", {"data_path", "dropout"}),
+        ("--lora_module_name seed", {"lora_module_name"}),
+    ],
+)
+def test_explicit_holds_what_was_given(line, explicit):
+    assert options(line).explicit == explicit | {"model_name_or_path"}
+
+
+def test_the_command_line_is_read_where_no_list_is_given(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["main.py", *MODEL, "--seed=7"])
+    parsed = parse()
+    assert parsed.seed == 7
+    assert parsed.explicit == {"model_name_or_path", "seed"}
+
+
+@pytest.mark.parametrize(("line", "name"), INHERITED, ids=[line for line, _ in INHERITED])
+def test_an_inherited_flag_says_that_it_changes_nothing(line, name, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    explain_inherited(options(line))
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 1
+    assert said[0].startswith(f"--{name} changes nothing")
+
+
+@pytest.mark.parametrize(
+    "line", ["", "--lora_dim 8 --lora_module_name layers.", "--num_padding_at_beginning=0 --seed 1"]
+)
+def test_only_flags_that_were_given_and_change_nothing_are_explained(line, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    explain_inherited(options(line))
+    assert [text.split()[0] for text in capsys.readouterr().out.splitlines()] == (
+        ["--num_padding_at_beginning"] if "padding" in line else []
+    )
+
+
+def test_only_the_first_rank_explains(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    explain_inherited(options("--deepspeed"))
+    assert capsys.readouterr().out == ""
+
+
+def test_help_lists_every_flag(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse(["--help"])
+    text = capsys.readouterr().out
+    flags = [flag for action in build_parser()._actions for flag in action.option_strings]
+    assert caught.value.code == 0
+    assert [flag for flag in flags if flag not in text] == []
+
+
+def test_the_cache_is_the_users_own_unless_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder(options()) == tmp_path / "dschat-reward"
+    assert cache_folder(options(f"--data_output_path {tmp_path}/rows")) == tmp_path / "rows"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert cache_folder(options()) == tmp_path / "home" / ".cache" / "dschat-reward"

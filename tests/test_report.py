@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The picture of a run, and the records that it is drawn from."""
+
+import json
+import struct
+
+import numpy as np
+import pytest
+
+from reward_model.metrics import pair_metrics
+from reward_model.report import draw, read_metrics
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def train_record(step):
+    return {
+        "split": "train",
+        "step": step,
+        "loss": 0.7 / (1 + step),
+        "accuracy": 0.5 + 0.01 * step,
+        "chosen_mean": 0.1 * step,
+        "rejected_mean": -0.1 * step,
+    }
+
+
+def eval_record(step):
+    chosen, rejected = np.array([0.1, 0.5]) * (step + 1), np.array([0.0, -0.2])
+    return {"split": "eval", "step": step} | pair_metrics(chosen, rejected, np.array([3, 4]), np.array([4, 3]))
+
+
+@pytest.fixture
+def metrics(tmp_path):
+    def write(records):
+        path = tmp_path / "metrics.jsonl"
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        return path
+
+    return write
+
+
+def size_of(picture):
+    """Width and height of a PNG; fails on anything else."""
+    content = picture.read_bytes()
+    assert content.startswith(PNG)
+    assert content[12:16] == b"IHDR"
+    return struct.unpack(">II", content[16:24])
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        [train_record(1), eval_record(1)],
+        [eval_record(0), *map(train_record, range(1, 31)), eval_record(15), eval_record(30)],
+    ],
+    ids=["one evaluation", "several evaluations"],
+)
+def test_draw_writes_a_png(metrics, tmp_path, records):
+    picture = tmp_path / "report.png"
+    draw(metrics(records), picture, np.array([0.5, 1.0, 2.0]), np.array([0.0, -1.0, 0.5]))
+    width, height = size_of(picture)
+    assert width > 600
+    assert height > 400
+
+
+def test_equal_scores_can_be_drawn(metrics, tmp_path):
+    draw(metrics([train_record(1), eval_record(1)]), tmp_path / "report.png", np.zeros(3), np.zeros(3))
+    assert size_of(tmp_path / "report.png")
+
+
+def test_the_picture_follows_the_records(metrics, tmp_path):
+    scores = np.array([1.0, 2.0]), np.array([0.0, 1.0])
+    first, same, other = (tmp_path / f"{name}.png" for name in ("first", "same", "other"))
+    for picture, step in ((first, 1), (same, 1), (other, 2)):
+        draw(metrics([train_record(step), eval_record(step)]), picture, *scores)
+    assert first.read_bytes() == same.read_bytes()
+    assert first.read_bytes() != other.read_bytes()
+
+
+def test_draw_leaves_no_figure_open(metrics, tmp_path):
+    from matplotlib import pyplot as plt
+
+    before = plt.get_fignums()
+    draw(metrics([train_record(1), eval_record(1)]), tmp_path / "report.png", np.ones(2), np.zeros(2))
+    assert plt.get_fignums() == before
+
+
+def test_read_metrics_separates_training_and_evaluations(metrics):
+    records = [eval_record(0), train_record(1), train_record(2), eval_record(2)]
+    train, evaluations = read_metrics(metrics(records))
+    assert train == [records[1], records[2]]
+    assert evaluations == [records[0], records[3]]

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokenizers of a few hundred tokens, one of each kind that models come with."""
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+EOS, PAD, BOS = "<|endoftext|>", "<|pad|>", "<s>"
+SENTENCES = (
+    "the cat sat on the mat and the other cat sat there",
+    "question: what does the cat eat? answer: the cat eats fish.",
+    "\n\nHuman: Where is the cat? \n\nAssistant: The cat is there. On the mat.",
+)
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tokenizer(folder=None, sentences=SENTENCES, reserved=(), opening="", closing="", chat_template=None, **special):
+    """A byte-level BPE tokenizer, saved into ``folder`` if there is one.
+
+    reserved: special tokens without a role. opening, closing: what is put around every text. special: eos_token,
+    pad_token and so on; None leaves one out.
+    """
+    special = {name: token for name, token in {"eos_token": EOS, "pad_token": PAD, **special}.items() if token}
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    names = list(dict.fromkeys([*special.values(), *reserved]))
+    tokens = [AddedToken(name, special=True, normalized=False) for name in names]
+    trainer = trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, special_tokens=tokens, show_progress=False)
+    bpe.train_from_iterator(sentences, trainer)
+    if opening or closing:
+        around = [(token, bpe.token_to_id(token)) for token in (opening, closing) if token]
+        bpe.post_processor = processors.TemplateProcessing(
+            single=f"{opening} $A {closing}".strip(), special_tokens=around
+        )
+    made = PreTrainedTokenizerFast(tokenizer_object=bpe, **special)
+    made.chat_template = chat_template
+    if folder is not None:
+        made.save_pretrained(folder)
+    return made
+
+
+def llama(folder=None, **special):
+    """Every text begins with a start token."""
+    return tokenizer(folder, opening=BOS, **{"bos_token": BOS, **special})
+
+
+def bert(folder=None, **special):
+    """[CLS] before and [SEP] after every text, and no eos_token."""
+    roles = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "eos_token": None}
+    return tokenizer(folder, opening="[CLS]", closing="[SEP]", **{**roles, **special})
+
+
+def chatml(folder=None, **special):
+    """Chat template that closes a turn with <|im_end|> and a line break; the eos_token is another one."""
+    marks = ("<|im_start|>", "<|im_end|>")
+    return tokenizer(folder, reserved=marks, **{"chat_template": CHATML, **special})
