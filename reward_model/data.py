@@ -14,7 +14,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +23,7 @@ import numpy as np
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
+from reward_model import sources
 from reward_model.errors import UserError, say
 from reward_model.sources import Source, read_sources
 from reward_model.tokenizer import SpecialTokens
@@ -120,22 +121,23 @@ def load_comparisons(
     Raises:
         UserError: unreadable data, a bad row under ``stop``, or nothing left.
     """
-    train, evaluation = [], []
+    train, evaluation, undivided = [], [], []
     for path in train_paths:
-        train_sources, eval_sources = read_sources(path, seed, data_split)
+        train_sources, eval_sources = read_sources(path, seed, data_split, hold_out=not eval_paths)
         tokenised = [tokenise(source, tokenizer, special, rules) for source in train_sources]
-        if eval_paths:
-            pass
-        elif eval_sources:
-            evaluation += [tokenise(source, tokenizer, special, rules) for source in eval_sources]
+        if eval_paths or eval_sources:
+            train += tokenised
         else:
-            tokenised, held_out = _hold_out(path, tokenised, seed)
-            evaluation += held_out
-        train += tokenised
+            undivided += tokenised
+        if not eval_paths:
+            evaluation += [tokenise(source, tokenizer, special, rules) for source in eval_sources]
     for path in eval_paths:
         # a folder or hub name stands for its evaluation rows, a file for all of its rows
         first, second = read_sources(path, seed, data_split)
         evaluation += [tokenise(source, tokenizer, special, rules) for source in second or first]
+    if any(len(part) for part in undivided):
+        undivided, held_out = _hold_out(undivided, seed)
+        train, evaluation = train + undivided, evaluation + held_out
     for name, parts in (("training", train), ("evaluation", evaluation)):
         if sum(len(part) for part in parts) == 0:
             raise UserError(f"no {name} rows are left")
@@ -146,17 +148,17 @@ def _join(parts: list[Comparisons]) -> Comparisons:
     return parts[0] if len(parts) == 1 else Comparisons(datasets.concatenate_datasets([p.table for p in parts]))
 
 
-def _hold_out(path: str, parts: list[Comparisons], seed: int) -> tuple[list[Comparisons], list[Comparisons]]:
-    """Keep a tenth of the prompts of one entry for evaluation, so that no prompt is on both sides."""
+def _hold_out(parts: list[Comparisons], seed: int) -> tuple[list[Comparisons], list[Comparisons]]:
+    """Keep a tenth of the prompts of some parts for evaluation, so that no prompt is on both sides."""
     hashes = [part.prompt_hashes() for part in parts]
     prompts = np.unique(np.concatenate(hashes))
     order = np.random.RandomState(seed).permutation(len(prompts))
     held = prompts[order[: max(1, round(EVAL_SHARE * len(prompts)))]]
     if len(prompts) < 2:
-        raise UserError(f"{path} has one prompt and no evaluation rows: name some with --eval_data_path")
+        raise UserError("there is one prompt and there are no evaluation rows: name some with --eval_data_path")
     masks = [np.isin(h, held) for h in hashes]
     rows = sum(int(mask.sum()) for mask in masks)
-    say(f"{path}: no evaluation rows; held out {len(held)} of {len(prompts)} prompts ({rows} rows) for evaluation")
+    say(f"no evaluation rows: held out {len(held)} of {len(prompts)} prompts ({rows} rows)")
     train = [part.select(np.flatnonzero(~mask)) for part, mask in zip(parts, masks)]
     evaluation = [part.select(np.flatnonzero(mask)) for part, mask in zip(parts, masks)]
     return train, evaluation
@@ -170,7 +172,7 @@ def tokenise(source: Source, tokenizer: PreTrainedTokenizerBase, special: Specia
     """
     work = partial(
         _tokenise_rows,
-        adapt=source.adapt,
+        source=replace(source, rows=None, numbers=None),
         tokenizer=tokenizer,
         special=special,
         max_seq_len=rules.max_seq_len,
@@ -204,11 +206,10 @@ def _fingerprint(source: Source, tokenizer, special: SpecialTokens, rules: Rules
         source.adapt.__name__,
         vocabulary,
         tokenizer.chat_template,
-        special.end,
-        sorted(special.endings),
+        [special.end, sorted(special.endings), sorted(special.starts)],
         rules.max_seq_len,
         rules.need_margin,
-        Path(__file__).read_text(encoding="utf-8"),
+        *[Path(module).read_text(encoding="utf-8") for module in (__file__, sources.__file__)],
     ]
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:32]
 
@@ -230,17 +231,20 @@ def _without_bad_rows(source: Source, table: datasets.Dataset, rules: Rules) -> 
     return good
 
 
-def _tokenise_rows(rows: dict[str, list], adapt, tokenizer, special, max_seq_len, need_margin) -> dict[str, list]:
+def _tokenise_rows(rows: dict[str, list], source, tokenizer, special, max_seq_len, need_margin) -> dict[str, list]:
     """A batch of rows in columns → a batch of FEATURES in columns."""
     size = len(next(iter(rows.values())))
     texts: list[Texts | str] = []
     for i in range(size):
         try:
-            texts.append(read_row(adapt({name: column[i] for name, column in rows.items()}), tokenizer, need_margin))
+            row = source.read({name: column[i] for name, column in rows.items()})
+            texts.append(read_row(row, tokenizer, need_margin))
         except BadRow as problem:
             texts.append(str(problem))
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            texts.append(f"the row lacks what {adapt.__name__.strip('_')} needs ({type(error).__name__}: {error})")
+            texts.append(
+                f"the row lacks what {source.adapt.__name__.strip('_')} needs ({type(error).__name__}: {error})"
+            )
     ids = _encode(tokenizer, [text for text in texts if isinstance(text, Texts)])
     out: dict[str, list] = {name: [] for name in FEATURES}
     for text in texts:
@@ -314,7 +318,7 @@ def _margin(value, needed: bool) -> float:
         return math.nan
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise BadRow(f"margin is {_type(value)}, not a number")
-    if not math.isfinite(value):
+    if not abs(value) <= np.finfo(np.float32).max:
         raise BadRow(f"margin is {value}")
     return float(value)
 
@@ -347,10 +351,11 @@ def _read_chat(prompt, chosen, rejected, margin: float, tokenizer) -> Texts:
         raise BadRow("chat messages need a tokenizer with a chat template, and this one has none")
     chosen, rejected = _as_messages(chosen), _as_messages(rejected)
     if isinstance(prompt, str):
-        # UltraFeedback repeats the first message as a prompt of its own
-        repeated = all(m[0]["role"] == "user" and m[0]["content"] == prompt for m in (chosen, rejected))
-        prompt = [] if repeated else [{"role": "user", "content": prompt}]
-    chosen, rejected = (prompt or []) + chosen, (prompt or []) + rejected
+        prompt = [{"role": "user", "content": prompt}]
+    prompt = _as_messages(prompt or [])
+    # UltraFeedback and others give the prompt twice: alone, and at the head of both answers
+    if not all(_holds(messages[:-1], prompt) for messages in (chosen, rejected)):
+        chosen, rejected = prompt + chosen, prompt + rejected
     turns = 0
     while turns < min(len(chosen), len(rejected)) - 1 and chosen[turns] == rejected[turns]:
         turns += 1
@@ -379,7 +384,14 @@ def _read_chat(prompt, chosen, rejected, margin: float, tokenizer) -> Texts:
 def _as_messages(value) -> list[dict]:
     if isinstance(value, str):
         return [{"role": "assistant", "content": value}]
-    return [{key: content for key, content in message.items() if content is not None} for message in value]
+    # Arrow fills every message with the keys of all others
+    return [{k: v for k, v in message.items() if v is not None or k == "content"} for message in value]
+
+
+def _holds(messages: list[dict], prompt: list[dict]) -> bool:
+    """Whether the prompt's messages stand in a row somewhere among the others."""
+    starts = range(len(messages) - len(prompt) + 1)
+    return any(messages[i : i + len(prompt)] == prompt for i in starts)
 
 
 def close_turn(text: str, tokenizer) -> str:

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
+import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import datasets
@@ -40,25 +42,35 @@ class Source:
     """Rows of one file or of one split.
 
     name: for messages, ``train.jsonl`` or ``Dahoas/rm-static, split train``.
-    rows: the rows as read.
+    rows: the rows as read; those of a text file as JSON, in one column ``json``.
     adapt: row → a dict with ``chosen``, ``rejected`` and perhaps ``prompt`` and ``margin``.
     numbers: each row's number in the file or split, from 1.
+    columns: of a text file, the fields of its first row; where a later row lacks one, it is None.
     """
 
     name: str
     rows: datasets.Dataset
     adapt: Callable[[dict], dict] = as_it_is
-    numbers: np.ndarray = field(default=None)
+    numbers: np.ndarray | None = None
+    columns: tuple[str, ...] = ()
 
     def __post_init__(self):
-        if self.numbers is None:
+        if self.numbers is None and self.rows is not None:
             self.numbers = np.arange(1, len(self.rows) + 1)
 
     def select(self, indices: np.ndarray) -> Source:
-        return Source(self.name, self.rows.select(indices), self.adapt, self.numbers[indices])
+        return replace(self, rows=self.rows.select(indices), numbers=self.numbers[indices])
+
+    def read(self, row: dict) -> dict:
+        """A row as stored → its fields."""
+        if list(row) == ["json"]:
+            row = dict.fromkeys(self.columns) | json.loads(row["json"])
+        return self.adapt(row)
 
 
-def read_sources(path: str, seed: int, data_split: str | None = None) -> tuple[list[Source], list[Source]]:
+def read_sources(
+    path: str, seed: int, data_split: str | None = None, hold_out: bool = True
+) -> tuple[list[Source], list[Source]]:
     """Training and evaluation rows of one ``--data_path`` entry.
 
     Args:
@@ -66,6 +78,7 @@ def read_sources(path: str, seed: int, data_split: str | None = None) -> tuple[l
             hub name.
         seed: of the shuffle behind ``data_split``.
         data_split: upstream's shares of its three steps, "2,4,4": the second is used. None: every row.
+        hold_out: split a data set that upstream knows, and that has no evaluation rows, 9 to 1 as upstream does.
 
     Returns:
         Two lists; the second is empty where the entry has no evaluation rows of its own.
@@ -84,17 +97,19 @@ def read_sources(path: str, seed: int, data_split: str | None = None) -> tuple[l
     elif os.path.isfile(path):
         train, evaluation = [_read_file(Path(path))], []
     elif os.path.isdir(path):
-        train, evaluation = _read_folder(Path(path))
+        train, evaluation = _read_folder(Path(path), EVAL_SPLITS.get(known))
     else:
         train, evaluation = _read_hub(path, EVAL_SPLITS.get(known))
     for source in train + evaluation:
         source.adapt = ADAPTERS.get(known, as_it_is)
         if len(source.rows) == 0:
             raise UserError(f"{source.name} holds no rows")
-    if known and not evaluation:  # upstream's rule for a data set without an evaluation split
-        whole, share = train, "9,1"
-        train = [source.select(split_indices(len(source.rows), share, 0, seed)) for source in whole]
-        evaluation = [source.select(split_indices(len(source.rows), share, 1, seed)) for source in whole]
+    if known and not evaluation and hold_out:
+        whole = train
+        train = [source.select(split_indices(len(source.rows), "9,1", 0, seed)) for source in whole]
+        evaluation = [source.select(split_indices(len(source.rows), "9,1", 1, seed)) for source in whole]
+        if not all(len(source.rows) for source in train + evaluation):
+            raise UserError(f"{path} has too few rows to hold a tenth of them out: name some with --eval_data_path")
     if data_split is not None:
         train = [_phase_two(source, data_split, seed) for source in train]
         evaluation = [_phase_two(source, data_split, seed) for source in evaluation]
@@ -116,13 +131,13 @@ def split_indices(size: int, shares: str, part: int, seed: int) -> np.ndarray:
         proportions = np.array([float(share) for share in shares.split(",")])
     except ValueError:
         proportions = np.array([])
-    if len(proportions) <= part or (proportions < 0).any() or proportions.sum() == 0:
+    if len(proportions) <= part or not np.isfinite(proportions).all() or proportions.min() < 0 or not proportions.any():
         raise UserError(f"--data_split {shares}: give the shares of upstream's three steps, such as 2,4,4")
     sizes = [round(share * size) for share in proportions / proportions.sum()]
     bounds = np.cumsum([0, *sizes])
     bounds[1:] -= bounds[-1] - size  # rounding: upstream takes the surplus from every bound
     order = np.random.RandomState(seed).permutation(size)
-    return order[max(bounds[part], 0) : bounds[part + 1]]
+    return order[max(bounds[part], 0) : max(bounds[part + 1], 0)]
 
 
 def _phase_two(source: Source, shares: str, seed: int) -> Source:
@@ -146,59 +161,111 @@ def _loader(path: Path) -> str | None:
 
 
 def _read_file(path: Path) -> Source:
+    """One file. Text formats are parsed here, row by row: datasets guesses a column's type from its first megabytes,
+    and then makes text of numbers, nothing of the answer "None", and dates of dates."""
     loader = _loader(path)
     if loader is None:
         raise UserError(f"{path}: give a file ending in {', '.join(LOADERS)}, or one of these with .gz")
-    if path.stat().st_size == 0:
-        raise UserError(f"{path} is empty")
     try:
-        rows = datasets.load_dataset(loader, data_files=str(path), split="train")
-    except Exception as error:  # datasets wraps whatever Arrow, pandas and gzip raise
-        problem = _bad_json_line(path) if loader == "json" else None
-        raise UserError(f"{path}: {problem or first_line(error.__cause__ or error)}") from error
-    return Source(str(path), rows)
+        if loader == "parquet":
+            return Source(str(path), datasets.load_dataset("parquet", data_files=str(path), split="train"))
+        rows = datasets.Dataset.from_generator(
+            _text_rows,
+            features=datasets.Features({"json": datasets.Value("string"), "number": datasets.Value("int64")}),
+            gen_kwargs={"path": str(path), "content": _digest(path)},
+        )
+    except Exception as error:  # datasets wraps what the generator, Arrow and gzip raise
+        cause = error.__cause__ or error
+        if isinstance(cause, StopIteration) or "corresponds to no data" in str(cause):
+            raise UserError(f"{path} holds no rows") from error
+        raise UserError(f"{path}: {first_line(cause)}") from error
+    numbers = np.asarray(rows.with_format("numpy")["number"][:])
+    return Source(str(path), rows.remove_columns("number"), numbers=numbers, columns=tuple(json.loads(rows[0]["json"])))
 
 
-def _bad_json_line(path: Path) -> str | None:
-    """What is wrong with a file that Arrow gave up on: line number and reason."""
-    opener = gzip.open if path.suffix == ".gz" else open
+def _digest(path: Path) -> str:
+    """SHA-256 of a file's bytes: what tells a changed file from an old one."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _text_rows(path: str, content: str) -> Iterator[dict]:
+    """The rows of a .json, .jsonl or .csv file as JSON text, each with its number; ``content`` names the version read.
+
+    Raises:
+        UserError: a line that is not a JSON object; says which.
+    """
+    opener = gzip.open if path.endswith(".gz") else open
+    with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+        if _loader(Path(path)) == "csv":
+            csv.field_size_limit(2**31 - 1)
+            reader = csv.DictReader(file, strict=True)
+            number = 0
+            try:
+                for number, row in enumerate(reader, 1):
+                    row.pop(None, None)  # cells beyond the header
+                    if "margin" in row:
+                        row["margin"] = _number(row["margin"])
+                    yield {"json": json.dumps(row), "number": number}
+            except csv.Error as error:
+                raise UserError(f"row {number + 1} is not CSV: {error}") from error
+            return
+        start = file.read(1)
+        while start.isspace():
+            start = file.read(1)
+        file.seek(0)
+        if start == "[":
+            for number, row in enumerate(_parse(file.read(), None), 1):
+                _require_object(row, f"row {number}")
+                yield {"json": json.dumps(row), "number": number}
+            return
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                _require_object(_parse(line, number), f"line {number}")
+                yield {"json": line, "number": number}
+
+
+def _parse(text: str, line: int | None):
     try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            if file.read(1) == "[":
-                file.seek(0)
-                json.load(file)
-                return None
-            file.seek(0)
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    try:
-                        row = json.loads(line)
-                    except json.JSONDecodeError as error:
-                        return f"line {number} is not JSON: {error.msg} at column {error.colno}"
-                    if not isinstance(row, dict):
-                        return f"line {number} is not an object"
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        return f"line {error.lineno} is not JSON: {error.msg} at column {error.colno}"
-    except (OSError, UnicodeDecodeError, EOFError) as error:
-        return first_line(error)
-    return None
+        raise UserError(f"line {line or error.lineno} is not JSON: {error.msg} at column {error.colno}") from error
 
 
-def _read_folder(folder: Path) -> tuple[list[Source], list[Source]]:
+def _require_object(row, where: str) -> None:
+    if not isinstance(row, dict):
+        raise UserError(f"{where} is not an object")
+
+
+def _number(cell: str | None) -> float | str | None:
+    """A CSV cell that should hold a number; empty: none."""
+    if not (cell or "").strip():
+        return None
+    try:
+        return float(cell)
+    except ValueError:
+        return cell
+
+
+def _read_folder(folder: Path, eval_split: str | None) -> tuple[list[Source], list[Source]]:
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         try:
             loaded = datasets.load_from_disk(str(folder))
         except Exception as error:
             raise UserError(f"{folder}: {first_line(error)}") from error
-        return _splits(str(folder), loaded if isinstance(loaded, dict) else {"train": loaded}, None)
+        return _splits(str(folder), loaded if isinstance(loaded, dict) else {"train": loaded}, eval_split)
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and _loader(path)]
+    files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
 
     def named(names):
         # train.jsonl, train-00000-of-00003.parquet, data/train_pairs.json.gz, eval/part1.csv
         pattern = re.compile(rf"^({'|'.join(names)})([^a-z]|$)", re.IGNORECASE)
         return [path for path in files if any(pattern.match(part) for part in path.relative_to(folder).parts)]
 
-    evaluation = named(EVAL_NAMES)
+    evaluation = named((eval_split,) if eval_split else EVAL_NAMES)
     train = [path for path in named(TRAIN_NAMES) if path not in evaluation]
     if not train:
         found = ", ".join(str(path.relative_to(folder)) for path in files[:5]) or "no data file"
@@ -258,8 +325,8 @@ def _miracl(row):
 
 
 def _jsonfile(row):
-    fields = {name: row.get(name) for name in ("prompt", "chosen", "rejected")}
-    return {name: f" {text}" if isinstance(text, str) else text for name, text in fields.items()}
+    texts = {name: row[name] for name in ("prompt", "chosen", "rejected") if isinstance(row.get(name), str)}
+    return row | {name: f" {text}" for name, text in texts.items()}
 
 
 ADAPTERS: dict[str, Callable[[dict], dict]] = {

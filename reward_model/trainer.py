@@ -64,6 +64,7 @@ def run(options: argparse.Namespace) -> None:
     train_set, eval_set = load_comparisons(
         options.data_path, options.eval_data_path, tokenizer, special, rules, options.seed, options.data_split
     )
+    require_positions(config.get_text_config(), tokenizer, max(train_set.lengths.max(), eval_set.lengths.max()))
     keep_zero3_alive = _announce_zero3(ds_config)
     scorer = build_scorer(options, special.rows)
     for part in (scorer.config, scorer.config.get_text_config()):
@@ -88,6 +89,16 @@ def read_config(name_or_path: str):
         return AutoConfig.from_pretrained(name_or_path)
     except Exception as error:  # OSError, ValueError, KeyError: missing, unreachable, unknown architecture
         raise UserError(f"--model_name_or_path {name_or_path}: {first_line(error)}") from error
+
+
+def require_positions(config, tokenizer, longest: int) -> None:
+    """Raises UserError if the longest text has more tokens than the model has positions."""
+    # RoBERTa's kind numbers its positions from 2 and says so only in its tokenizer
+    positions = min(getattr(config, "max_position_embeddings", None) or math.inf, tokenizer.model_max_length)
+    if longest > positions:
+        raise UserError(
+            f"the longest text has {longest} tokens, the model {positions} positions: --max_seq_len {positions}"
+        )
 
 
 def _announce_zero3(ds_config: dict):

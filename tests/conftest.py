@@ -43,3 +43,19 @@ def own_cache(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     monkeypatch.delenv("RANK", raising=False)
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    """The quick start's data, fewer rows of it, and its model."""
+    import runs
+
+    from reward_model.demo import write_data, write_model
+
+    folder = tmp_path_factory.mktemp("demo")
+    write_data(folder / "data")
+    for name, rows in (("train", runs.PAIRS), ("eval", runs.HELD_OUT)):
+        file = folder / "data" / f"{name}.jsonl"
+        file.write_text("".join(file.read_text().splitlines(keepends=True)[:rows]))
+    write_model(folder / "model", folder / "data")
+    return folder

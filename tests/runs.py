@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real runs of main.py, in processes of their own."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+TOP = Path(__file__).resolve().parent.parent
+SCRIPTS = TOP / "training_scripts"
+PAIRS, HELD_OUT = 320, 50
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def command(launcher, processes):
+    """The words that start main.py."""
+    if launcher == "python":
+        return [sys.executable, "main.py"]
+    port = str(free_port())
+    if launcher == "deepspeed":
+        runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", port]
+        return [*runner, "--num_gpus", str(processes), "main.py"]
+    runner = [sys.executable, "-m", "torch.distributed.run", "--master_port", port]
+    return [*runner, "--nproc_per_node", str(processes), "main.py"]
+
+
+def launch(*flags, launcher="python", processes=1, timeout=300, environment=None):
+    """Run main.py where a user would; what it printed, and its exit status."""
+    values = {name: v for name, v in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    values |= {"HF_HUB_OFFLINE": "1"} | (environment or {})
+    words = [*command(launcher, processes), *[str(flag) for flag in flags]]
+    return subprocess.run(words, cwd=SCRIPTS, env=values, capture_output=True, text=True, timeout=timeout)
+
+
+def train(demo, output, *flags, **launching):
+    """A run that has to succeed; its metrics."""
+    fixed = ["--max_seq_len", 256, "--learning_rate", 1e-3, "--data_output_path", demo / "cache"]
+    result = launch(
+        "--model_name_or_path", demo / "model", "--data_path", demo / "data", "--output_dir", output, *fixed, *flags,
+        **launching,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return Metrics(output / "metrics.jsonl", result)
+
+
+class Metrics:
+    """The records of a run, and what it printed."""
+
+    def __init__(self, path, result):
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        self.train = [r for r in records if r["split"] == "train"]
+        self.evaluations = [r for r in records if r["split"] == "eval"]
+        self.output = result.stdout + result.stderr
+
+    @property
+    def final(self):
+        return self.evaluations[-1]
+
+    @property
+    def losses(self):
+        return [r["loss"] for r in self.train]
+
+
+def reload_scores(folder, rows):
+    """Scores of (prompt, response) rows by Transformers alone."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model, info = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    texts = [prompt + response + tokenizer.eos_token for prompt, response in rows]
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        return model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.squeeze(-1)
+
+
+def held_out(demo):
+    rows = [json.loads(line) for line in (demo / "data" / "eval.jsonl").read_text().splitlines()]
+    return [(r["prompt"], r["chosen"]) for r in rows], [(r["prompt"], r["rejected"]) for r in rows]

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user gets wrong ends in one clear line, a non-zero exit status, and nothing overwritten."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import runs
+
+
+def refuse(demo, tmp_path, *flags, says, output=None, **launching):
+    """Run main.py; it must fail with one line that holds every word of ``says``, without a traceback."""
+    fixed = ["--model_name_or_path", demo / "model", "--data_path", demo / "data", "--max_seq_len", 256]
+    fixed += ["--output_dir", output or tmp_path / "out", "--data_output_path", demo / "cache"]
+    result = runs.launch(*fixed, *flags, **launching)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error")]
+    assert result.returncode != 0
+    assert "Traceback" not in result.stdout + result.stderr, result.stderr[-3000:]
+    assert len(lines) == 1, result.stderr[-3000:]
+    for word in [says] if isinstance(says, str) else says:
+        assert word in lines[0]
+    assert output or not (tmp_path / "out").exists()
+    return result
+
+
+def model_without(demo, folder, *names):
+    """A copy of the demo's model without some of its files."""
+    shutil.copytree(demo / "model", folder)
+    for name in names:
+        (folder / name).unlink()
+    return folder
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+FLAGS = {
+    "unknown flag": (["--learning_rat", "1"], "--learning_rat"),
+    "stage": (["--zero_stage", "5"], ["--zero_stage", "5"]),
+    "value": (["--lr_scheduler_type", "square"], ["--lr_scheduler_type", "square"]),
+    "number": (["--learning_rate", "fast"], ["--learning_rate", "fast"]),
+    "contradiction": (["--offload", "--zero_stage", "0"], ["--offload", "--zero_stage"]),
+    "data": (["--data_path", "./no/such.jsonl"], "./no/such.jsonl"),
+    "hub name": (["--data_path", "nobody/nothing"], ["nobody/nothing", "hub"]),
+    "model": (["--model_name_or_path", "no/such/model"], "no/such/model"),
+    "config": (["--deepspeed_config", "none.json"], "none.json"),
+    "no preferences": (["--data_path", "wangrui6/Zhihu-KOL"], "no rejected"),
+    "lora": (["--lora_dim", "4", "--lora_module_name", "decoder.layers."], ["--lora_module_name", "self_attn"]),
+    "length": (["--max_seq_len", "20"], ["row", "--max_seq_len 20"]),
+}
+
+
+@pytest.mark.parametrize("case", FLAGS)
+def test_flags(case, demo, tmp_path):
+    flags, says = FLAGS[case]
+    refuse(demo, tmp_path, *flags, says=says)
+
+
+def test_a_bad_row_names_file_row_and_reason(demo, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    rows = (demo / "data" / "train.jsonl").read_text().splitlines()[:20]
+    rows[6] = json.dumps({"prompt": "p", "chosen": "same", "rejected": "same"})
+    file.write_text("\n".join(rows))
+    refuse(demo, tmp_path, "--data_path", file, says=[str(file), "row 7", "equal"])
+    rows[3] = '{"prompt": "p", "chosen": '
+    file.write_text("\n".join(rows))
+    refuse(demo, tmp_path, "--data_path", file, says=[str(file), "line 4"])
+    file.write_text("")
+    refuse(demo, tmp_path, "--data_path", file, says=[str(file), "no rows"])
+
+
+def test_tokenizers(demo, tmp_path):
+    none = model_without(demo, tmp_path / "none", "tokenizer.json", "tokenizer_config.json")
+    refuse(demo, tmp_path, "--model_name_or_path", none, says="tokenizer")
+    no_end = model_without(demo, tmp_path / "no_end")
+    edit(no_end / "tokenizer_config.json", eos_token=None)
+    refuse(demo, tmp_path, "--model_name_or_path", no_end, says=["no end token", "--add_eot_token"])
+    too_large = model_without(demo, tmp_path / "too_large")
+    tokenizer = json.loads((too_large / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"] |= {f"word{i}": 10_000 + i for i in range(50)}
+    (too_large / "tokenizer.json").write_text(json.dumps(tokenizer))
+    refuse(demo, tmp_path, "--model_name_or_path", too_large, says=["embedding", "tokens"])
+
+
+def test_models(demo, tmp_path):
+    no_weights = model_without(demo, tmp_path / "no_weights", "model.safetensors")
+    refuse(demo, tmp_path, "--model_name_or_path", no_weights, says=[str(no_weights), "model.safetensors"])
+    deeper = model_without(demo, tmp_path / "deeper")
+    edit(deeper / "config.json", num_hidden_layers=3)
+    refuse(demo, tmp_path, "--model_name_or_path", deeper, says=["lacks 9", "layers.2"])
+    short = model_without(demo, tmp_path / "short")
+    edit(short / "config.json", max_position_embeddings=32)
+    refuse(demo, tmp_path, "--model_name_or_path", short, says=["--max_seq_len 32"])
+
+
+def test_another_run_is_not_overwritten(demo, tmp_path):
+    output = tmp_path / "used"
+    output.mkdir()
+    (output / "metrics.jsonl").write_text("precious\n")
+    refuse(demo, tmp_path, says=[str(output), "another run"], output=output)
+    assert [path.name for path in output.iterdir()] == ["metrics.jsonl"]
+    assert (output / "metrics.jsonl").read_text() == "precious\n"
+
+
+def test_an_output_folder_that_cannot_be_made(demo, tmp_path):
+    (tmp_path / "file").write_text("")
+    refuse(demo, tmp_path, says="file", output=tmp_path / "file" / "out")
+
+
+def test_a_full_disk(demo, tmp_path):
+    """A real one: a small file system of its own, which root can mount."""
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs root, to mount a small file system")
+    try:
+        refuse(demo, tmp_path, says=["free", "model"], output=small / "out")  # the model has 1.9 MB
+        subprocess.run(["mount", "-o", "remount,size=2200k", str(small)], check=True)
+        (small / "out" / "run.json").unlink(missing_ok=True)
+        refuse(demo, tmp_path, says="no space left", output=small / "out2")
+        assert not list((small / "out2").glob("*.safetensors"))
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_two_processes_have_one_voice(launcher, demo, tmp_path):
+    refuse(demo, tmp_path, "--data_path", "./no.jsonl", says="./no.jsonl", launcher=launcher, processes=2)
+
+
+def test_a_second_process_that_fails_ends_the_first(demo, tmp_path):
+    """The second rank is killed while the first waits for it: the launcher ends, non-zero, and leaves nothing."""
+    flags = ["--model_name_or_path", demo / "model", "--data_path", demo / "data", "--max_seq_len", 256]
+    flags += ["--num_train_epochs", 500, "--data_output_path", demo / "cache", "--output_dir", tmp_path / "out"]
+    words = [*runs.command("deepspeed", 2), *[str(flag) for flag in flags]]
+    run = subprocess.Popen(words, cwd=runs.SCRIPTS, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        metrics = tmp_path / "out" / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not (metrics.exists() and metrics.read_text().count('"train"') > 2):
+            assert time.monotonic() < deadline
+            assert run.poll() is None
+            time.sleep(0.2)
+        ranks = processes_of(str(tmp_path / "out"))
+        second = next(pid for pid, line in ranks.items() if "--local_rank=1" in line)
+        subprocess.run(["kill", f"-{signal.SIGKILL.value}", str(second)], check=True)
+        assert run.wait(timeout=60) != 0
+        time.sleep(2)
+        assert not processes_of(str(tmp_path / "out"))
+    finally:
+        run.kill()
+
+
+def processes_of(word):
+    """Processes whose command line holds a word and main.py's rank: pid → command line."""
+    listing = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
+    lines = [line.strip().split(maxsplit=1) for line in listing.splitlines()[1:]]
+    return {int(pid): args for pid, args in lines if word in args and "--local_rank=" in args}
+
+
+def test_debug_shows_the_traceback(demo, tmp_path):
+    flags = ["--model_name_or_path", demo / "model", "--data_path", "./no.jsonl", "--debug"]
+    result = runs.launch(*flags)
+    assert result.returncode != 0
+    assert "Traceback" in result.stderr
+
+
+def test_help_needs_nothing_else():
+    result = subprocess.run(
+        [sys.executable, "main.py", "--help"], cwd=runs.SCRIPTS, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0
+    assert "--on_bad_row" in result.stdout

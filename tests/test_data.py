@@ -1,0 +1,631 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows to Comparisons: what each form of row is read as, what is refused, what is cut, cached and held out."""
+
+import json
+import math
+import os
+import random
+import re
+
+import datasets
+import pyarrow
+import pytest
+import tiny
+
+from reward_model import data
+from reward_model.data import BadRow, Rules, close_turn, compare, load_comparisons, read_row, tokenise
+from reward_model.errors import UserError
+from reward_model.sources import Source, read_sources
+from reward_model.tokenizer import SpecialTokens, choose_special_tokens
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+TEXT = {"prompt": "question: what does the cat eat? answer:", "chosen": " fish", "rejected": " the mat"}
+
+
+def rules(tmp_path, **changes):
+    return Rules(**{"max_seq_len": 64, "on_bad_row": "stop", "cache": tmp_path / "cache", "processes": 1, **changes})
+
+
+def write(path, rows):
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    if not path.exists() or path.read_text() != text:  # a new time of change would be a new file to the cache
+        path.write_text(text)
+    return str(path)
+
+
+def special_tokens(tokenizer):
+    return choose_special_tokens(tokenizer, len(tokenizer))
+
+
+def tokenise_rows(rows, tmp_path, tokenizer=None, **changes):
+    """Comparisons of a file of these rows."""
+    tokenizer = tokenizer or tiny.tokenizer()
+    (source,), _ = read_sources(write(tmp_path / "rows.jsonl", rows), seed=0)
+    return tokenise(source, tokenizer, special_tokens(tokenizer), rules(tmp_path, **changes))
+
+
+def load(train, tmp_path, evaluation=(), tokenizer=None, seed=0, **changes):
+    tokenizer = tokenizer or tiny.tokenizer()
+    made = rules(tmp_path, **changes)
+    return load_comparisons(list(train), list(evaluation), tokenizer, special_tokens(tokenizer), made, seed)
+
+
+def whole(comparison):
+    """Ids of each whole text."""
+    return [comparison.prompt + response for response in comparison.responses]
+
+
+def texts(comparisons, tokenizer=None):
+    """Each row's two texts, without special tokens."""
+    tokenizer = tokenizer or tiny.tokenizer()
+    return [[tokenizer.decode(ids, skip_special_tokens=True) for ids in whole(row)] for row in comparisons]
+
+
+def everything(comparisons):
+    return [
+        (row.prompt, row.responses, row.better, row.worse, [None if math.isnan(m) else m for m in row.margin])
+        for row in comparisons
+    ]
+
+
+# The three forms of a row.
+
+
+def test_prompt_and_answers_are_joined_as_they_are():
+    text = read_row({**TEXT, "margin": 2}, tiny.tokenizer())
+    assert (text.prompt, text.chosen) == (TEXT["prompt"], "question: what does the cat eat? answer: fish")
+    assert text.rejected == "question: what does the cat eat? answer: the mat"
+    assert (text.margin, text.templated) == (2.0, False)
+    assert math.isnan(read_row(TEXT, tiny.tokenizer()).margin)
+
+
+def test_empty_prompt_is_a_prompt():
+    assert read_row({**TEXT, "prompt": ""}, tiny.tokenizer()).chosen == " fish"
+
+
+@pytest.mark.parametrize(
+    "prompt, chosen, rejected",
+    [
+        ("\n\nHuman: Hi\n\nAssistant:", " Hello", " Hey"),
+        ("\n\nHuman: Hi\n\nAssistant: A\n\nHuman: B\n\nAssistant:", " same start, then this", " same start, then that"),
+        ("\n\nHuman: Hi\n\nAssistant:", " Hello", " Bye\n\nHuman: Why?\n\nAssistant: So"),
+        ("the cat ", "sat", "sits"),  # no turns: whole words are shared
+        ("the cat\n", "sat", "sits"),
+        ("", "yes", "no"),
+    ],
+)
+def test_prompt_inside_the_answers(prompt, chosen, rejected):
+    text = read_row({"chosen": prompt + chosen, "rejected": prompt + rejected}, tiny.tokenizer())
+    assert (text.prompt, text.chosen, text.rejected) == (prompt, prompt + chosen, prompt + rejected)
+
+
+def message(role, content):
+    return {"role": role, "content": content}
+
+
+HI, HELLO, HEY = message("user", "Hi"), message("assistant", "Hello"), message("assistant", "Hey")
+SYSTEM = message("system", "Be kind")
+OPEN = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+OPEN_SYSTEM = "<|im_start|>system\nBe kind<|im_end|>\n" + OPEN
+
+CHATS = [
+    ({"chosen": [HI, HELLO], "rejected": [HI, HEY]}, OPEN),
+    ({"prompt": "Hi", "chosen": [HI, HELLO], "rejected": [HI, HEY]}, OPEN),  # UltraFeedback: the prompt twice
+    ({"prompt": "Hi", "chosen": [HELLO], "rejected": [HEY]}, OPEN),
+    ({"prompt": [HI], "chosen": [HELLO], "rejected": [HEY]}, OPEN),
+    ({"prompt": [HI], "chosen": "Hello", "rejected": "Hey"}, OPEN),
+    ({"prompt": [SYSTEM, HI], "chosen": [HELLO], "rejected": [HEY]}, OPEN_SYSTEM),
+    ({"chosen": [SYSTEM, HI, HELLO], "rejected": [SYSTEM, HI, HEY]}, OPEN_SYSTEM),
+    ({"prompt": "Hi", "chosen": [SYSTEM, HI, HELLO], "rejected": [SYSTEM, HI, HEY]}, OPEN_SYSTEM),  # OrcaDPO
+    ({"prompt": [HI], "chosen": [HI, HELLO], "rejected": [HI, HEY]}, OPEN),
+    ({"chosen": [HI, HEY, HI, HELLO], "rejected": [HI, HEY, HI, HEY]}, OPEN + "Hey<|im_end|>\n" + OPEN),
+    ({"chosen": [HI, {**HELLO, "name": None}], "rejected": [HI, HEY]}, OPEN),  # Arrow fills in what a message lacks
+]
+
+
+@pytest.mark.parametrize("row, prompt", CHATS)
+def test_chat_messages_go_through_the_template(row, prompt):
+    text = read_row(row, tiny.chatml())
+    assert (text.prompt, text.templated) == (prompt, True)
+    assert (text.chosen, text.rejected) == (f"{prompt}Hello<|im_end|>", f"{prompt}Hey<|im_end|>")
+
+
+def test_dialogues_that_differ_from_the_start_share_no_prompt():
+    chosen, rejected = [HI, HELLO], [message("user", "Ho"), HEY]
+    text = read_row({"chosen": chosen, "rejected": rejected}, tiny.chatml())
+    assert text.prompt == ""
+    assert text.rejected == "<|im_start|>user\nHo<|im_end|>\n<|im_start|>assistant\nHey<|im_end|>"
+
+
+def test_answers_of_several_turns_begin_where_they_differ():
+    text = read_row({"chosen": [HI, HELLO, HI, HELLO], "rejected": [HI, HEY]}, tiny.chatml())
+    assert text.prompt == OPEN
+    assert text.chosen == f"{OPEN}Hello<|im_end|>\n{OPEN}Hello<|im_end|>"
+
+
+def test_template_that_ignores_the_generation_prompt_keeps_what_is_shared():
+    template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if messages|length < 2 %}!{% endif %}"
+    )
+    text = read_row({"chosen": [HI, HELLO], "rejected": [HI, HEY]}, tiny.tokenizer(chat_template=template))
+    assert (text.prompt, text.chosen) == ("[user]Hi", "[user]Hi[assistant]Hello")
+
+
+# Tokens.
+
+
+@pytest.mark.parametrize("make", [tiny.tokenizer, tiny.llama, tiny.bert])
+def test_merges_across_the_boundary_stay(make, tmp_path):
+    tokenizer = make()
+    row = {"prompt": "the ca", "chosen": "t sat", "rejected": "r"}
+    joint = tokenizer("the cat sat")["input_ids"]
+    cat = tokenizer.convert_tokens_to_ids("Ġcat")
+    assert cat in joint
+    assert cat not in tokenizer("the ca")["input_ids"] + tokenizer("t sat")["input_ids"]
+    comparison = tokenise_rows([row], tmp_path, tokenizer)[0]
+    assert cat == comparison.responses[0][0]
+
+
+@pytest.mark.parametrize("make", [tiny.tokenizer, tiny.llama, tiny.bert, tiny.chatml])
+def test_every_text_ends_with_one_end_token(make, tmp_path):
+    tokenizer = make()
+    end = special_tokens(tokenizer).end
+    comparison = tokenise_rows([TEXT], tmp_path, tokenizer)[0]
+    for ids, answer in zip(whole(comparison), (TEXT["chosen"], TEXT["rejected"])):
+        joint = tokenizer(TEXT["prompt"] + answer)["input_ids"]
+        assert ids == (joint if joint[-1] == end else [*joint, end])
+        assert ids.count(end) == 1
+
+
+def test_end_token_written_in_the_text_gets_no_second(tmp_path):
+    row = {**TEXT, "chosen": " fish<|endoftext|>"}
+    assert everything(tokenise_rows([row], tmp_path)) == everything(tokenise_rows([TEXT], tmp_path))
+
+
+@pytest.mark.parametrize("eos", [tiny.EOS, "<|im_end|>"])
+def test_end_of_turn_gets_no_second_end(eos, tmp_path):
+    tokenizer = tiny.chatml(eos_token=eos)
+    row = {"chosen": [HI, HELLO], "rejected": [HI, HEY]}
+    comparison = tokenise_rows([row], tmp_path, tokenizer)[0]
+    expected = [tokenizer(f"{OPEN}{answer}<|im_end|>")["input_ids"] for answer in ("Hello", "Hey")]
+    assert whole(comparison) == expected
+
+
+def test_template_without_an_end_of_turn_gets_the_end_token(tmp_path):
+    tokenizer = tiny.tokenizer(chat_template="{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    comparison = tokenise_rows([{"chosen": [HI, HELLO], "rejected": [HI, HEY]}], tmp_path, tokenizer)[0]
+    assert whole(comparison)[0] == [*tokenizer("user: Hi\nassistant: Hello\n")["input_ids"], tokenizer.eos_token_id]
+
+
+def test_template_writes_its_own_start_token(tmp_path):
+    tokenizer = tiny.llama(chat_template="{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}")
+    comparison = tokenise_rows([{"chosen": [HI, HELLO], "rejected": [HI, HEY]}], tmp_path, tokenizer)[0]
+    for ids in whole(comparison):
+        assert ids.count(tokenizer.bos_token_id) == 1
+        assert ids[0] == tokenizer.bos_token_id
+
+
+def test_close_turn_drops_only_what_follows_a_special_token():
+    tokenizer = tiny.chatml()
+    assert close_turn("a<|im_end|>\n", tokenizer) == "a<|im_end|>"
+    assert close_turn("a<|endoftext|> \n", tokenizer) == "a<|endoftext|>"
+    assert close_turn("a\n", tokenizer) == "a\n"
+
+
+def slow_common_prefix(first, second):
+    length = 0
+    while length < min(len(first), len(second)) and first[: length + 1] == second[: length + 1]:
+        length += 1
+    return length
+
+
+def random_text(rng, low):
+    words = ["cat", " cat", "the ", "mat", "é", "猫", "\n", " ", "?", "ca", "t", "Hu", "man:", "<|endoftext|>", "🐟"]
+    return "".join(rng.choice(words) for _ in range(rng.randint(low, 8)))
+
+
+@pytest.mark.parametrize("make", [tiny.tokenizer, tiny.llama, tiny.bert])
+def test_prompt_and_responses_reassemble_the_joint_ids(make, tmp_path, capsys):
+    rng = random.Random(0)
+    tokenizer = make(pad_token="<|pad|>")
+    end = special_tokens(tokenizer).end
+    rows = [
+        {"prompt": random_text(rng, 0), "chosen": random_text(rng, 1), "rejected": random_text(rng, 1)}
+        for _ in range(300)
+    ]
+    expected = []
+    for row in rows:
+        ids = [tokenizer(row["prompt"] + row[answer])["input_ids"] for answer in ("chosen", "rejected")]
+        ids = [joint if joint[-1] == end else [*joint, end] for joint in ids]
+        if row["chosen"].strip() and row["rejected"].strip() and ids[0] != ids[1]:
+            expected.append(ids)
+    assert 200 < len(expected) < 300
+    comparisons = tokenise_rows(rows, tmp_path, tokenizer, on_bad_row="skip", max_seq_len=10_000)
+    assert [whole(row) for row in comparisons] == expected
+    for row, (chosen, rejected) in zip(comparisons, expected):
+        shared = slow_common_prefix(chosen, rejected)
+        assert len(row.prompt) == min(shared, len(chosen) - 1, len(rejected) - 1)
+        assert (row.better, row.worse) == ([0], [1])
+    assert comparisons.lengths.tolist() == [max(map(len, ids)) for ids in expected]
+    skipped = re.findall(r"skipped (\d+) of 300 rows", capsys.readouterr().out)
+    assert sum(map(int, skipped)) + len(comparisons) == 300
+
+
+def test_response_that_begins_with_the_other_keeps_its_end_token():
+    special = SpecialTokens(end=9, pad=8, endings=frozenset({9}), starts=frozenset(), rows=10)
+    record = compare([1, 2], [1, 2, 3], [1, 2, 3, 9, 4], math.nan, special, max_seq_len=20)
+    assert record["prompt"] == [1, 2, 3]
+    assert record["responses"] == [[9], [9, 4, 9]]
+
+
+# Cutting.
+
+
+@pytest.mark.parametrize("make, start", [(tiny.tokenizer, 0), (tiny.llama, 1), (tiny.bert, 1)])
+def test_prompt_is_cut_from_the_left(make, start, tmp_path, capsys):
+    tokenizer = make()
+    end = special_tokens(tokenizer).end
+    long = {**TEXT, "prompt": "the cat sat on the mat and " * 5 + TEXT["prompt"]}
+    joint = [tokenizer(long["prompt"] + long[answer])["input_ids"] for answer in ("chosen", "rejected")]
+    joint = [ids if ids[-1] == end else [*ids, end] for ids in joint]
+    comparisons = tokenise_rows([TEXT, long, long], tmp_path, tokenizer, max_seq_len=30)
+    surplus = max(map(len, joint)) - 30
+    assert surplus > 10
+    for row in (comparisons[1], comparisons[2]):
+        assert whole(row) == [ids[:start] + ids[start + surplus :] for ids in joint]
+        assert tokenizer.decode(row.responses[0], skip_special_tokens=True).endswith("fish")
+        assert tokenizer.decode(row.responses[1], skip_special_tokens=True).endswith("the mat")
+    assert comparisons.lengths.tolist()[1:] == [30, 30]
+    assert "rows.jsonl: 3 rows, 2 with the prompt cut from the left to fit 30 tokens" in capsys.readouterr().out
+
+
+def test_longer_answer_decides_how_much_is_cut():
+    special = SpecialTokens(end=9, pad=8, endings=frozenset({9}), starts=frozenset({0}), rows=10)
+    record = compare([0, 1, 2, 3], [0, 1, 2, 3, 5], [0, 1, 2, 3, 6, 7, 6], math.nan, special, max_seq_len=6)
+    assert (record["prompt"], record["responses"]) == ([0, 3], [[5, 9], [6, 7, 6, 9]])
+    assert (record["length"], record["cut"]) == (6, True)
+
+
+def test_whole_prompt_may_go_but_no_token_of_an_answer():
+    special = SpecialTokens(end=9, pad=8, endings=frozenset({9}), starts=frozenset({0}), rows=10)
+    row = ([0, 1, 2], [0, 1, 2, 5], [0, 1, 2, 6, 7], math.nan, special)
+    assert compare(*row, max_seq_len=6)["cut"] is False
+    assert compare(*row, max_seq_len=4)["prompt"] == [0]  # the start token, two of the answer, the end token
+    with pytest.raises(BadRow, match="an answer alone is longer than --max_seq_len 3"):
+        compare(*row, max_seq_len=3)
+
+
+# Rows that cannot be used.
+
+LONG = "the cat sat on the mat and " * 20
+CHAT = {"prompt": [HI], "chosen": [HELLO], "rejected": [HEY]}
+BAD_ROWS = [
+    ({"chosen": None}, "chosen is missing"),
+    ({"rejected": None}, "rejected is missing"),
+    ({"prompt": None}, "prompt is missing"),
+    ({"chosen": 5}, "chosen is a number, not text or chat messages"),
+    ({"rejected": ["x"]}, "rejected is a list, not text or chat messages"),
+    ({"prompt": {"text": "x"}}, "prompt is an object, not text or chat messages"),
+    ({"chosen": True}, "chosen is a truth value, not text or chat messages"),
+    ({"chosen": ""}, "chosen is empty"),
+    ({"rejected": " \n"}, "rejected is empty"),
+    ({"margin": math.nan}, "margin is nan"),
+    ({"margin": math.inf}, "margin is inf"),
+    ({"margin": -math.inf}, "margin is -inf"),
+    ({"margin": 1e39}, "margin is "),  # infinite as a float32
+    ({"margin": "big"}, "margin is text, not a number"),
+    ({"margin": True}, "margin is a truth value, not a number"),
+    ({"margin": [1.0]}, "margin is a list, not a number"),
+    ({"chosen": TEXT["rejected"]}, "chosen and rejected are equal"),
+    ({"chosen": f"{TEXT['rejected']}<|endoftext|>"}, "chosen and rejected are equal once tokenised"),
+    ({"chosen": LONG}, "an answer alone is longer than --max_seq_len 64"),
+    ({"rejected": LONG}, "an answer alone is longer than --max_seq_len 64"),
+    (CHAT, "chat messages need a tokenizer with a chat template, and this one has none"),
+    ({"chosen": [{"text": "x"}]}, "chosen is a list, not text or chat messages"),
+]
+
+
+@pytest.mark.parametrize("change, reason", BAD_ROWS)
+def test_bad_row_stops_or_is_counted(change, reason, tmp_path, capsys):
+    row = {name: value for name, value in {**TEXT, "margin": 1.0, **change}.items() if value is not None}
+    rows = [{**TEXT, "margin": 1.0}, row, {**TEXT, "margin": 2.0}]
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path / 'rows.jsonl'}, row 2: {reason}")) as caught:
+        tokenise_rows(rows, tmp_path)
+    assert "1 of 3 rows cannot be used; --on_bad_row skip" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    kept = tokenise_rows(rows, tmp_path, on_bad_row="skip")
+    assert [row.margin for row in kept] == [[1.0], [2.0]]
+    out = capsys.readouterr().out
+    assert f"rows.jsonl: skipped 1 of 3 rows: {reason}" in out
+    assert "rows.jsonl: 2 rows" in out
+
+
+BAD_CHATS = [
+    ({"chosen": [HI, HELLO, HI]}, "chosen ends with a message of role user, not assistant"),
+    ({"chosen": [HI, message("assistant", " ")]}, "chosen is empty"),
+    ({"rejected": [HI, message("assistant", None)]}, "rejected is empty"),
+    ({"rejected": [HI, HELLO]}, "chosen and rejected are equal"),
+    ({"rejected": [message("tool", "x"), HEY]}, "the chat template refuses it: no tool"),
+    ({"rejected": []}, "rejected is a list, not text or chat messages"),
+]
+STRICT = "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tool') }}{% endif %}{% endfor %}"
+
+
+@pytest.mark.parametrize("change, reason", BAD_CHATS)
+def test_bad_chat_stops_or_is_counted(change, reason, tmp_path, capsys):
+    tokenizer = tiny.chatml(chat_template=STRICT + tiny.CHATML)
+    good = {"chosen": [HI, HELLO], "rejected": [HI, HEY]}
+    with pytest.raises(BadRow, match=reason):
+        read_row({**good, **change}, tokenizer)
+    rows = [good, {**good, **change}, good]
+    with pytest.raises(UserError, match=f"rows.jsonl, row 2: {reason}"):
+        tokenise_rows(rows, tmp_path, tokenizer)
+    assert len(tokenise_rows(rows, tmp_path, tokenizer, on_bad_row="skip")) == 2
+    assert f"skipped 1 of 3 rows: {reason}" in capsys.readouterr().out
+
+
+def test_answers_that_the_template_makes_equal():
+    template = "{% for m in messages %}{{ m.content | trim }}{% endfor %}"
+    with pytest.raises(BadRow, match="chosen and rejected are equal"):
+        read_row(
+            {"chosen": [HI, HELLO], "rejected": [HI, message("assistant", "Hello ")]},
+            tiny.tokenizer(chat_template=template),
+        )
+
+
+def test_margin_may_be_needed(tmp_path):
+    rows = [{**TEXT, "margin": 1.5}, TEXT]
+    assert everything(tokenise_rows(rows, tmp_path))[1][-1] == [None]
+    with pytest.raises(UserError, match="row 2: margin is missing"):
+        tokenise_rows(rows, tmp_path, need_margin=True)
+    kept = tokenise_rows(rows, tmp_path, need_margin=True, on_bad_row="skip")
+    assert [row.margin for row in kept] == [[1.5]]
+
+
+def test_nan_margin_of_a_csv_is_no_missing_one(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,chosen,rejected,margin\np,a,b,1\nq,a,b,NaN\nr,a,b,\n")
+    with pytest.raises(UserError, match="row 2: margin is nan"):
+        load([str(path)], tmp_path)
+
+
+def test_row_that_the_data_set_adapter_cannot_read(tmp_path):
+    def adapter(row):
+        return {"chosen": row["answers"][0], "rejected": row["answers"][1]}
+
+    table = datasets.Dataset.from_list([{"answers": ["a", "b"]}, {"answers": ["a"]}])
+    tokenizer = tiny.tokenizer()
+    with pytest.raises(UserError, match="made, row 2: the row lacks what adapter needs"):
+        tokenise(Source("made", table, adapter), tokenizer, special_tokens(tokenizer), rules(tmp_path))
+
+
+def test_every_row_is_kept_or_counted_under_its_reason(tmp_path, capsys):
+    bad = [({**TEXT, **change}, reason) for change, reason in BAD_ROWS[:9]]
+    rng = random.Random(1)
+    rows = [(TEXT, None)] * 50 + [rng.choice(bad) for _ in range(100)]
+    rng.shuffle(rows)
+    comparisons = tokenise_rows([row for row, _ in rows], tmp_path, on_bad_row="skip")
+    out = capsys.readouterr().out
+    reasons = [reason for _, reason in rows if reason]
+    for reason in set(reasons):
+        assert f"skipped {reasons.count(reason)} of 150 rows: {reason}\n" in out
+    assert len(comparisons) == 50
+
+
+def test_row_number_is_that_of_the_file_after_a_split(tmp_path):
+    rows = [{**TEXT, "prompt": f"{i}"} for i in range(1, 31)]
+    rows[20]["chosen"] = ""
+    path = write(tmp_path / "rows.jsonl", rows)
+    (source,), _ = read_sources(path, seed=0, data_split="0,1,0")
+    assert source.numbers.tolist() != list(range(1, 31))
+    tokenizer = tiny.tokenizer()
+    with pytest.raises(UserError, match="row 21: chosen is empty"):
+        tokenise(source, tokenizer, special_tokens(tokenizer), rules(tmp_path))
+
+
+def test_nothing_left_is_an_error(tmp_path):
+    train = write(tmp_path / "train.jsonl", [{**TEXT, "chosen": ""}] * 3)
+    with pytest.raises(UserError, match="no training rows are left"):
+        load([train], tmp_path, on_bad_row="skip")
+    good = write(tmp_path / "good.jsonl", [TEXT] * 3)
+    with pytest.raises(UserError, match="no evaluation rows are left"):
+        load([good], tmp_path, evaluation=[train], on_bad_row="skip")
+
+
+# The cache.
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """Batches of rows tokenised so far."""
+    batches = []
+    encode = data._encode
+    monkeypatch.setattr(data, "_encode", lambda *args: batches.append(args) or encode(*args))
+    return batches
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_second_call_reads_the_cache(processes, tmp_path, encoded, capsys):
+    rows = [TEXT, {**TEXT, "chosen": ""}, TEXT]
+    first = tokenise_rows(rows, tmp_path, on_bad_row="skip", processes=processes)
+    before = len(encoded)
+    assert before == (1 if processes == 1 else 0)  # else it happens in other processes
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*.arrow")}
+    printed = capsys.readouterr().out
+    (source,), _ = read_sources(str(tmp_path / "rows.jsonl"), seed=0)
+    tokenizer = tiny.tokenizer()
+    made = rules(tmp_path, on_bad_row="skip", processes=processes)
+    second = tokenise(source, tokenizer, special_tokens(tokenizer), made)  # as another run does
+    assert everything(second) == everything(first)
+    assert len(encoded) == before
+    assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*.arrow")}
+    assert capsys.readouterr().out == printed  # what is skipped is said again
+
+
+CHANGES = {
+    "content": {"rows": [{**TEXT, "chosen": " meat"}]},
+    "tokenizer": {"tokenizer": lambda: tiny.tokenizer(sentences=["fish fish fish"])},
+    "special tokens around a text": {"tokenizer": tiny.llama},
+    "limit": {"max_seq_len": 10},
+    "needed margin": {"need_margin": True, "on_bad_row": "skip"},
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_change_is_not_answered_from_the_cache(name, tmp_path, encoded):
+    change = dict(CHANGES[name])
+    rows = change.pop("rows", [TEXT])
+    tokenizer = change.pop("tokenizer", tiny.tokenizer)()
+    before = everything(tokenise_rows([TEXT], tmp_path))
+    after = everything(tokenise_rows(rows, tmp_path, tokenizer, **change))
+    assert after != before
+    assert after == everything(tokenise_rows(rows, tmp_path, tokenizer, cache=tmp_path / "other", **change))
+    assert len(encoded) == 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"chat_template": "!" + tiny.CHATML}, {"eos_token": "<|im_end|>"}, {"bos_token": "<|im_start|>"}],
+    ids=lambda change: next(iter(change)),
+)
+def test_changed_chat_template_or_special_token_is_not_answered_from_the_cache(change, tmp_path):
+    template = "{{ bos_token }}{% for m in messages %}{{ m.role }} {{ m.content }}{{ eos_token }}{% endfor %}"
+    first = {"bos_token": "<s>", "chat_template": template}
+    roles = {"reserved": ["<s>", "<|im_start|>", "<|im_end|>"], "pad_token": "<|pad|>"}
+    rows = [{"chosen": [HI, HELLO], "rejected": [HI, HEY]}]
+    tokenizers = []
+    for special in (first, {**first, **change}):
+        tokenizers.append(tiny.tokenizer(bos_token=None, **{"eos_token": tiny.EOS, **roles}))
+        tokenizers[-1].chat_template = special.pop("chat_template")
+        tokenizers[-1].add_special_tokens(special)  # all of them are in the vocabulary already
+    before, after = (everything(tokenise_rows(rows, tmp_path, tokenizer)) for tokenizer in tokenizers)
+    assert after != before
+    assert after == everything(tokenise_rows(rows, tmp_path, tokenizers[1], cache=tmp_path / "other"))
+
+
+@pytest.mark.parametrize("start", ["<s>", tiny.EOS])
+def test_other_start_token_is_not_answered_from_the_cache(start, tmp_path):
+    rows = [{**TEXT, "prompt": start + "the cat sat on the mat " * 5}]
+    with_start, without = tiny.tokenizer(bos_token=start), tiny.tokenizer(reserved=[start])
+    assert with_start.get_vocab() == without.get_vocab()
+    kept = tokenise_rows(rows, tmp_path, with_start, max_seq_len=20)[0]
+    cut = tokenise_rows(rows, tmp_path, without, max_seq_len=20)[0]
+    assert kept.prompt[0] == with_start.bos_token_id
+    assert cut.prompt[0] != with_start.bos_token_id
+
+
+def test_changed_content_with_the_old_time_is_not_answered_from_the_cache(tmp_path):
+    tokenise_rows([TEXT], tmp_path)
+    before = (tmp_path / "rows.jsonl").stat()
+    write(tmp_path / "rows.jsonl", [{**TEXT, "chosen": " meat"}])
+    os.utime(tmp_path / "rows.jsonl", ns=(before.st_atime_ns, before.st_mtime_ns))  # as tar and rsync do
+    assert texts(tokenise_rows([{**TEXT, "chosen": " meat"}], tmp_path))[0][0].endswith(" meat")
+
+
+def test_cache_is_private_and_holds_arrow_only(tmp_path):
+    tokenise_rows([TEXT] * 4, tmp_path, cache=tmp_path / "some" / "cache", processes=2)
+    folder = tmp_path / "some" / "cache"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    files = [path for path in folder.rglob("*") if path.suffix != ".lock"]
+    assert len(files) == 2
+    for path in files:
+        with pyarrow.memory_map(os.fspath(path)) as file:
+            assert pyarrow.ipc.open_stream(file).read_all().num_rows == 2
+
+
+def test_two_processes_give_the_same_rows(tmp_path):
+    rows = [{**TEXT, "prompt": f"question {i}: ", "margin": float(i)} for i in range(21)]
+    alone = tokenise_rows(rows, tmp_path, processes=0)
+    assert everything(tokenise_rows(rows, tmp_path, cache=tmp_path / "two", processes=2)) == everything(alone)
+    assert len(alone) == 21
+
+
+# Training and evaluation rows.
+
+
+def questions(numbers, each=2):
+    """Rows about numbered questions, several to a question."""
+    return [{"prompt": f"question {i}: ", "chosen": f"a{k}", "rejected": "b"} for i in numbers for k in range(each)]
+
+
+def asked(comparisons):
+    return [int(re.match(r"question (\d+):", chosen)[1]) for chosen, _ in texts(comparisons)]
+
+
+def test_held_out_by_prompt(tmp_path, capsys):
+    path = write(tmp_path / "pairs.jsonl", questions(range(40)))
+    train, evaluation = load([path], tmp_path)
+    assert not set(asked(train)) & set(asked(evaluation))
+    assert sorted(asked(train) + asked(evaluation)) == sorted([*range(40)] * 2)
+    assert len(evaluation) == 8
+    note = "no evaluation rows: held out 4 of 40 prompts (8 rows)"
+    assert note in capsys.readouterr().out
+
+
+def test_held_out_prompts_depend_on_the_seed_alone(tmp_path):
+    rows = questions(range(40))
+    first = load([write(tmp_path / "pairs.jsonl", rows)], tmp_path, seed=1)[1]
+    again = load([str(tmp_path / "pairs.jsonl")], tmp_path, seed=1, cache=tmp_path / "other")[1]
+    other = load([str(tmp_path / "pairs.jsonl")], tmp_path, seed=2)[1]
+    shuffled = load([write(tmp_path / "shuffled.jsonl", rows[::-1])], tmp_path, seed=1)[1]
+    assert everything(first) == everything(again)
+    assert set(asked(first)) == set(asked(shuffled))
+    assert set(asked(first)) != set(asked(other))
+
+
+def test_no_prompt_is_on_both_sides_of_several_paths(tmp_path):
+    paths = [write(tmp_path / f"{first}.jsonl", questions(range(first, first + 40))) for first in (0, 20)]
+    train, evaluation = load(paths, tmp_path)
+    assert len(train) + len(evaluation) == 160
+    assert not set(asked(train)) & set(asked(evaluation))
+
+
+def test_one_prompt_cannot_be_held_out(tmp_path):
+    with pytest.raises(UserError, match="one prompt and there are no evaluation rows: name some with --eval_data_path"):
+        load([write(tmp_path / "pairs.jsonl", questions([1], each=5))], tmp_path)
+
+
+def test_eval_data_path_takes_no_training_rows(tmp_path, capsys):
+    train_path = write(tmp_path / "pairs.jsonl", questions(range(20)))
+    eval_path = write(tmp_path / "more.jsonl", questions(range(30, 35)))
+    train, evaluation = load([train_path], tmp_path, evaluation=[eval_path])
+    assert asked(train) == [i for i in range(20) for _ in range(2)]
+    assert asked(evaluation) == [i for i in range(30, 35) for _ in range(2)]
+    assert "held out" not in capsys.readouterr().out
+
+
+def test_folder_as_eval_data_path_stands_for_its_evaluation_rows(tmp_path):
+    (tmp_path / "set").mkdir()
+    write(tmp_path / "set" / "train.jsonl", questions(range(5)))
+    write(tmp_path / "set" / "eval.jsonl", questions(range(10, 12)))
+    train, evaluation = load([str(tmp_path / "set")], tmp_path)
+    assert (set(asked(train)), set(asked(evaluation))) == ({0, 1, 2, 3, 4}, {10, 11})
+    other = write(tmp_path / "other.jsonl", questions(range(20, 25)))
+    train, evaluation = load([other], tmp_path, evaluation=[str(tmp_path / "set")])
+    assert (set(asked(train)), set(asked(evaluation))) == ({20, 21, 22, 23, 24}, {10, 11})
+
+
+def test_data_paths_are_concatenated(tmp_path):
+    paths = [write(tmp_path / f"{i}.jsonl", questions([i, i + 10])) for i in (3, 1, 2)]
+    evaluation = write(tmp_path / "eval.jsonl", questions([50]))
+    train, held = load(paths, tmp_path, evaluation=[evaluation, evaluation])
+    assert asked(train) == [3, 3, 13, 13, 1, 1, 11, 11, 2, 2, 12, 12]
+    assert asked(held) == [50] * 4
+
+
+def test_known_data_set_with_eval_data_path_trains_on_every_row(tmp_path, monkeypatch):
+    path = write(tmp_path / "eval.jsonl", questions([50]))
+    rows = datasets.Dataset.from_list([{"prompt": f"{i}", "chosen": "a", "rejected": "b"} for i in range(20)])
+    read = datasets.load_dataset
+    hub = {"Dahoas/synthetic-instruct-gptj-pairwise": datasets.DatasetDict(train=rows)}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **kwargs: hub.get(name) or read(name, **kwargs))
+    train, _ = load(hub, tmp_path, evaluation=[path])
+    assert len(train) == 20
+
+
+def test_known_data_set_too_small_for_its_split(tmp_path, monkeypatch):
+    rows = datasets.Dataset.from_list([{"prompt": f"{i}", "chosen": "a", "rejected": "b"} for i in range(3)])
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.DatasetDict(train=rows))
+    with pytest.raises(UserError, match="eval_data_path"):  # a tenth of three rounds to none
+        load(["Dahoas/synthetic-instruct-gptj-pairwise"], tmp_path)

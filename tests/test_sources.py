@@ -1,0 +1,386 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where rows come from: files of every format, folders, saved data sets, and the names that upstream knows."""
+
+import gzip
+import json
+import re
+
+import datasets
+import numpy as np
+import pytest
+
+from reward_model.errors import UserError
+from reward_model.sources import ADAPTERS, NO_REJECTED, read_sources, split_indices
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+ROWS = [{"prompt": f"question {i}: ", "chosen": f"good {i}", "rejected": f"bad\n{i}, é"} for i in range(3)]
+
+
+def json_lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def write(path, rows=ROWS):
+    """Rows in the format that the file's name asks for."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plain = path.with_suffix("") if path.suffix == ".gz" else path
+    table = datasets.Dataset.from_list(rows)
+    if plain.suffix == ".parquet":
+        table.to_parquet(plain)
+    elif plain.suffix == ".csv":
+        table.to_csv(plain, index=False)
+    elif plain.name.endswith("array.json"):
+        plain.write_text(json.dumps(rows, indent=1))
+    else:
+        plain.write_text(json_lines(rows))
+    if path != plain:
+        path.write_bytes(gzip.compress(plain.read_bytes()))
+        plain.unlink()
+    return path
+
+
+def read(path, **kwargs):
+    return read_sources(str(path), **{"seed": 0, **kwargs})
+
+
+def rows_of(source):
+    return [source.read(row) for row in source.rows]
+
+
+def refusal(path, text=None):
+    """The one line with which a file of this text is refused."""
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        read(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(path) in message
+    return message
+
+
+FILES = ["a.jsonl", "array.json", "lines.json", "a.csv", "a.parquet", "v1.2.JSONL"]
+FILES += [f"{name}.gz" for name in FILES[:4]]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_file_of_every_format(name, tmp_path):
+    path = write(tmp_path / name)
+    train, evaluation = read(path)
+    assert [rows_of(source) for source in train] == [ROWS]
+    assert evaluation == []
+    assert train[0].name == str(path)
+    assert train[0].numbers.tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "array.json", "a.parquet", "a.csv"])
+def test_answers_that_look_like_something_else_are_text(name, tmp_path):
+    answers = ["4", "None", "1.50", "N/A", "True", "2020-01-01"]
+    rows = [{"prompt": "p", "chosen": answer, "rejected": answer + "!"} for answer in answers]
+    (source,), _ = read(write(tmp_path / name, rows))
+    assert [row["chosen"] for row in rows_of(source)] == answers
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+@pytest.mark.parametrize("answer", ["4", "2020-01-01", "true"])
+def test_answers_that_all_look_like_something_else_are_text(name, answer, tmp_path):
+    (source,), _ = read(write(tmp_path / name, [{"prompt": "p", "chosen": answer, "rejected": "5"}] * 2))
+    assert [row["chosen"] for row in rows_of(source)] == [answer] * 2
+
+
+# datasets takes the types of a file from its first 10 MB of JSON, or 10,000 rows of CSV
+LATE = [
+    ({"margin": 1}, {"margin": 1.5}),
+    ({}, {"margin": 1.5}),
+    ({"prompt": "2020-01-01"}, {"prompt": "when?"}),
+    ({}, {"chosen": 5}),
+    ({}, {"chosen": [{"role": "user", "content": "Hi"}]}),
+]
+
+
+@pytest.mark.parametrize("early, late", LATE)
+def test_json_field_that_changes_late_in_a_large_file(early, late, tmp_path):
+    path = tmp_path / "a.jsonl"
+    early, late = {**ROWS[0], **early}, {**ROWS[1], **late}
+    padding = {**early, "rejected": "x" * 1_000_000}
+    path.write_text(json_lines([early, *[padding] * 11, late]))
+    (source,), _ = read(path)
+    last = rows_of(source)[12]
+    assert {name: last[name] for name in late} == late
+    assert {name: rows_of(source)[0][name] for name in early} == early
+
+
+def test_csv_margin_that_is_whole_for_many_rows(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("chosen,rejected,margin\n" + "a,b,1\n" * 10_000 + "a,b,1.5\n")
+    (source,), _ = read(path)
+    assert rows_of(source)[10_000]["margin"] == 1.5
+
+
+LAYOUTS = [
+    (["train.jsonl", "eval.jsonl"], ["train.jsonl"], ["eval.jsonl"]),
+    (["train.csv", "test.csv"], ["train.csv"], ["test.csv"]),
+    (["train.json.gz", "validation.jsonl"], ["train.json.gz"], ["validation.jsonl"]),
+    (["train_pairs.jsonl", "dev-1.jsonl"], ["train_pairs.jsonl"], ["dev-1.jsonl"]),
+    (["train/1.jsonl", "train/2.jsonl", "valid/1.csv"], ["train/1.jsonl", "train/2.jsonl"], ["valid/1.csv"]),
+    (
+        ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "data/test-00000-of-00001.parquet"],
+        ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"],
+        ["data/test-00000-of-00001.parquet"],
+    ),
+    (["train.jsonl", "notes.jsonl", "evaluate.jsonl", "trained.jsonl"], ["train.jsonl"], []),
+    (["train.jsonl", "eval/train.jsonl"], ["train.jsonl"], ["eval/train.jsonl"]),
+    (["train.jsonl", ".ipynb_checkpoints/train-checkpoint.jsonl"], ["train.jsonl"], []),
+]
+
+
+@pytest.mark.parametrize("files, train, evaluation", LAYOUTS)
+def test_folder_with_train_and_eval_files(files, train, evaluation, tmp_path):
+    for name in files:
+        write(tmp_path / name)
+    (tmp_path / "README.md").write_text("not data")
+    found = [[source.name for source in part] for part in read(tmp_path)]
+    assert found == [[str(tmp_path / name) for name in part] for part in (train, evaluation)]
+
+
+def test_folder_without_a_train_file_says_what_is_there(tmp_path):
+    assert "no data file" in refusal(tmp_path)
+    write(tmp_path / "pairs.jsonl")
+    assert re.search(r"no file whose name begins with train \(pairs.jsonl found\)", refusal(tmp_path))
+
+
+def test_saved_data_set(tmp_path):
+    table = datasets.Dataset.from_list(ROWS)
+    table.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=table, test=table.select([0])).save_to_disk(tmp_path / "two")
+    train, evaluation = read(tmp_path / "one")
+    assert ([len(s.rows) for s in train], evaluation) == ([3], [])
+    train, evaluation = read(tmp_path / "two")
+    assert [len(s.rows) for s in train + evaluation] == [3, 1]
+    assert evaluation[0].name == f"{tmp_path / 'two'}, split test"
+    datasets.DatasetDict(test=table).save_to_disk(tmp_path / "three")
+    assert "has no split named train, only test" in refusal(tmp_path / "three")
+
+
+def test_local_jsonfile_is_upstreams(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"put train\.json and eval\.json into a folder data/"):
+        read("local/jsonfile")
+    write(tmp_path / "data" / "train.json", [{"prompt": "Q", "chosen": "yes", "rejected": "no", "margin": 2.0}])
+    write(tmp_path / "data" / "eval.json", ROWS[:2])
+    (train,), (evaluation,) = read("local/jsonfile")
+    adapted = train.read(train.rows[0])
+    assert {name: adapted[name] for name in ROWS[0]} == {"prompt": " Q", "chosen": " yes", "rejected": " no"}
+    assert adapted["margin"] == 2.0
+    assert len(evaluation.rows) == 2
+
+
+GOOD = json.dumps(ROWS[0]) + "\n"
+
+
+@pytest.mark.parametrize(
+    "name, text, line",
+    [
+        ("cut.jsonl", GOOD + GOOD + GOOD[:30] + "\n", 3),
+        ("word.jsonl", GOOD + "hello\n", 2),
+        ("blank_lines.jsonl", "\n" + GOOD + "\n{]\n", 4),
+        ("number.jsonl", GOOD + "5\n" + GOOD, 2),
+        ("list.jsonl", GOOD + "[1]\n", 2),
+        ("array.json", json.dumps(ROWS, indent=1).replace("},", "}"), 7),
+    ],
+)
+def test_unreadable_json_names_the_line(name, text, line, tmp_path):
+    assert f"line {line} is not " in refusal(tmp_path / name, text)
+    (tmp_path / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
+    assert f"line {line} is not " in refusal(tmp_path / f"{name}.gz")
+
+
+def test_json_file_that_is_not_text(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xff\xfe\x00" + GOOD.encode())
+    assert "utf-8" in refusal(path)
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(GOOD.encode())
+    assert "gzip" in refusal(path)
+
+
+def test_broken_parquet_and_csv(tmp_path):
+    assert "arquet" in refusal(tmp_path / "a.parquet", "no parquet")
+    assert "row 1" in refusal(tmp_path / "a.csv", 'prompt,chosen,rejected\n"p,a,b\n')
+
+
+def test_empty_file(tmp_path):
+    assert refusal(tmp_path / "a.jsonl", "").endswith("holds no rows")
+
+
+@pytest.mark.parametrize("name, text", [("a.jsonl", "\n\n"), ("a.json", "[]"), ("a.csv", "prompt,chosen,rejected\n")])
+def test_file_without_rows(name, text, tmp_path):
+    assert refusal(tmp_path / name, text).endswith("holds no rows")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a", "a.jsonl.zip", "a.gz"])
+def test_unknown_extension(name, tmp_path):
+    assert "give a file ending in .jsonl, .json, .parquet, .csv" in refusal(tmp_path / name, GOOD)
+
+
+@pytest.mark.parametrize("path", ["missing.jsonl", "/missing/folder", "./folder", "a/b.parquet", "nobody/nothing", "x"])
+def test_missing_path_is_one_line(path):
+    with pytest.raises(UserError, match=f"--data_path {path}: no such file or folder") as caught:
+        read(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_numbers_are_those_of_the_file_after_selection(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"chosen": f"a{i}", "rejected": "b"} for i in range(1, 41)])
+    (source,), _ = read(path, data_split="2,4,4")
+    assert len(source.rows) == 16
+    assert [row["chosen"] for row in rows_of(source)] == [f"a{i}" for i in source.numbers]
+    twice = source.select(np.array([5, 2]))
+    assert [row["chosen"] for row in rows_of(twice)] == [f"a{i}" for i in source.numbers[[5, 2]]]
+
+
+def test_data_split_says_what_it_takes(tmp_path, capsys):
+    path = write(tmp_path / "train.jsonl", ROWS * 10)
+    write(tmp_path / "eval.jsonl", ROWS * 4)
+    (train,), (evaluation,) = read(tmp_path, data_split="0,5,5")
+    assert (len(train.rows), len(evaluation.rows)) == (15, 6)
+    assert f"{path}: --data_split 0,5,5 takes 15 of 30 rows" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--data_split 1,0,0 leaves no rows of 30"):
+        read(path, data_split="1,0,0")
+
+
+def split_slowly(size, shares, part, seed):
+    """Upstream's rule, step by step: round each share, take what is too much or too little from every bound."""
+    shares = [float(share) for share in shares.split(",")]
+    bounds = [0]
+    for share in shares:
+        bounds.append(bounds[-1] + round(share / sum(shares) * float(size)))
+    surplus = bounds[-1] - size
+    bounds = [0] + [bound - surplus for bound in bounds[1:]]
+    order = np.arange(size, dtype=np.uint32)
+    np.random.RandomState(seed).shuffle(order)
+    return [int(i) for i in order[max(bounds[part], 0) : max(bounds[part + 1], 0)]]
+
+
+@pytest.mark.parametrize("shares", ["2,4,4", "9,1", "1,1,1", "0,10,0", "0.1,0.25,0.65", "0,1,1"])
+def test_split_indices_are_upstreams(shares):
+    for size in [*range(1, 40), 1000]:
+        parts = [split_indices(size, shares, part, seed=size).tolist() for part in range(len(shares.split(",")))]
+        assert parts == [split_slowly(size, shares, part, seed=size) for part in range(len(parts))]
+        assert sorted(index for part in parts for index in part) == list(range(size))  # every row in one part
+
+
+@pytest.mark.parametrize("shares", ["", "2", "a,b", "0,0,0", "2,-1,3", "nan,1,1", "inf,1,1"])
+def test_shares_that_are_none(shares):
+    with pytest.raises(UserError, match=f"--data_split {shares}: give the shares"):
+        split_indices(10, shares, 1, seed=0)
+
+
+# Rows with the columns of the real data sets, and what upstream's raw_datasets.py makes of them.
+HUMAN = "\n\nHuman: Hi\n\nAssistant:"
+STATIC = {"prompt": HUMAN, "response": " hello", "chosen": " hello", "rejected": " bye"}
+WEBGPT = {
+    "question": {"dataset": "eli5", "id": "1", "full_text": "Why?"},
+    "quotes_0": {"title": ["t"], "extract": ["e"]},
+    "answer_0": "Since (so they say) it [2] is.[1, 3]",
+    "tokens_0": {"prefix": [1], "completion": [2]},
+    "score_0": -0.5,
+    "quotes_1": {"title": [], "extract": []},
+    "answer_1": "Because [1]of that.",
+    "tokens_1": {"prefix": [1], "completion": [2]},
+    "score_1": 0.5,
+}
+SHP = {
+    "post_id": "x",
+    "history": "How?",
+    "human_ref_A": "Like so.",
+    "human_ref_B": "Like this.",
+    "labels": 0,
+    "score_ratio": 2.0,
+}
+MIRACL = {
+    "query_id": "1",
+    "query": "谁?",
+    "positive_passages": [{"docid": "1", "title": "t", "text": "他"}, {"docid": "2", "title": "t", "text": "她"}],
+    "negative_passages": [{"docid": "3", "title": "t", "text": "它"}],
+}
+EXPECTED = [
+    ("Dahoas/rm-static", STATIC, HUMAN, " hello", " bye"),
+    ("Dahoas/full-hh-rlhf", STATIC, HUMAN, " hello", " bye"),
+    (
+        "Dahoas/synthetic-instruct-gptj-pairwise",
+        {"prompt": "Hi", "chosen": "hello", "rejected": "bye"},
+        " Human: Hi Assistant:",
+        " hello",
+        " bye",
+    ),
+    (
+        "yitingxie/rlhf-reward-datasets",
+        {"prompt": "\n\nHuman: Hi ", "chosen": "\n\nAssistant: a", "rejected": "\n\nAssistant: b"},
+        "\n\nHuman: Hi ",
+        "\n\nAssistant: a",
+        "\n\nAssistant: b",
+    ),
+    ("openai/webgpt_comparisons", WEBGPT, " Human: Why? Assistant:", " Becauseof that.", " Since it is."),
+    (
+        "openai/webgpt_comparisons",
+        {**WEBGPT, "score_0": 0.0, "score_1": 0.0},
+        " Human: Why? Assistant:",
+        " Since it is.",
+        " Becauseof that.",
+    ),
+    ("stanfordnlp/SHP", SHP, " Human: How? Assistant:", " Like this.", " Like so."),
+    ("stanfordnlp/SHP", {**SHP, "labels": 1}, " Human: How? Assistant:", " Like so.", " Like this."),
+    ("Cohere/miracl-zh-queries-22-12", MIRACL, " Human: 谁? Assistant:", " 他", " 它"),
+    ("Cohere/miracl-ja-queries-22-12", MIRACL, " Human: 谁? Assistant:", " 他", " 它"),
+]
+SPLITS = {"stanfordnlp/SHP": ("train", "validation", "test")}
+SPLITS |= {name: ("train", "dev") for name in ADAPTERS if "miracl" in name}
+SPLITS |= {"Dahoas/synthetic-instruct-gptj-pairwise": ("train",), "openai/webgpt_comparisons": ("train",)}
+
+
+def serve(monkeypatch, splits, rows):
+    """A hub that holds these rows in every split."""
+    hub = datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split in splits})
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: hub)
+
+
+def test_every_name_has_an_expected_row():
+    assert {name for name, *_ in EXPECTED} | {"local/jsonfile"} == set(ADAPTERS)
+
+
+@pytest.mark.parametrize("name, row, prompt, chosen, rejected", EXPECTED)
+def test_upstreams_names_give_upstreams_words(name, row, prompt, chosen, rejected, monkeypatch):
+    splits = SPLITS.get(name, ("train", "test"))
+    serve(monkeypatch, splits, [row] * 20)
+    (train,), (evaluation,) = read(name)
+    for source in (train, evaluation):
+        found = source.read(source.rows[0])
+        assert {key: found[key] for key in ROWS[0]} == {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    assert train.name == f"{name}, split train"
+    assert evaluation.name == f"{name}, split {splits[1] if len(splits) > 1 else 'train'}"
+    if len(splits) == 1:  # nine to one
+        assert (len(train.rows), len(evaluation.rows)) == (18, 2)
+        assert sorted([*train.numbers, *evaluation.numbers]) == list(range(1, 21))
+
+
+def test_saved_copy_of_a_known_data_set_takes_the_same_split(tmp_path):
+    folder = tmp_path / "stanfordnlp" / "SHP"
+    table = datasets.Dataset.from_list([SHP] * 3)
+    datasets.DatasetDict(train=table, validation=table, test=table).save_to_disk(folder)
+    (train,), (evaluation,) = read(folder)
+    assert train.read(train.rows[0])["chosen"] == " Like this."
+    assert evaluation.name == f"{folder}, split validation"
+
+
+@pytest.mark.parametrize("name", NO_REJECTED)
+def test_name_without_rejected_answers_is_refused(name):
+    with pytest.raises(UserError, match=f"data set {name} has no rejected answers"):
+        read(name)
+
+
+def test_hub_data_set_without_a_train_split(monkeypatch):
+    serve(monkeypatch, ("test",), ROWS)
+    with pytest.raises(UserError, match="someone/pairs has no split named train, only test"):
+        read("someone/pairs")

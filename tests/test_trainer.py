@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole runs: every launcher, ZeRO stage and dtype trains the same model, and what is saved scores the same."""
+
+import json
+import os
+import shutil
+import sys
+
+import pytest
+import runs
+import torch
+
+from reward_model import distributed
+from reward_model.scoring import load
+
+STEPS = runs.PAIRS // 16
+
+
+@pytest.fixture(scope="module")
+def plain(demo, tmp_path_factory):
+    """The run that others are held against: one process, float32, ZeRO 0, and the folder it left."""
+    folder = tmp_path_factory.mktemp("plain") / "out"
+    return runs.train(demo, folder), folder
+
+
+def close_to(metrics, plain, tolerance=1e-5):
+    assert metrics.losses == pytest.approx(plain[0].losses, abs=tolerance)
+    assert metrics.final["loss"] == pytest.approx(plain[0].final["loss"], abs=tolerance)
+    assert metrics.final["pairs"] == runs.HELD_OUT
+
+
+def test_it_learns_and_tells(plain):
+    metrics, folder = plain
+    assert len(metrics.train) == STEPS
+    assert metrics.evaluations[0]["step"] == 0
+    assert metrics.final["step"] == STEPS
+    assert metrics.final["loss"] < 0.4 < 0.6 < metrics.evaluations[0]["loss"]
+    assert metrics.final["accuracy"] >= 0.85
+    assert f"held-out accuracy {metrics.final['accuracy']:.4f} on {runs.HELD_OUT} pairs" in metrics.output
+    assert f"always the longer answer: {metrics.final['longer_wins_accuracy']:.4f}" in metrics.output
+    assert "320 training pairs, 50 held out; global batch 16 = 16 pairs × 1 accumulated × 1 process" in metrics.output
+    names = {"loss", "accuracy", "gap", "chosen_mean", "rejected_mean", "learning_rate", "pairs_per_second"}
+    assert names <= set(metrics.train[0])
+    assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((folder / "run.json").read_text())["max_seq_len"] == 256
+
+
+def test_transformers_scores_the_held_out_pairs_as_the_last_evaluation_did(plain, demo):
+    metrics, folder = plain
+    chosen, rejected = (runs.reload_scores(folder, rows) for rows in runs.held_out(demo))
+    assert chosen.mean().item() == pytest.approx(metrics.final["chosen_mean"], abs=1e-5)
+    assert rejected.std(unbiased=False).item() == pytest.approx(metrics.final["rejected_std"], abs=1e-5)
+    assert (chosen > rejected).float().mean().item() == pytest.approx(metrics.final["accuracy"], abs=1e-6)
+    ours = load(folder).score(*zip(*runs.held_out(demo)[0]))
+    assert ours == pytest.approx(chosen.tolist(), abs=1e-5)
+
+
+def test_a_second_run_gives_the_same_numbers(plain, demo, tmp_path):
+    metrics = runs.train(demo, tmp_path / "out")
+    assert metrics.losses == plain[0].losses
+    assert metrics.final == plain[0].final
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_launchers_and_two_processes(launcher, plain, demo, tmp_path):
+    flags = ["--per_device_train_batch_size", 8, "--zero_stage", 2]
+    metrics = runs.train(demo, tmp_path / "out", *flags, launcher=launcher, processes=2)
+    close_to(metrics, plain)
+
+
+def test_local_rank_given_without_a_launcher(plain, demo, tmp_path):
+    close_to(runs.train(demo, tmp_path / "out", "--local_rank", "0", "--deepspeed"), plain)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_zero_stages(stage, plain, demo, tmp_path):
+    metrics = runs.train(demo, tmp_path / "out", "--zero_stage", stage, "--gradient_checkpointing")
+    close_to(metrics, plain)
+    chosen = runs.reload_scores(tmp_path / "out", runs.held_out(demo)[0])
+    assert chosen.mean().item() == pytest.approx(metrics.final["chosen_mean"], abs=1e-5)
+
+
+def test_accumulation_gives_the_same_steps(plain, demo, tmp_path):
+    flags = ["--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 4]
+    close_to(runs.train(demo, tmp_path / "out", *flags), plain)
+
+
+def test_zero3_on_two_processes_with_lora(demo, tmp_path):
+    flags = ["--lora_dim", 8, "--lora_learning_rate", 5e-3]
+    one = runs.train(demo, tmp_path / "one", *flags)
+    assert "the base is frozen" in one.output
+    assert one.final["loss"] < 0.5
+    two_flags = ["--zero_stage", 3, "--per_device_train_batch_size", 8]
+    two = runs.train(demo, tmp_path / "two", *flags, *two_flags, launcher="deepspeed", processes=2)
+    assert two.losses == pytest.approx(one.losses, abs=1e-5)
+    for folder, metrics in ((tmp_path / "one", one), (tmp_path / "two", two)):
+        chosen = runs.reload_scores(folder, runs.held_out(demo)[0])
+        assert chosen.mean().item() == pytest.approx(metrics.final["chosen_mean"], abs=1e-4)
+        assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_bfloat16_follows_float32(stage, plain, demo, tmp_path):
+    metrics = runs.train(demo, tmp_path / "out", "--dtype", "bf16", "--zero_stage", stage)
+    # one step too many in Adam's bias correction puts the second loss 0.017 off
+    assert metrics.losses[:4] == pytest.approx(plain[0].losses[:4], abs=0.006)
+    assert metrics.final["loss"] == pytest.approx(plain[0].final["loss"], abs=0.02)
+    dtype = next(load(tmp_path / "out").scorer.parameters()).dtype
+    assert dtype == torch.bfloat16
+
+
+def test_uneven_shares_count_every_pair_once(demo, tmp_path):
+    """50 held-out pairs in batches of 7 over two processes; 320 pairs in global batches of 18, the last one of 14."""
+    flags = ["--per_device_eval_batch_size", 7, "--per_device_train_batch_size", 9]
+    two = runs.train(demo, tmp_path / "two", *flags, launcher="torchrun", processes=2)
+    flags = ["--per_device_eval_batch_size", 50, "--per_device_train_batch_size", 18]
+    one = runs.train(demo, tmp_path / "one", *flags)
+    assert two.losses == pytest.approx(one.losses, abs=1e-5)
+    for name in ("pairs", "accuracy", "chosen_mean", "rejected_std", "loss", "longer_wins_accuracy"):
+        assert two.final[name] == pytest.approx(one.final[name], abs=1e-5), name
+
+
+def test_token_level_penalty_margin_and_both_forms(demo, tmp_path):
+    flags = ["--loss_level", "token", "--score_penalty", "centre", "--margin", "0.2", "--label_smoothing", "0.05"]
+    metrics = runs.train(demo, tmp_path / "out", *flags, "--save_format", "both", "--eval_interval", 10)
+    assert metrics.final["loss"] < 0.5
+    assert [r["step"] for r in metrics.evaluations] == [0, 10, 20]
+    state = torch.load(tmp_path / "out" / "pytorch_model.bin", weights_only=True)
+    assert "v_head.weight" in state
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_mean_pooling_says_how_to_load(demo, tmp_path):
+    metrics = runs.train(demo, tmp_path / "out", "--pooling", "mean")
+    assert "reward_model.scoring.load" in metrics.output
+    ours = load(tmp_path / "out").score(*zip(*runs.held_out(demo)[0]))
+    assert sum(ours) / len(ours) == pytest.approx(metrics.final["chosen_mean"], abs=1e-5)
+
+
+def test_an_encoder_trains_through_its_own_head(demo, tmp_path):
+    from transformers import AutoTokenizer, DebertaV2Config, DebertaV2Model
+
+    tokenizer = AutoTokenizer.from_pretrained(demo / "model")
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    DebertaV2Model(DebertaV2Config(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "deberta")
+    tokenizer.save_pretrained(tmp_path / "deberta")
+    metrics = runs.train(demo, tmp_path / "out", "--model_name_or_path", tmp_path / "deberta", "--dropout", "0")
+    assert "DebertaV2ForSequenceClassification, pooling own" in metrics.output
+    assert metrics.final["loss"] < 0.6 < metrics.evaluations[0]["loss"]
+    chosen = runs.reload_scores(tmp_path / "out", runs.held_out(demo)[0])
+    assert chosen.mean().item() == pytest.approx(metrics.final["chosen_mean"], abs=1e-5)
+
+
+def test_tensorboard(demo, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    runs.train(demo, tmp_path / "out", "--enable_tensorboard", "--tensorboard_path", tmp_path / "board")
+    events = EventAccumulator(str(next(tmp_path.rglob("events.out*")).parent)).Reload()
+    assert len(events.Scalars("train/loss")) == STEPS
+    assert len(events.Scalars("eval/accuracy")) == 2
+
+
+def test_upstreams_launch_line_runs_unchanged(demo, tmp_path):
+    """training_scripts/opt/single_node/run_350m.sh, with a local model and data."""
+    line = (
+        "--data_split 2,4,4 --num_padding_at_beginning 1 --per_device_train_batch_size 4 "
+        "--per_device_eval_batch_size 4 --weight_decay 0.1 --dropout 0.0 --num_train_epochs 1 "
+        "--gradient_accumulation_steps 1 --lr_scheduler_type cosine --num_warmup_steps 0 --seed 1234 "
+        "--zero_stage 0 --deepspeed"
+    )
+    metrics = runs.train(demo, tmp_path / "out", *line.split(), launcher="deepspeed")
+    assert "--data_split 2,4,4 takes 128 of 320 rows" in metrics.output
+    assert "--num_padding_at_beginning changes nothing here" in metrics.output
+    assert len(metrics.train) == 32
+
+
+def test_fp16_at_stage_0_becomes_stage_1(demo, tmp_path):
+    from deepspeed.accelerator import get_accelerator
+
+    if not get_accelerator().is_fp16_supported():
+        pytest.skip("DeepSpeed trains in float16 only on a GPU, or a CPU with AVX512-FP16")
+    metrics = runs.train(demo, tmp_path / "out", "--dtype", "fp16")
+    assert "using stage 1" in metrics.output
+    assert metrics.final["loss"] < 0.4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("setting", ["0", "1", "2", "3", "1 --offload", "2 --offload", "3 --offload"])
+def test_every_setting_trains_the_same_model(setting, dtype, processes, plain, demo, tmp_path):
+    flags = ["--zero_stage", *setting.split(), "--dtype", dtype, "--per_device_train_batch_size", 16 // processes]
+    metrics = runs.train(demo, tmp_path / "out", *flags, launcher="deepspeed", processes=processes, timeout=600)
+    close_to(metrics, plain) if dtype == "fp32" else close_to(metrics, plain, tolerance=0.05)
+
+
+@pytest.mark.slow
+def test_the_quick_start(tmp_path):
+    """The README's command, on an interpreter that has everything."""
+    import subprocess
+
+    environment = os.environ | {"DEMO": str(tmp_path / "a demo"), "PYTHON": sys.executable, "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(
+        ["bash", str(runs.SCRIPTS / "quickstart.sh")], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    evaluations = [json.loads(line) for line in (tmp_path / "a demo/output/metrics.jsonl").read_text().splitlines()]
+    final = [r for r in evaluations if r["split"] == "eval"][-1]
+    assert final["accuracy"] >= 0.9
+    assert final["longer_wins_accuracy"] == pytest.approx(0.5, abs=0.05)
+    assert f"held-out accuracy {final['accuracy']:.4f}" in result.stdout
+
+
+def test_default_dtype_follows_the_device(monkeypatch):
+    import deepspeed.accelerator as accelerators
+
+    class Device:
+        def __init__(self, name, bfloat16):
+            self.device_name = lambda: name
+            self.is_bf16_supported = lambda: bfloat16
+
+    expected = {("cuda", True): "bf16", ("cuda", False): "fp16", ("cpu", True): "fp32"}
+    for device, dtype in expected.items():
+        monkeypatch.setattr(accelerators, "get_accelerator", lambda device=device: Device(*device))
+        assert distributed.default_dtype() == dtype
+
+
+def test_dropout_flag_reaches_every_dropout():
+    from transformers import BertConfig, GPT2Config, OPTConfig
+
+    from reward_model.model import set_dropout
+
+    for config in (BertConfig(), GPT2Config(), OPTConfig(layerdrop=0.3)):
+        set_dropout(config, 0.25)
+        named = {k: v for k, v in config.to_dict().items() if "drop" in k and isinstance(v, float) and k != "layerdrop"}
+        assert named
+        assert set(named.values()) == {0.25}
+        assert getattr(config, "layerdrop", 0.3) == 0.3
+
+
+def test_a_run_without_output_keeps_nothing(demo, tmp_path):
+    work = tmp_path / "work"
+    shutil.copytree(demo / "data", work / "data")
+    result = runs.launch(
+        "--model_name_or_path", demo / "model", "--data_path", work / "data", "--max_seq_len", 256,
+        "--data_output_path", tmp_path / "cache",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "nothing was saved" in result.stdout
+    assert sorted(path.name for path in work.rglob("*")) == ["data", "eval.jsonl", "train.jsonl"]
