@@ -13,7 +13,6 @@ Files are written beside their place and moved there when all are complete.
 from __future__ import annotations
 
 import copy
-import errno
 import json
 import os
 import shutil
@@ -84,9 +83,10 @@ def save(
         for item in staging.iterdir():
             os.replace(item, folder / item.name)
         staging.rmdir()
-    except OSError as error:
+    except Exception as error:
         shutil.rmtree(staging, ignore_errors=True)
-        if error.errno == errno.ENOSPC or "No space left" in str(error):
+        # safetensors and torch.save have exceptions of their own for a write that fails
+        if any(words in str(error) for words in ("No space left", "Disk quota", "PytorchStreamWriter")):
             raise UserError(f"no space left on the disk of {folder}: the model was not saved") from error
         raise
 

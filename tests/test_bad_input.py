@@ -10,6 +10,7 @@ import time
 
 import pytest
 import runs
+from safetensors import safe_open
 
 
 def refuse(demo, tmp_path, *flags, says, output=None, **launching):
@@ -19,7 +20,8 @@ def refuse(demo, tmp_path, *flags, says, output=None, **launching):
     result = runs.launch(*fixed, *flags, **launching)
     lines = [line for line in result.stderr.splitlines() if line.startswith("error")]
     assert result.returncode != 0
-    assert "Traceback" not in result.stdout + result.stderr, result.stderr[-3000:]
+    if launching.get("launcher") != "torchrun":  # which prints one of its own
+        assert "Traceback" not in result.stdout + result.stderr, result.stderr[-3000:]
     assert len(lines) == 1, result.stderr[-3000:]
     for word in [says] if isinstance(says, str) else says:
         assert word in lines[0]
@@ -120,10 +122,12 @@ def test_a_full_disk(demo, tmp_path):
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("needs root, to mount a small file system")
     try:
-        refuse(demo, tmp_path, says=["free", "model"], output=small / "out")  # the model has 1.9 MB
-        subprocess.run(["mount", "-o", "remount,size=2200k", str(small)], check=True)
-        (small / "out" / "run.json").unlink(missing_ok=True)
-        refuse(demo, tmp_path, says="no space left", output=small / "out2")
+        refuse(demo, tmp_path, says=["free", "model"], output=small / "out")  # the model has 1.6 MB
+        with safe_open(demo / "model" / "model.safetensors", "pt") as file:
+            size = sum(file.get_tensor(name).nbytes for name in file.keys() if name != "lm_head.weight")  # noqa: SIM118
+        # enough for the weights alone, as is found beforehand, and not for what lies beside them
+        subprocess.run(["mount", "-o", f"remount,size={size // 1024 + 28}k", str(small)], check=True)
+        refuse(demo, tmp_path, says="space left", output=small / "out2")
         assert not list((small / "out2").glob("*.safetensors"))
     finally:
         subprocess.run(["umount", str(small)], check=True)
@@ -159,7 +163,7 @@ def test_a_second_process_that_fails_ends_the_first(demo, tmp_path):
 
 def processes_of(word):
     """Processes whose command line holds a word and main.py's rank: pid → command line."""
-    listing = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
+    listing = subprocess.run(["ps", "-ww", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
     lines = [line.strip().split(maxsplit=1) for line in listing.splitlines()[1:]]
     return {int(pid): args for pid, args in lines if word in args and "--local_rank=" in args}
 

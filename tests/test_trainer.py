@@ -144,7 +144,7 @@ def test_an_encoder_trains_through_its_own_head(demo, tmp_path):
     sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     DebertaV2Model(DebertaV2Config(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "deberta")
     tokenizer.save_pretrained(tmp_path / "deberta")
-    metrics = runs.train(demo, tmp_path / "out", "--model_name_or_path", tmp_path / "deberta", "--dropout", "0")
+    metrics = runs.train(demo, tmp_path / "out", "--model_name_or_path", tmp_path / "deberta", "--num_train_epochs", 3)
     assert "DebertaV2ForSequenceClassification, pooling own" in metrics.output
     assert metrics.final["loss"] < 0.6 < metrics.evaluations[0]["loss"]
     chosen = runs.reload_scores(tmp_path / "out", runs.held_out(demo)[0])

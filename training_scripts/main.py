@@ -8,6 +8,7 @@ torchrun --nproc_per_node 2 main.py …     the same through torchrun
 python main.py …                          one process, no launcher
 """
 
+import errno
 import os
 import sys
 import time
@@ -40,6 +41,10 @@ def main() -> int:
     except torch.OutOfMemoryError:
         advice = "smaller --per_device_train_batch_size or --max_seq_len, --gradient_checkpointing, higher --zero_stage"
         return fail(f"out of memory on the device: {advice}", debug)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return fail(f"no space left on the disk: {error}", debug)
     except KeyboardInterrupt:
         return fail("interrupted", debug)
     torch.distributed.destroy_process_group()
