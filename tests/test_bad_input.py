@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a user gets wrong ends in one clear line, a non-zero exit status, and nothing overwritten."""
 
+import contextlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -153,12 +155,14 @@ def test_a_second_process_that_fails_ends_the_first(demo, tmp_path):
             time.sleep(0.2)
         ranks = processes_of(str(tmp_path / "out"))
         second = next(pid for pid, line in ranks.items() if "--local_rank=1" in line)
-        subprocess.run(["kill", f"-{signal.SIGKILL.value}", str(second)], check=True)
+        os.kill(second, signal.SIGKILL)
         assert run.wait(timeout=60) != 0
         time.sleep(2)
         assert not processes_of(str(tmp_path / "out"))
     finally:
-        run.kill()
+        for pid in [run.pid, *processes_of(str(tmp_path / "out"))]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def processes_of(word):
