@@ -133,7 +133,7 @@ def load_comparisons(
             evaluation += [tokenise(source, tokenizer, special, rules) for source in eval_sources]
     for path in eval_paths:
         # a folder or hub name stands for its evaluation rows, a file for all of its rows
-        first, second = read_sources(path, seed, data_split)
+        first, second = read_sources(path, seed)
         evaluation += [tokenise(source, tokenizer, special, rules) for source in second or first]
     if any(len(part) for part in undivided):
         undivided, held_out = _hold_out(undivided, seed)

@@ -37,6 +37,8 @@ class Scorer(nn.Module):
         super().__init__()
         self.model = model
         self.pooling = pooling
+        takes_cache = "use_cache" in inspect.signature(self.backbone.forward).parameters  # decoders keep one by default
+        self.backbone_options = {"use_cache": False} if takes_cache else {}
 
     @property
     def unwrapped(self) -> nn.Module:
@@ -65,7 +67,7 @@ class Scorer(nn.Module):
         if self.pooling == "own":
             return model(input_ids, attention_mask=attention_mask).logits.squeeze(-1)
         backbone, head = self.backbone, model.v_head if isinstance(model, RewardModel) else model.score
-        hidden = backbone(input_ids, attention_mask=attention_mask, **self._no_cache())[0]  # (n, s, h)
+        hidden = backbone(input_ids, attention_mask=attention_mask, **self.backbone_options)[0]  # (n, s, h)
         if ends is None:
             return head(hidden).squeeze(-1)
         if self.pooling == "mean":
@@ -74,16 +76,6 @@ class Scorer(nn.Module):
         else:
             pooled = hidden[torch.arange(len(ends), device=ends.device), ends]  # (n, h): only these reach the head
         return head(pooled).squeeze(-1)
-
-    def _no_cache(self) -> dict:
-        # encoders take no such argument
-        return {"use_cache": False} if hasattr(self.config, "use_cache") and not self._is_encoder else {}
-
-    @property
-    def _is_encoder(self) -> bool:
-        return "use_cache" not in inspect.signature(self.backbone.forward).parameters and not any(
-            p.kind is p.VAR_KEYWORD for p in inspect.signature(self.backbone.forward).parameters.values()
-        )
 
 
 def load_for_training(
