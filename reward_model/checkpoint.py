@@ -41,6 +41,12 @@ def refuse_used_folder(folder: Path) -> None:
         raise UserError(f"--output_dir {folder} holds another run ({', '.join(left)}): name a new folder")
 
 
+def require_dschat(scorer: Scorer) -> None:
+    """Raises UserError if a model cannot be saved for DeepSpeed-Chat."""
+    if scorer.pooling != "last":
+        raise UserError(f"--save_format dschat: step 3 scores the last token, this model's pooling is {scorer.pooling}")
+
+
 def require_space(folder: Path, need: int) -> None:
     """Raises UserError if fewer than ``need`` bytes are free where ``folder`` lies."""
     free = shutil.disk_usage(folder).free
@@ -144,8 +150,7 @@ def _save_for_loading(scorer: Scorer, state: dict[str, torch.Tensor], folder: Pa
 
 
 def _save_dschat(scorer: Scorer, state: dict[str, torch.Tensor], tokenizer, folder: Path) -> None:
-    if scorer.pooling != "last":
-        raise UserError(f"--save_format dschat: step 3 scores the last token, this model's pooling is {scorer.pooling}")
+    require_dschat(scorer)
     model = scorer.unwrapped
     backbone = "rwtransformer." if isinstance(model, RewardModel) else model.base_model_prefix + "."
     head = "v_head.weight" if isinstance(model, RewardModel) else "score.weight"

@@ -291,7 +291,8 @@ def read_row(row: dict, tokenizer: PreTrainedTokenizerBase, need_margin: bool = 
     margin = _margin(row.get("margin"), need_margin)
     for name, value in (("chosen", chosen), ("rejected", rejected)):
         if value is None:
-            raise BadRow(f"{name} is missing")
+            others = ", ".join(row)
+            raise BadRow(f"{name} is missing" + (f"; the row has {others}" if name not in row else ""))
         if not isinstance(value, str) and not _is_chat(value):
             raise BadRow(f"{name} is {_type(value)}, not text or chat messages")
     if prompt is not None and not isinstance(prompt, str) and not _is_chat(prompt):

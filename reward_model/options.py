@@ -66,7 +66,7 @@ def build_parser() -> Parser:
     loss.add_argument("--margin", default="0", metavar="NUMBER|column", help="a number, or the data's margin column")
     loss.add_argument("--label_smoothing", type=number, default=0.0, help="share of flipped labels assumed, to 0.5")
     loss.add_argument("--score_penalty", choices=SCORE_PENALTIES, help="keep scores near zero")
-    loss.add_argument("--score_penalty_weight", type=number, default=0.01, help="weight of --score_penalty")
+    loss.add_argument("--score_penalty_weight", type=not_negative, default=0.01, help="weight of --score_penalty")
     loss.add_argument("--compute_fp32_loss", action="store_true", help="always so here")
 
     train = parser.add_argument_group("training")

@@ -85,6 +85,8 @@ def run(options: argparse.Namespace) -> None:
 
 def read_config(name_or_path: str):
     """Raises UserError where there is no model."""
+    if name_or_path.startswith((".", "/", "~")) and not Path(name_or_path).is_dir():
+        raise UserError(f"--model_name_or_path {name_or_path}: no such folder")
     try:
         return AutoConfig.from_pretrained(name_or_path)
     except Exception as error:  # OSError, ValueError, KeyError: missing, unreachable, unknown architecture
@@ -115,6 +117,8 @@ def build_scorer(options: argparse.Namespace, rows: int) -> Scorer:
     )
     if options.loss_level == "token" and scorer.pooling != "last":
         raise UserError("--loss_level token: this model has no score per token; leave the flag out")
+    if options.output_dir and options.save_format != "hf":
+        checkpoint.require_dschat(scorer)
     resize_embedding(scorer, rows)
     if options.gradient_checkpointing:
         try:

@@ -54,6 +54,8 @@ FLAGS = {
     "model": (["--model_name_or_path", "no/such/model"], "no/such/model"),
     "config": (["--deepspeed_config", "none.json"], "none.json"),
     "no preferences": (["--data_path", "wangrui6/Zhihu-KOL"], "no rejected"),
+    "form": (["--pooling", "mean", "--save_format", "dschat"], ["--save_format dschat", "mean"]),
+    "penalty": (["--score_penalty", "l2", "--score_penalty_weight", "-1"], "--score_penalty_weight"),
     "lora": (["--lora_dim", "4", "--lora_module_name", "decoder.layers."], ["--lora_module_name", "self_attn"]),
     "length": (["--max_seq_len", "20"], ["row", "--max_seq_len 20"]),
 }
@@ -133,6 +135,14 @@ def test_a_full_disk(demo, tmp_path):
         assert not list((small / "out2").glob("*.safetensors"))
     finally:
         subprocess.run(["umount", str(small)], check=True)
+
+
+def test_the_first_process_alone_fails_and_the_second_is_quiet(demo, tmp_path):
+    """Only the first makes the output folder; the second waits for it meanwhile."""
+    (tmp_path / "file").write_text("")
+    flags = ["--per_device_train_batch_size", 8]
+    output = tmp_path / "file" / "out"
+    refuse(demo, tmp_path, *flags, says="file", output=output, launcher="deepspeed", processes=2)
 
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])

@@ -20,6 +20,8 @@ from reward_model.distributed import prepare_environment
 
 LAUNCHER_GRACE = 3.0  # seconds in which a launcher ends the other ranks once the first has said what is wrong
 
+LOST_CONTACT = ("closed by peer", "Connection reset", "Connection refused", "Broken pipe", "Timed out")
+
 
 def main() -> int:
     """Run and return the exit status; an error that the user can mend is one line, said by the first rank."""
@@ -32,6 +34,7 @@ def main() -> int:
 
     from reward_model.errors import UserError
     from reward_model.options import parse
+    from reward_model.tokenizer import first_line
     from reward_model.trainer import run
 
     try:
@@ -45,6 +48,12 @@ def main() -> int:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         return fail(f"no space left on the disk: {error}", debug)
+    except RuntimeError as error:
+        # gloo raises a plain RuntimeError; the rest of torch.distributed has classes of its own
+        is_lost = isinstance(error, torch.distributed.DistError) or any(words in str(error) for words in LOST_CONTACT)
+        if not is_lost:
+            raise
+        return fail(f"lost contact with another process, whose own message says why ({first_line(error)})", debug)
     except KeyboardInterrupt:
         return fail("interrupted", debug)
     torch.distributed.destroy_process_group()
