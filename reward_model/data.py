@@ -218,10 +218,10 @@ def _without_bad_rows(source: Source, table: datasets.Dataset, rules: Rules) -> 
     problems = np.array(table["problem"][:], dtype=object)
     bad = np.flatnonzero(problems != None)  # noqa: E711  (elementwise)
     if len(bad) and rules.on_bad_row == "stop":
-        raise UserError(
-            f"{source.name}, row {source.numbers[bad[0]]}: {problems[bad[0]]} "
-            f"({len(bad)} of {len(problems)} rows cannot be used; --on_bad_row skip leaves them out)"
-        )
+        advice = f"{len(bad)} of {len(problems)} rows cannot be used; --on_bad_row skip leaves them out"
+        if len(bad) == len(problems):
+            advice = f"none of the {len(problems)} rows can be used"
+        raise UserError(f"{source.name}, row {source.numbers[bad[0]]}: {problems[bad[0]]} ({advice})")
     for reason, count in Counter(problems[bad]).most_common():
         say(f"{source.name}: skipped {count} of {len(problems)} rows: {reason}")
     good = table.select(np.flatnonzero(problems == None)) if len(bad) else table  # noqa: E711
@@ -292,7 +292,10 @@ def read_row(row: dict, tokenizer: PreTrainedTokenizerBase, need_margin: bool = 
     for name, value in (("chosen", chosen), ("rejected", rejected)):
         if value is None:
             others = ", ".join(row)
-            raise BadRow(f"{name} is missing" + (f"; the row has {others}" if name not in row else ""))
+            raise BadRow(
+                f"{name} is missing"
+                + (f"; the row has {others}, and needs prompt, chosen, rejected" if name not in row else "")
+            )
         if not isinstance(value, str) and not _is_chat(value):
             raise BadRow(f"{name} is {_type(value)}, not text or chat messages")
     if prompt is not None and not isinstance(prompt, str) and not _is_chat(prompt):
@@ -315,7 +318,7 @@ def read_row(row: dict, tokenizer: PreTrainedTokenizerBase, need_margin: bool = 
 def _margin(value, needed: bool) -> float:
     if value is None:
         if needed:
-            raise BadRow("margin is missing")
+            raise BadRow("margin is missing, and --margin column needs one")
         return math.nan
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise BadRow(f"margin is {_type(value)}, not a number")

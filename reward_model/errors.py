@@ -16,3 +16,9 @@ def say(message: str) -> None:
         from tqdm import tqdm
 
         tqdm.write(message)
+
+
+def first_line(error: BaseException) -> str:
+    """An exception's first line that says something, for a message of one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(":") if lines else type(error).__name__

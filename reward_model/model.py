@@ -15,11 +15,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from reward_model.errors import UserError, say
+from reward_model.errors import UserError, first_line, say
 from reward_model.reward_model import RewardModel, ValueHead
-from reward_model.tokenizer import first_line
-
-POOLINGS = ("last", "mean", "own")
 
 
 class Scorer(nn.Module):

@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 from reward_model.errors import UserError, say
-from reward_model.model import POOLINGS
 from reward_model.reward_model import LOSS_LEVELS, SCORE_PENALTIES
 
 SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+POOLINGS = ("last", "mean", "own")
 SAVE_FORMATS = ("hf", "dschat", "both")
 EXAMPLE = "deepspeed main.py --model_name_or_path facebook/opt-350m --data_path Dahoas/rm-static --output_dir output"
 
@@ -25,13 +25,21 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{' '.join(message.split())} (--help lists the flags)")
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults that say something; a help text in brackets names its own."""
+
+    def _get_help_string(self, action):
+        silent = action.default in (None, []) or action.default is False or "[" in action.help
+        return action.help if silent else super()._get_help_string(action)
+
+
 def build_parser() -> Parser:
     """Every flag of upstream's ``step2_reward_model_finetuning/main.py``, and what this trainer adds."""
     parser = Parser(
         description="Train a reward model on preference pairs with DeepSpeed.",
         epilog=f"example: {EXAMPLE}",
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Help,
     )
 
     data = parser.add_argument_group("data")
@@ -72,15 +80,15 @@ def build_parser() -> Parser:
     train = parser.add_argument_group("training")
     train.add_argument("--per_device_train_batch_size", type=positive_int, default=16, help="pairs")
     train.add_argument("--per_device_eval_batch_size", type=positive_int, default=16, help="pairs")
-    train.add_argument("--gradient_accumulation_steps", type=positive_int, default=1)
-    train.add_argument("--num_train_epochs", type=positive_int, default=1)
-    train.add_argument("--learning_rate", type=positive, default=5e-5)
-    train.add_argument("--lora_learning_rate", type=positive, default=5e-4, help="of the adapters")
-    train.add_argument("--weight_decay", type=not_negative, default=0.0)
+    train.add_argument("--gradient_accumulation_steps", type=positive_int, default=1, help="per step")
+    train.add_argument("--num_train_epochs", type=positive_int, default=1, help="passes over the data")
+    train.add_argument("--learning_rate", type=positive, default=5e-5, help="highest, after the warm-up")
+    train.add_argument("--lora_learning_rate", type=positive, default=5e-4, help="of LoRA's adapters")
+    train.add_argument("--weight_decay", type=not_negative, default=0.0, help="of matrices")
     train.add_argument("--max_grad_norm", type=not_negative, default=1.0, help="gradient clipping; 0: none")
-    train.add_argument("--lr_scheduler_type", choices=SCHEDULERS, default="cosine")
-    train.add_argument("--num_warmup_steps", type=natural, default=0)
-    train.add_argument("--seed", type=seed, default=1234)
+    train.add_argument("--lr_scheduler_type", choices=SCHEDULERS, default="cosine", help="course")
+    train.add_argument("--num_warmup_steps", type=natural, default=0, help="steps")
+    train.add_argument("--seed", type=seed, default=1234, help="of everything random")
     train.add_argument("--eval_interval", type=natural, default=0, help="evaluate every so many steps; 0: each epoch")
     train.add_argument("--eval_iters", type=natural, default=0, help="batches per evaluation; 0: the whole set")
 
@@ -89,12 +97,12 @@ def build_parser() -> Parser:
     output.add_argument(
         "--save_format", choices=SAVE_FORMATS, default="hf", help="dschat: what upstream's step 3 loads"
     )
-    output.add_argument("--enable_tensorboard", action="store_true")
-    output.add_argument("--tensorboard_path", default="step2_tensorboard")
+    output.add_argument("--enable_tensorboard", action="store_true", help="write events for TensorBoard")
+    output.add_argument("--tensorboard_path", default="step2_tensorboard", help="folder of the events")
     output.add_argument("--debug", action="store_true", help="show tracebacks and DeepSpeed's own log")
 
     engine = parser.add_argument_group("DeepSpeed")
-    engine.add_argument("--zero_stage", type=int, choices=range(4), default=0)
+    engine.add_argument("--zero_stage", type=int, choices=range(4), default=0, help="what the processes share out")
     engine.add_argument("--offload", action="store_true", help="optimizer (and, stage 3, parameters) in host memory")
     engine.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="[bf16 on a GPU that has it, fp32 on a CPU]")
     engine.add_argument("--deepspeed", action="store_true", help="always so here")

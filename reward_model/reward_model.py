@@ -173,14 +173,15 @@ class RewardModel(nn.Module):
         margin: m of :func:`pairwise_loss`, for every pair that comes without one.
         label_smoothing: α of :func:`pairwise_loss`.
         score_penalty: one of ``SCORE_PENALTIES``, on the end scores, or None.
-        score_penalty_weight: its weight. 0: none.
+        score_penalty_weight: its weight, above 0 where there is a penalty.
         loss_level: ``token``: upstream's, the mean over the tokens from the first difference to the longer answer's
             end, pads of the shorter one included. ``sequence``: the end scores, as in InstructGPT, Llama 2 and TRL.
         exclude_pads: end the token-level span at the shorter answer's end, so that no pad is trained. The rest of the
             longer answer, its last token included, then gets no gradient of its own.
 
     Raises:
-        ValueError: an unknown level or penalty, smoothing outside [0, 0.5], a number that is not finite.
+        ValueError: an unknown level or penalty, a penalty without a weight above 0, smoothing outside [0, 0.5], a
+            margin that is not finite.
     """
 
     def __init__(
@@ -204,8 +205,10 @@ class RewardModel(nn.Module):
             raise ValueError(f"score_penalty {score_penalty!r}: choose one of {', '.join(SCORE_PENALTIES)}")
         if not 0.0 <= label_smoothing <= 0.5:
             raise ValueError(f"label_smoothing {label_smoothing}: give a number in [0, 0.5]")
-        if not (math.isfinite(margin) and math.isfinite(score_penalty_weight)):
-            raise ValueError(f"margin {margin}, score_penalty_weight {score_penalty_weight}: give finite numbers")
+        if not math.isfinite(margin):
+            raise ValueError(f"margin {margin}: give a finite number")
+        if not 0.0 <= score_penalty_weight < math.inf or (score_penalty is not None and not score_penalty_weight):
+            raise ValueError(f"score_penalty_weight {score_penalty_weight}: give a finite number above 0")
         self.config = base_model.config
         self.num_padding_at_beginning = num_padding_at_beginning
         self.compute_fp32_loss = compute_fp32_loss
@@ -269,7 +272,7 @@ class RewardModel(nn.Module):
         Args:
             input_ids: (2b, s), b chosen rows then the b rejected of the same prompts, padded on the right.
             attention_mask: (2b, s).
-            margin: the pairs' own margins (b,), in place of the number given at construction.
+            margin: the pairs' own margins (b,), or one number, in place of the number given at construction.
 
         Returns:
             ``loss``: 0-d. ``chosen_mean_scores``, ``rejected_mean_scores``: the scores at the answers' last tokens
@@ -296,7 +299,9 @@ class RewardModel(nn.Module):
         chosen_scores = chosen.gather(1, torch.where(chosen_end > 0, chosen_end - 1, last)[:, None]).squeeze(1)
         rejected_scores = rejected.gather(1, torch.where(rejected_end > 0, rejected_end - 1, last)[:, None]).squeeze(1)
 
-        margin = self.margin if margin is None else margin.reshape(-1)
+        margin = self.margin if margin is None else margin
+        if isinstance(margin, torch.Tensor):
+            margin = margin.reshape(-1)
         sequence_loss = pairwise_loss(chosen_scores, rejected_scores, margin, self.label_smoothing)
         if self.loss_level == "sequence":
             loss = sequence_loss.mean()
@@ -309,7 +314,7 @@ class RewardModel(nn.Module):
             token_loss = span_loss(chosen, rejected, start, end, margin, self.label_smoothing)
             # nothing between first difference and end: upstream divides by zero, the end scores still say something
             loss = torch.where(end > start, token_loss, sequence_loss).mean()
-        if self.score_penalty is not None and self.score_penalty_weight:
+        if self.score_penalty is not None:
             penalty = score_penalty(self.score_penalty, chosen_scores, rejected_scores)
             loss = loss + self.score_penalty_weight * penalty
         return {"loss": loss, "chosen_mean_scores": chosen_scores, "rejected_mean_scores": rejected_scores}

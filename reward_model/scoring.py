@@ -35,9 +35,13 @@ class RewardScorer:
     def score(self, prompts: Sequence[str], responses: Sequence[str], batch_size: int = 16) -> list[float]:
         """The score of each response to its prompt; the two are joined as they are, and closed with the end token.
 
+        Nothing is cut: a text longer than those of the training is scored as it is.
+
         Raises:
             UserError: not as many responses as prompts.
         """
+        if isinstance(prompts, str) or isinstance(responses, str):
+            raise UserError("give lists of prompts and responses, not text")
         if len(prompts) != len(responses):
             raise UserError(f"{len(prompts)} prompts and {len(responses)} responses: give one of each per text")
         texts = [prompt + response for prompt, response in zip(prompts, responses)]
@@ -71,6 +75,8 @@ def load(folder: str | Path, dtype: torch.dtype | None = None, device: torch.dev
         UserError: no such model, or weights missing.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
     tokenizer = load_tokenizer(str(folder))
     own = folder / OWN_CONFIG
     if own.is_file():

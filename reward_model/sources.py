@@ -16,8 +16,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 
-from reward_model.errors import UserError, say
-from reward_model.tokenizer import first_line
+from reward_model.errors import UserError, first_line, say
 
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 TRAIN_NAMES = ("train",)

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from reward_model.errors import UserError, say
+from reward_model.errors import UserError, first_line, say
 
 EOT_TOKEN = "<|endoftext|>"  # what upstream's --add_eot_token adds
 NEW_PAD_TOKEN = "<|pad|>"
@@ -40,6 +41,8 @@ def load_tokenizer(name_or_path: str, add_eot_token: bool = False) -> PreTrained
     Raises:
         UserError: there is none, or it cannot be read.
     """
+    if name_or_path.startswith((".", "/", "~")) and not os.path.isdir(name_or_path):
+        raise UserError(f"{name_or_path}: no such folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     except Exception as error:  # Transformers raises OSError, ValueError, KeyError and the tokenizers' own
@@ -85,12 +88,6 @@ def choose_special_tokens(tokenizer: PreTrainedTokenizerBase, embedding_rows: in
     endings = set(tokenizer.all_special_ids) | _added_special_ids(tokenizer)
     endings -= starts | {pad, tokenizer.unk_token_id, tokenizer.mask_token_id}
     return SpecialTokens(end, pad, frozenset(endings | {end}), frozenset(starts), max(largest, pad + 1))
-
-
-def first_line(error: BaseException) -> str:
-    """An exception's first line that says something, for a message of one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def _added_special_ids(tokenizer) -> set[int]:

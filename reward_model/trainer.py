@@ -24,12 +24,12 @@ from reward_model.batching import Batch, PlannedBatches, plan_epoch, plan_evalua
 from reward_model.data import Comparisons, Rules, load_comparisons
 from reward_model.distributed import Place
 from reward_model.ds_config import build_config
-from reward_model.errors import UserError, say
+from reward_model.errors import UserError, first_line, say
 from reward_model.metrics import pair_metrics
 from reward_model.model import Scorer, add_lora, count, load_for_training, resize_embedding
 from reward_model.options import cache_folder, explain_inherited
 from reward_model.reward_model import pairwise_loss, score_penalty, span_loss
-from reward_model.tokenizer import choose_special_tokens, first_line, load_tokenizer
+from reward_model.tokenizer import choose_special_tokens, load_tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BETAS = (0.9, 0.95)  # upstream's
@@ -224,6 +224,8 @@ class Trainer:
             f"{place.world_size} {'process' if place.world_size == 1 else 'processes'}; {self.total_steps} steps; "
             f"{place.device.type}, {options.dtype}, ZeRO {options.zero_stage}{', offload' if options.offload else ''}"
         )
+        if not folder:
+            say("no --output_dir: nothing will be saved")
 
     def train(self) -> None:
         """All epochs, with an evaluation before the first step, after each epoch, and every ``--eval_interval``."""

@@ -128,9 +128,15 @@ def test_integer_margins_are_taken():
     torch.testing.assert_close(as_integers, tiny_model()(input_ids, margin=torch.tensor([1.0, 2.0, 3.0])))
 
 
-def test_penalty_of_weight_zero_changes_nothing():
+def test_a_weight_without_a_penalty_changes_nothing():
     input_ids = random_pairs(torch.Generator().manual_seed(2), 3, 8)
-    assert tiny_model(score_penalty="l2")(input_ids)["loss"] == tiny_model()(input_ids)["loss"]
+    assert tiny_model(score_penalty_weight=0.1)(input_ids)["loss"] == tiny_model()(input_ids)["loss"]
+
+
+def test_one_number_as_the_batchs_margin():
+    input_ids = random_pairs(torch.Generator().manual_seed(2), 3, 8)
+    expected = tiny_model()(input_ids, margin=torch.full((3, 1), 0.5))["loss"]
+    assert tiny_model()(input_ids, margin=0.5)["loss"] == expected
 
 
 # --- finite where upstream asserts or gives NaN ---
@@ -243,7 +249,9 @@ def test_score_penalty_is_finite_at_any_gap(kind, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_forward_returns_at_least_float32(dtype, level):
     input_ids = random_pairs(torch.Generator().manual_seed(3), 3, 8)
-    result = assert_finite_step(tiny_model(dtype=dtype, score_penalty="l2", **LEVELS[level]), input_ids)
+    result = assert_finite_step(
+        tiny_model(dtype=dtype, score_penalty="l2", score_penalty_weight=0.1, **LEVELS[level]), input_ids
+    )
     assert {value.dtype for value in result.values()} == {at_least_float32(dtype)}
 
 
@@ -760,6 +768,8 @@ def test_gradient_checkpointing_of_a_real_backbone():
         ({"margin": math.nan}, "margin nan"),
         ({"score_penalty": "l2", "score_penalty_weight": math.inf}, "score_penalty_weight inf"),
         ({"score_penalty_weight": math.nan}, "score_penalty_weight nan"),
+        ({"score_penalty": "l2", "score_penalty_weight": -1.0}, "score_penalty_weight -1.0"),
+        ({"score_penalty": "l2"}, "score_penalty_weight 0.0"),
     ],
 )
 def test_constructor_refuses(option, message):

@@ -32,13 +32,14 @@ def main() -> int:
     quieten(debug)
     import torch
 
-    from reward_model.errors import UserError
+    from reward_model.errors import UserError, first_line
     from reward_model.options import parse
-    from reward_model.tokenizer import first_line
-    from reward_model.trainer import run
 
     try:
-        run(parse())
+        options = parse()
+        from reward_model.trainer import run  # seconds of imports, which a typo need not wait for
+
+        run(options)
     except UserError as error:
         return fail(str(error), debug)
     except torch.OutOfMemoryError:
@@ -53,6 +54,8 @@ def main() -> int:
         is_lost = isinstance(error, torch.distributed.DistError) or any(words in str(error) for words in LOST_CONTACT)
         if not is_lost:
             raise
+        if "EADDRINUSE" in str(error):
+            return fail("the port is in use by another run: deepspeed --master_port N main.py takes another", debug)
         return fail(f"lost contact with another process, whose own message says why ({first_line(error)})", debug)
     except KeyboardInterrupt:
         return fail("interrupted", debug)

@@ -17,16 +17,19 @@ demo=${DEMO:-$top/demo}
 case $demo in /*) ;; *) demo=$PWD/$demo ;; esac
 output=$demo/output
 if [ -e "$output" ]; then
-  mv "$output" "$output.$(date +%Y%m%d-%H%M%S)" # an earlier run stays
+  earlier=$output.$(date +%Y%m%d-%H%M%S)
+  mv "$output" "$earlier"
+  say "an earlier run is kept as $earlier"
 fi
 say "writing data and a tiny model to $demo"
 PYTHONPATH=$top TRANSFORMERS_VERBOSITY=error "$PYTHON" -m reward_model.demo "$demo" >/dev/null
 
 cd "$here"
+port=$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 # deepspeed.launcher.runner is what the command deepspeed runs.
 # 32 pairs a step, 72 steps: one epoch of 2,292 pairs. The model starts from random weights, hence the learning rate.
 # --num_gpus 1: without a GPU this is one process on the CPU, which uses all cores.
-"$PYTHON" -m deepspeed.launcher.runner --num_gpus 1 main.py \
+"$PYTHON" -m deepspeed.launcher.runner --num_gpus 1 --master_port "$port" main.py \
   --model_name_or_path "$demo/model" \
   --data_path "$demo/data" \
   --output_dir "$output" \

@@ -50,7 +50,7 @@ set_up() {
 make_environment() {
   local top=$1 base=$2 torch pin extra=()
   shift 2
-  say "setting up $top/.venv (once)"
+  say "setting up $top/.venv, once: a few minutes, about 1.5 GB on disk without a GPU's libraries"
   torch=$("$base" -c 'import torch; print(torch.__version__)' 2>/dev/null || true)
   [ -z "$torch" ] || extra=(--system-site-packages)
   [ -x "$PYTHON" ] || "$base" -m venv "${extra[@]}" "$top/.venv" ||
