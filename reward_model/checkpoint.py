@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from reward_model.errors import UserError, say
-from reward_model.model import Scorer, gathered
+from reward_model.model import Scorer, embedding_name, gathered
 from reward_model.reward_model import RewardModel
 
 OWN_WEIGHTS = "reward_model{suffix}.safetensors"
@@ -168,8 +168,7 @@ def _save_dschat(scorer: Scorer, state: dict[str, torch.Tensor], tokenizer, fold
 
 def _fit_vocabulary(scorer: Scorer, state: dict[str, torch.Tensor], rows: int) -> None:
     """Upstream fits its embedding to the tokenizer, in multiples of 8, before it loads: give it as many rows."""
-    weight = scorer.backbone.get_input_embeddings().weight
-    name = next(name for name, parameter in scorer.backbone.named_parameters() if parameter is weight)
-    embedding = state[f"rwtransformer.{name}"]
+    name = f"rwtransformer.{embedding_name(scorer)}"
+    embedding = state[name]
     missing = max(0, rows - len(embedding))
-    state[f"rwtransformer.{name}"] = torch.cat([embedding[:rows], embedding.new_zeros(missing, embedding.shape[1])])
+    state[name] = torch.cat([embedding[:rows], embedding.new_zeros(missing, embedding.shape[1])])

@@ -30,7 +30,7 @@ class Place:
 
 
 def prepare_environment() -> None:
-    """Settings that have to be there before torch and DeepSpeed read them; called before either is imported."""
+    """Settings that DeepSpeed, Transformers and datasets read when they are imported; called before that."""
     if "RANK" not in os.environ:  # python main.py: one process without a launcher
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}

@@ -214,6 +214,12 @@ def resize_embedding(scorer: Scorer, rows: int) -> None:
         say(f"embedding: {have} → {rows} rows")
 
 
+def embedding_name(scorer: Scorer) -> str:
+    """The input embedding's weight among the backbone's parameters."""
+    weight = scorer.backbone.get_input_embeddings().weight
+    return next(name for name, parameter in scorer.backbone.named_parameters() if parameter is weight)
+
+
 def embedding_rows(scorer: Scorer) -> int:
     weight = scorer.backbone.get_input_embeddings().weight
     return getattr(weight, "ds_shape", weight.shape)[0]

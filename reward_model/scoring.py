@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase
 from reward_model.checkpoint import DSCHAT_WEIGHTS, OWN_CONFIG, OWN_WEIGHTS
 from reward_model.data import close_turn, end_text
 from reward_model.errors import UserError
-from reward_model.model import Scorer, embedding_rows, load_for_training, no_pooler, on_drop_in
+from reward_model.model import Scorer, embedding_name, embedding_rows, load_for_training, no_pooler, on_drop_in
 from reward_model.tokenizer import choose_special_tokens, load_tokenizer
 
 
@@ -87,7 +87,8 @@ def load(folder: str | Path, dtype: torch.dtype | None = None, device: torch.dev
         state = torch.load(folder / DSCHAT_WEIGHTS, map_location="cpu", weights_only=True)
         # before October 2023 upstream spelt it otherwise
         state = {name.replace("rwtranrsformer.", "rwtransformer.", 1): weight for name, weight in state.items()}
-        rows = next(w.shape[0] for n, w in state.items() if _is_embedding(scorer, n))
+        embedding = state.get(f"rwtransformer.{embedding_name(scorer)}")
+        rows = embedding_rows(scorer) if embedding is None else len(embedding)
         if rows != embedding_rows(scorer):
             scorer.model.rwtransformer.resize_token_embeddings(rows, mean_resizing=False)
         try:
@@ -97,11 +98,6 @@ def load(folder: str | Path, dtype: torch.dtype | None = None, device: torch.dev
     else:
         scorer = load_for_training(str(folder), dtype or "auto", seed=0, expect_head=True)
     return RewardScorer(scorer, tokenizer, device)
-
-
-def _is_embedding(scorer: Scorer, name: str) -> bool:
-    weight = scorer.backbone.get_input_embeddings().weight
-    return any(name == f"rwtransformer.{n}" for n, p in scorer.backbone.named_parameters() if p is weight)
 
 
 def _empty(folder: Path, dtype: torch.dtype | None, pooling: str) -> Scorer:
