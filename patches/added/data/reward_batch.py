@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pairs of step 2 to batches: no wider than their longest text, with the margins of a data column."""
+
+import torch
+
+
+def row_margin(row):
+    """The number in a row's ``margin`` column as a 0-d tensor, NaN if it has none."""
+    margin = row.get("margin")
+    return torch.tensor(float("nan") if margin is None else float(margin))
+
+
+class RewardCollator:
+    """Rows of (chosen ids, chosen mask, rejected ids, rejected mask, margin) to a batch: chosen first, then rejected.
+
+    Args:
+        num_padding_at_beginning: the reward model's.
+        margin_column: hand the rows' margins to the loss.
+
+    Every row is padded to ``--max_seq_len``. The columns that are pads in all rows are cut off, but for those in
+    which the reward model may look for the end of the longest text: the scores, the loss and the gradients stay.
+    """
+
+    def __init__(self, num_padding_at_beginning=0, margin_column=False):
+        self.kept_pads = num_padding_at_beginning + 1
+        self.margin_column = margin_column
+
+    def __call__(self, rows):
+        ids = torch.cat([row[0] for row in rows] + [row[2] for row in rows])
+        mask = torch.cat([row[1] for row in rows] + [row[3] for row in rows])
+        used = mask.any(0).nonzero()  # padding on the right: the last used column is the longest text's end
+        width = int(used[-1]) + 1 + self.kept_pads if len(used) else ids.shape[1]
+        batch = {"input_ids": ids[:, :width], "attention_mask": mask[:, :width]}
+        if self.margin_column:
+            batch["margin"] = torch.stack([row[4] for row in rows])
+            if not batch["margin"].isfinite().all():
+                raise ValueError("--margin column: a row of the data has no finite number in its margin column")
+        return batch

@@ -1,0 +1,281 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Put the patches into a checkout of DeepSpeedExamples, or take them out again.
+#
+#   patches/apply.sh check  TARGET      would they go in? writes nothing
+#   patches/apply.sh apply  TARGET      put them in
+#   patches/apply.sh revert TARGET      give back the bytes that were there
+#
+# TARGET: a clone or an unpacked archive of DeepSpeedExamples, or its applications/DeepSpeed-Chat. All of it happens in
+# a copy first; TARGET changes at the end, whole or not at all. Exit status: 0 done, 1 refused, 2 wrong usage.
+set -euo pipefail
+export LC_ALL=C
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+chat=applications/DeepSpeed-Chat
+refuse() {
+  printf 'apply.sh: %s\n' "$*" >&2
+  exit 1
+}
+
+# --- the tree, and the patches for it --------------------------------------------------------------------------------
+
+find_tree() { # sets tree
+  [ -d "$1" ] || refuse "$1: no such folder"
+  tree=$(cd "$1" && pwd -P)
+  case $tree in
+    */"$chat") tree=${tree%/"$chat"} ;;
+  esac
+}
+
+choose_series() { # sets layout, patches
+  if [ -f "$tree/$chat/dschat/utils/model/model_utils.py" ]; then
+    layout=package
+    patches=("$here"/[0-9]*.patch)
+  elif [ -f "$tree/$chat/training/utils/model/model_utils.py" ]; then
+    layout=legacy
+    patches=("$here"/legacy/[0-9]*.patch)
+  else
+    refuse "$tree is not a checkout of DeepSpeedExamples: it has no $chat/dschat/utils/model/model_utils.py"
+  fi
+}
+
+refuse_inside_another_repository() { # there, git apply succeeds and changes nothing
+  local folder=$tree
+  if [ -e "$tree/.git" ]; then return; fi
+  while [ "$folder" != / ]; do
+    folder=$(dirname "$folder")
+    if [ -e "$folder/.git" ]; then
+      refuse "$tree lies in another git repository, $folder: give a clone of DeepSpeedExamples, or unpack it elsewhere"
+    fi
+  done
+}
+
+list_files() { # sets touched: upstream's files that patches change; created: files that they add
+  mapfile -t touched < <(awk -v layout="$layout" '$1 == layout { print $5 }' "$here/UPSTREAM" | sort -u)
+  mapfile -t created < <(
+    awk '/^diff --git / { path = substr($4, 3) } /^new file mode / || /^rename to / { print path }' "${patches[@]}" |
+      sort -u | grep -vxF -f <(printf '%s\n' "${touched[@]}")
+  )
+}
+
+refuse_without_permission() {
+  local path
+  for path in "${touched[@]}"; do
+    if [ -e "$tree/$path" ] && ! [ -w "$(dirname "$tree/$path")" ]; then
+      refuse "no permission to write in $(dirname "$tree/$path")"
+    fi
+  done
+}
+
+copy_tree() { # FROM TO: those of the files that are there
+  local path
+  for path in "${touched[@]}" "${created[@]}"; do
+    [ -e "$1/$path" ] || continue
+    if [ -L "$1/$path" ]; then refuse "$path is a symbolic link: give a tree of plain files"; fi
+    mkdir -p "$2/$(dirname "$path")"
+    cp -p "$1/$path" "$2/$path" || refuse "cannot copy $path to $2 (unreadable, or no space there)"
+  done
+}
+
+is_upstreams() { # FOLDER PATH: one of the versions in UPSTREAM, byte for byte
+  [ -f "$1/$2" ] && grep -q "^$layout $(git hash-object --no-filters "$1/$2") .* $2\$" "$here/UPSTREAM"
+}
+
+# --- git apply, in a copy that belongs to no repository --------------------------------------------------------------
+
+git_apply() ( # FOLDER FLAGS… PATCH
+  cd "$1"
+  shift
+  unset "${!GIT_@}"
+  export GIT_CEILING_DIRECTORIES="$stage" GIT_CONFIG_GLOBAL=/dev/null GIT_CONFIG_NOSYSTEM=1
+  git apply --whitespace=nowarn "$@" 2>"$stage/why"
+)
+
+has_its_lines() { # FOLDER PATCH: the text that an Only-Where patch mends is there
+  local where
+  where=$(sed -n 's/^Only-Where: //p' "$2")
+  [ -z "$where" ] || { [ -f "$1/${where%%: *}" ] && grep -qF "${where#*: }" "$1/${where%%: *}"; }
+}
+
+put_in() { # FOLDER
+  local patch
+  used=0
+  for patch in "${patches[@]}"; do
+    if ! has_its_lines "$1" "$patch"; then continue; fi
+    git_apply "$1" "$patch" || refuse "$(basename "$patch") does not fit: $(head -n 1 "$stage/why")"
+    used=$((used + 1))
+  done
+}
+
+take_out() { # FOLDER [FLAGS…]
+  local folder=$1 i
+  shift
+  for ((i = ${#patches[@]} - 1; i >= 0; i--)); do
+    git_apply "$folder" -R "$@" "${patches[i]}" && continue
+    grep -q '^Only-Where: ' "${patches[i]}" || return 1 # else it was not needed here
+  done
+}
+
+# --- what state the tree is in ---------------------------------------------------------------------------------------
+
+read_state() { # sets state: original, applied, changed or half, and odd: the files that say so
+  local path there=0
+  odd=()
+  for path in "${created[@]}"; do
+    if [ -e "$stage/before/$path" ]; then there=$((there + 1)); fi
+  done
+  for path in "${touched[@]}"; do
+    if [ -e "$stage/before/$path" ] && ! is_upstreams "$stage/before" "$path"; then odd+=("$path"); fi
+  done
+  if [ "$there" -eq 0 ]; then
+    state=original
+    if [ ${#odd[@]} -gt 0 ]; then state=changed; fi
+    return
+  fi
+  copy_tree "$tree" "$stage/reverted"
+  if take_out "$stage/reverted"; then
+    state=applied
+    odd=()
+    for path in "${touched[@]}"; do
+      if [ -e "$stage/reverted/$path" ] && ! is_upstreams "$stage/reverted" "$path"; then odd+=("$path"); fi
+    done
+    return
+  fi
+  state=half
+  find_what_is_half
+}
+
+find_what_is_half() { # narrows odd to the first file that is neither upstream's nor wholly patched
+  local path both
+  for path in "${touched[@]}" "${created[@]}"; do
+    [ -e "$stage/before/$path" ] || { odd=("$path") && return; }
+    if is_upstreams "$stage/before" "$path"; then
+      odd=("$path")
+      return
+    fi
+    rm -rf "$stage/one"
+    copy_tree "$tree" "$stage/one"
+    both=(--include="$path")
+    case $path in # the rename holds the two together
+      */reward_model.py) both+=(--include="${path%.py}_upstream.py") ;;
+      */reward_model_upstream.py) both+=(--include="${path%_upstream.py}.py") ;;
+    esac
+    if ! take_out "$stage/one" "${both[@]}"; then
+      odd=("$path")
+      return
+    fi
+  done
+}
+
+# --- writing the tree ------------------------------------------------------------------------------------------------
+
+mark=.reward-model-patch
+write_back() { # FOLDER: make the tree's files those of FOLDER, all or none
+  local path folder
+  written=() moved=()
+  trap 'undo; exit 130' INT TERM HUP
+  for path in "${touched[@]}" "${created[@]}"; do
+    if ! [ -e "$1/$path" ] || cmp -s "$1/$path" "$tree/$path"; then continue; fi
+    folder=$tree/$(dirname "$path")
+    written+=("$path")
+    {
+      if [ -e "$tree/$path" ]; then cp -p "$tree/$path" "$(aside new "$path")"; fi && # keeps mode and owner
+        cat "$1/$path" >"$(aside new "$path")" && cmp -s "$1/$path" "$(aside new "$path")"
+    } 2>/dev/null || { undo && refuse "cannot write in $folder (no permission, or no space): nothing was changed"; }
+  done
+  for path in "${touched[@]}" "${created[@]}"; do
+    if ! [ -e "$tree/$path" ] || cmp -s "$1/$path" "$tree/$path"; then continue; fi
+    # a second name takes no space, and putting it back neither
+    { ln "$tree/$path" "$(aside old "$path")" || cp -p "$tree/$path" "$(aside old "$path")"; } 2>/dev/null ||
+      { undo && refuse "cannot write in $tree/$(dirname "$path") (no permission, or no space): nothing was changed"; }
+    moved+=("$path")
+    if ! [ -e "$1/$path" ]; then rm -f "$tree/$path" || { undo && refuse "cannot remove $path: nothing was changed"; }; fi
+  done
+  for path in ${written[@]+"${written[@]}"}; do
+    mv -f "$(aside new "$path")" "$tree/$path" 2>/dev/null || { undo && refuse "cannot replace $path: nothing was changed"; }
+  done
+  trap - INT TERM HUP
+  for path in ${moved[@]+"${moved[@]}"}; do rm -f "$(aside old "$path")"; done
+}
+
+aside() { # new|old PATH: a name beside the file, on its file system
+  printf '%s/%s/%s.%s.%s' "$tree" "$(dirname "$2")" "$mark" "$1" "$(basename "$2")"
+}
+
+undo() {
+  local path
+  for path in ${written[@]+"${written[@]}"}; do
+    rm -f "$(aside new "$path")"
+    if ! [ -e "$stage/before/$path" ]; then rm -f "$tree/$path"; fi
+  done
+  for path in ${moved[@]+"${moved[@]}"}; do
+    mv -f "$(aside old "$path")" "$tree/$path"
+  done
+}
+
+# --- the three commands ----------------------------------------------------------------------------------------------
+
+refuse_unless_original() {
+  case $state in
+    changed)
+      refuse "${odd[0]} is not upstream's at any commit that UPSTREAM lists: changed by you, or of another time." \
+        "Put your change aside (git stash), apply, and bring it back (git stash pop), or check out a listed commit"
+      ;;
+    applied) refuse "applied already to $tree: revert first" ;;
+    half) refuse_half ;;
+  esac
+}
+
+refuse_half() {
+  refuse "half applied: some patches are in, but ${odd[0]} is not as they leave it (or was changed since)." \
+    "Put upstream's files back (git checkout -- $chat and git clean $chat, or unpack again), then apply"
+}
+
+usage() {
+  sed -n 's/^# \{0,1\}//; 3,11p' "${BASH_SOURCE[0]}" >&2
+  exit 2
+}
+
+main() {
+  case ${1:-} in
+    check | apply | revert) [ $# -eq 2 ] || usage ;;
+    *) usage ;;
+  esac
+  command -v git >/dev/null || refuse "git is not installed; it applies the patches"
+  find_tree "$2"
+  choose_series
+  refuse_inside_another_repository
+  list_files
+  stage=$(mktemp -d) || refuse "no temporary folder: no space in ${TMPDIR:-/tmp}?"
+  stage=$(cd "$stage" && pwd -P)
+  trap 'rm -rf "$stage"' EXIT
+  mkdir "$stage/before" "$stage/after" "$stage/reverted"
+  copy_tree "$tree" "$stage/before"
+  refuse_without_permission
+  read_state
+
+  if [ "$1" = revert ]; then
+    case $state in
+      half) refuse_half ;;
+      original | changed) refuse "not applied to $tree: nothing to revert" ;;
+    esac
+    write_back "$stage/reverted"
+    printf 'reverted: %s\n' "$tree"
+    if [ ${#odd[@]} -gt 0 ]; then printf 'your own changes stay in %s\n' "${odd[@]}"; fi
+    return
+  fi
+  refuse_unless_original
+  copy_tree "$tree" "$stage/after"
+  put_in "$stage/after"
+  if [ "$1" = check ]; then
+    printf '%s of %s patches go in (%s layout); the rest mend lines that this version does not have\n' \
+      "$used" "${#patches[@]}" "$layout"
+    return
+  fi
+  write_back "$stage/after"
+  printf 'applied: %s of %s patches (%s layout) to %s\n' "$used" "${#patches[@]}" "$layout" "$tree"
+  printf 'step 2: cd %q && deepspeed main.py --help\n' "$tree/$chat/training/step2_reward_model_finetuning"
+}
+
+main "$@"
