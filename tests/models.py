@@ -43,9 +43,10 @@ NO_CLASS = {"cohere": ("CohereForCausalLM", "CohereConfig", GROUPED)}  # Transfo
 FAMILIES = DECODERS | ENCODERS | NO_CLASS
 
 
-def write(family, folder):
-    """A model and a tokenizer in a folder, as a user finds them."""
+def write(family, folder, **other_sizes):
+    """A model and a tokenizer in a folder, as a user finds them. Other sizes: for the names that the family has."""
     model_class, config_class, sizes = FAMILIES[family]
+    sizes = sizes | {name: size for name, size in other_sizes.items() if name in sizes}
     tokenizer = tiny.bert(folder) if family in ENCODERS else tiny.tokenizer(folder)
     ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
     torch.manual_seed(0)

@@ -95,13 +95,13 @@ def save_rows(rows, path):
         layout.append({"name": field, "plain": plain, "lead": values[0].dim() - 1, "dtype": str(flat.dtype)[6:]})
         tensors[f"{position}.values"], tensors[f"{position}.ends"] = _narrowed(flat), ends
     layout = {"rows": len(rows), "named": bool(named), "fields": layout}
-    file = tempfile.NamedTemporaryFile(dir=os.path.dirname(path), prefix=".rows-", delete=False)
-    file.close()
+    handle, unfinished = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".rows-")
+    os.close(handle)
     try:
-        save_file(tensors, file.name, metadata={"layout": json.dumps(layout)})
-        os.replace(file.name, path)
+        save_file(tensors, unfinished, metadata={"layout": json.dumps(layout)})
+        os.replace(unfinished, path)
     except BaseException:
-        os.unlink(file.name)
+        os.unlink(unfinished)
         raise
 
 

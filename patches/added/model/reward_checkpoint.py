@@ -10,7 +10,7 @@ COMPUTED = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$|rotary_emb\.inv_
 
 
 def read_reward_checkpoint(path, model):
-    """The state dict in ``path``, under the names of ``model``.
+    """The state dict in ``path``, under the names of ``model``, and nothing that has no place there.
 
     The backbone's prefix was ``rwtranrsformer`` until October 2023.
 
@@ -38,4 +38,4 @@ def read_reward_checkpoint(path, model):
     unused = sorted(name for name in state if name not in known and not COMPUTED.search(name))
     if unused:
         print(f"{path}: {len(unused)} tensors have no place in the model, {unused[0]} among them", flush=True)
-    return state
+    return {name: tensor for name, tensor in state.items() if name in known}
