@@ -10,6 +10,7 @@
 # a copy first; TARGET changes at the end, whole or not at all. Exit status: 0 done, 1 refused, 2 wrong usage.
 set -euo pipefail
 export LC_ALL=C
+unset CDPATH # with it, cd goes elsewhere and prints where
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 chat=applications/DeepSpeed-Chat
@@ -73,24 +74,36 @@ copy_tree() { # FROM TO: those of the files that are there
   for path in "${touched[@]}" "${created[@]}"; do
     [ -e "$1/$path" ] || continue
     if [ -L "$1/$path" ]; then refuse "$path is a symbolic link: give a tree of plain files"; fi
-    mkdir -p "$2/$(dirname "$path")"
-    cp -p "$1/$path" "$2/$path" || refuse "cannot copy $path to $2 (unreadable, or no space there)"
+    { mkdir -p "$2/$(dirname "$path")" && cp -p "$1/$path" "$2/$path"; } 2>/dev/null ||
+      refuse "cannot copy $path to $2 (unreadable, or no space there)"
   done
 }
 
 is_upstreams() { # FOLDER PATH: one of the versions in UPSTREAM, byte for byte
-  [ -f "$1/$2" ] && grep -q "^$layout $(git hash-object --no-filters "$1/$2") .* $2\$" "$here/UPSTREAM"
+  [ -f "$1/$2" ] && grep -q "^$layout $(outside_git "$1" hash-object --no-filters "$2") .* $2\$" "$here/UPSTREAM"
 }
 
 # --- git apply, in a copy that belongs to no repository --------------------------------------------------------------
 
-git_apply() ( # FOLDER FLAGS… PATCH
+outside_git() ( # FOLDER WORDS…: git there, as if there were no repository and no configuration
   cd "$1"
   shift
   unset "${!GIT_@}"
   export GIT_CEILING_DIRECTORIES="$stage" GIT_CONFIG_GLOBAL=/dev/null GIT_CONFIG_NOSYSTEM=1
-  git apply --whitespace=nowarn "$@" 2>"$stage/why"
+  git "$@"
 )
+
+git_apply() { # FOLDER FLAGS… PATCH
+  local folder=$1
+  shift
+  why=$(outside_git "$folder" apply --whitespace=nowarn "$@" 2>&1) && return
+  case $why in
+    *"unable to write"* | *"failed to write"* | *"unable to create"* | *"No space left"* | *"File too large"*)
+      refuse "no space in ${TMPDIR:-/tmp}, where the patches are tried: ${why%%$'\n'*}"
+      ;;
+  esac
+  return 1
+}
 
 has_its_lines() { # FOLDER PATCH: the text that an Only-Where patch mends is there
   local where
@@ -103,7 +116,7 @@ put_in() { # FOLDER
   used=0
   for patch in "${patches[@]}"; do
     if ! has_its_lines "$1" "$patch"; then continue; fi
-    git_apply "$1" "$patch" || refuse "$(basename "$patch") does not fit: $(head -n 1 "$stage/why")"
+    git_apply "$1" "$patch" || refuse "$(basename "$patch") does not fit: ${why%%$'\n'*}"
     used=$((used + 1))
   done
 }
@@ -128,13 +141,19 @@ read_state() { # sets state: original, applied, changed or half, and odd: the fi
   for path in "${touched[@]}"; do
     if [ -e "$stage/before/$path" ] && ! is_upstreams "$stage/before" "$path"; then odd+=("$path"); fi
   done
+  if [ ${#odd[@]} -eq 0 ] && [ "$there" -gt 0 ]; then
+    for path in "${created[@]}"; do
+      [ -e "$stage/before/$path" ] || continue
+      refuse "$path is there, and nothing else of the patches: move it away (a rest of theirs, or a file of yours)"
+    done
+  fi
   if [ "$there" -eq 0 ]; then
     state=original
     if [ ${#odd[@]} -gt 0 ]; then state=changed; fi
     return
   fi
   copy_tree "$tree" "$stage/reverted"
-  if take_out "$stage/reverted"; then
+  if take_out "$stage/reverted" && puts_back; then
     state=applied
     odd=()
     for path in "${touched[@]}"; do
@@ -144,6 +163,15 @@ read_state() { # sets state: original, applied, changed or half, and odd: the fi
   fi
   state=half
   find_what_is_half
+}
+
+puts_back() { # the patches that reverted lacks give the tree's files again; else one of them was not in
+  local path
+  copy_tree "$stage/reverted" "$stage/again"
+  put_in "$stage/again"
+  for path in "${touched[@]}" "${created[@]}"; do
+    if [ -e "$stage/before/$path" ] && ! cmp -s "$stage/before/$path" "$stage/again/$path"; then return 1; fi
+  done
 }
 
 find_what_is_half() { # narrows odd to the first file that is neither upstream's nor wholly patched
@@ -182,18 +210,19 @@ write_back() { # FOLDER: make the tree's files those of FOLDER, all or none
     {
       if [ -e "$tree/$path" ]; then cp -p "$tree/$path" "$(aside new "$path")"; fi && # keeps mode and owner
         cat "$1/$path" >"$(aside new "$path")" && cmp -s "$1/$path" "$(aside new "$path")"
-    } 2>/dev/null || { undo && refuse "cannot write in $folder (no permission, or no space): nothing was changed"; }
+    } 2>/dev/null || give_up "cannot write in $folder (no permission, or no space)"
   done
   for path in "${touched[@]}" "${created[@]}"; do
     if ! [ -e "$tree/$path" ] || cmp -s "$1/$path" "$tree/$path"; then continue; fi
+    moved+=("$path")
+    rm -f "$(aside old "$path")" # of a run that was killed
     # a second name takes no space, and putting it back neither
     { ln "$tree/$path" "$(aside old "$path")" || cp -p "$tree/$path" "$(aside old "$path")"; } 2>/dev/null ||
-      { undo && refuse "cannot write in $tree/$(dirname "$path") (no permission, or no space): nothing was changed"; }
-    moved+=("$path")
-    if ! [ -e "$1/$path" ]; then rm -f "$tree/$path" || { undo && refuse "cannot remove $path: nothing was changed"; }; fi
+      give_up "cannot write in $tree/$(dirname "$path") (no permission, or no space)"
+    if ! [ -e "$1/$path" ]; then rm -f "$tree/$path" || give_up "cannot remove $path"; fi
   done
   for path in ${written[@]+"${written[@]}"}; do
-    mv -f "$(aside new "$path")" "$tree/$path" 2>/dev/null || { undo && refuse "cannot replace $path: nothing was changed"; }
+    mv -f "$(aside new "$path")" "$tree/$path" 2>/dev/null || give_up "cannot replace $path"
   done
   trap - INT TERM HUP
   for path in ${moved[@]+"${moved[@]}"}; do rm -f "$(aside old "$path")"; done
@@ -203,6 +232,11 @@ aside() { # new|old PATH: a name beside the file, on its file system
   printf '%s/%s/%s.%s.%s' "$tree" "$(dirname "$2")" "$mark" "$1" "$(basename "$2")"
 }
 
+give_up() {
+  undo
+  refuse "$1: nothing was changed"
+}
+
 undo() {
   local path
   for path in ${written[@]+"${written[@]}"}; do
@@ -210,7 +244,11 @@ undo() {
     if ! [ -e "$stage/before/$path" ]; then rm -f "$tree/$path"; fi
   done
   for path in ${moved[@]+"${moved[@]}"}; do
-    mv -f "$(aside old "$path")" "$tree/$path"
+    if ! [ -e "$tree/$path" ] || ! cmp -s "$stage/before/$path" "$tree/$path"; then
+      mv -f "$(aside old "$path")" "$tree/$path"
+    else
+      rm -f "$(aside old "$path")" # mv refuses two names of one file
+    fi
   done
 }
 
@@ -247,10 +285,10 @@ main() {
   choose_series
   refuse_inside_another_repository
   list_files
-  stage=$(mktemp -d) || refuse "no temporary folder: no space in ${TMPDIR:-/tmp}?"
+  stage=$(mktemp -d 2>/dev/null) || refuse "no temporary folder: no space in ${TMPDIR:-/tmp}?"
   stage=$(cd "$stage" && pwd -P)
   trap 'rm -rf "$stage"' EXIT
-  mkdir "$stage/before" "$stage/after" "$stage/reverted"
+  mkdir "$stage/before" "$stage/after" "$stage/reverted" 2>/dev/null || refuse "no space in ${TMPDIR:-/tmp}"
   copy_tree "$tree" "$stage/before"
   refuse_without_permission
   read_state
@@ -269,12 +307,14 @@ main() {
   copy_tree "$tree" "$stage/after"
   put_in "$stage/after"
   if [ "$1" = check ]; then
-    printf '%s of %s patches go in (%s layout); the rest mend lines that this version does not have\n' \
-      "$used" "${#patches[@]}" "$layout"
+    printf '%s of %s patches go in (%s layout)' "$used" "${#patches[@]}" "$layout"
+    if [ "$used" -lt ${#patches[@]} ]; then printf '; the others mend lines of other versions'; fi
+    printf '\n'
     return
   fi
   write_back "$stage/after"
   printf 'applied: %s of %s patches (%s layout) to %s\n' "$used" "${#patches[@]}" "$layout" "$tree"
+  if [ "$layout" = package ]; then printf 'once:   pip install -e %q\n' "$tree/$chat"; fi
   printf 'step 2: cd %q && deepspeed main.py --help\n' "$tree/$chat/training/step2_reward_model_finetuning"
 }
 

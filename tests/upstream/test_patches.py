@@ -229,6 +229,23 @@ def test_ppo_runs_on_what_step2_saved(trees, model, tmp_path, family, stage):
     assert "v_head.weight" in critic
 
 
+@pytest.mark.parametrize("step", ["step1_supervised_finetuning", "step2_dpo_finetuning"])
+def test_the_other_steps_run_without_a_launcher(trees, model, tmp_path, step):
+    """They share the patched files; what they save loads as a causal model, tokenizer and all."""
+    tree = trees()
+    flags = {
+        "data_path": tree.data / "Dahoas" / "rm-static", "data_output_path": tree.cache, "max_seq_len": 64,
+        "model_name_or_path": model("opt"), "per_device_train_batch_size": 8, "per_device_eval_batch_size": 8,
+        "dtype": "bf16", "zero_stage": 1, "output_dir": tmp_path,
+    }  # fmt: skip
+    words = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    result = tree.run(f"{step}/main.py", *words, "--deepspeed", launcher="python")
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    state = torch.load(patched.output_of(tmp_path), weights_only=True)
+    assert "lm_head.weight" in state or "model.decoder.embed_tokens.weight" in state
+    assert (tmp_path / "tokenizer_config.json").is_file()
+
+
 def test_no_new_flag_no_new_loss(trees, model, tmp_path):
     """And each flag reaches the loss."""
     tree = trees()
