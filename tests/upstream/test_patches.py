@@ -48,6 +48,11 @@ chosen, rejected = out["chosen_mean_scores"], out["rejected_mean_scores"]
 print(json.dumps([chosen.mean().item(), rejected.mean().item(), (chosen > rejected).float().mean().item()]))
 """
 
+EMULATE_FLOAT16 = """
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+CPU_Accelerator.is_fp16_supported = lambda self: True
+"""
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -151,6 +156,20 @@ def test_every_stage_trains_and_saves(trees, model, tmp_path, stage, processes):
     run = tree.step2(model("opt"), tmp_path, "--zero_stage", stage, processes=processes)
     assert ("taking zero_stage 1" in run.output) == (stage == 0)
     same_scores(reloaded(tree, tmp_path), run.evaluations[-1])
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_float16(trees, model, tmp_path, stage):
+    """On a CPU that only emulates it, which DeepSpeed has to be told."""
+    tree = trees()
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(EMULATE_FLOAT16)
+    path = f"{site}{os.pathsep}{tree.package}"
+    run = tree.step2(model("opt"), tmp_path / "o", "--dtype", "fp16", "--zero_stage", stage, PYTHONPATH=path)
+    state = torch.load(patched.output_of(tmp_path / "o"), weights_only=True)
+    assert {tensor.dtype for tensor in state.values()} == {torch.float16}
+    same_scores(reloaded(tree, tmp_path / "o"), run.evaluations[-1])
 
 
 def test_lora_and_checkpointing(trees, model, tmp_path):
