@@ -15,7 +15,7 @@ import runs
 PATCHES = runs.TOP / "patches"
 CHAT = "applications/DeepSpeed-Chat"
 PINS = {"package": "45b4b7156c8794a3452a5a7d03dbd8d797068569", "legacy": "ab4e2e54620d0e80ead128b30dd39d9d55751eab"}
-FIRST_PACKAGE = "e86d0c6d"  # the package layout begins here
+RANGES = {"package": ("e86d0c6d", PINS["package"]), "legacy": ("76c16f1c", "0079e59d")}  # first and last commit
 WORDS = (
     "the",
     "cat",
