@@ -5,9 +5,11 @@ import torch
 
 
 def row_margin(row):
-    """The number in a row's ``margin`` column as a 0-d tensor, NaN if it has none."""
-    margin = row.get("margin")
-    return torch.tensor(float("nan") if margin is None else float(margin))
+    """The number in a row's ``margin`` column as a 0-d tensor, NaN if there is none."""
+    try:
+        return torch.tensor(float(row["margin"]))
+    except (KeyError, TypeError, ValueError):
+        return torch.tensor(float("nan"))
 
 
 class RewardCollator:
@@ -18,7 +20,9 @@ class RewardCollator:
         margin_column: hand the rows' margins to the loss.
 
     Every row is padded to ``--max_seq_len``. The columns that are pads in all rows are cut off, but for those in
-    which the reward model may look for the end of the longest text: the scores, the loss and the gradients stay.
+    which the reward model may look for the end of the longest text: the scores, the loss and the gradients stay. (But
+    for a row that begins with its final pad, or two rows of the same ids: of those, as upstream has it, the last column
+    counts, and that is another one.)
     """
 
     def __init__(self, num_padding_at_beginning=0, margin_column=False):

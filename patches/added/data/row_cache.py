@@ -54,9 +54,10 @@ def _content(path):
     if os.path.isfile(path):
         names = [path]
     else:
-        names = sorted(os.path.join(folder, name) for folder, _, files in os.walk(path) for name in files)
+        walk = os.walk(path, followlinks=True)
+        names = sorted(os.path.join(folder, name) for folder, _, files in walk for name in files)
     digest = hashlib.sha256()
-    for name in names:
+    for name in filter(os.path.isfile, names):  # an editor's lock is a link to nothing
         digest.update(f"{os.path.relpath(name, path)}\0{os.path.getsize(name)}\0".encode())
         with open(name, "rb") as file:
             while block := file.read(1 << 20):
@@ -66,21 +67,25 @@ def _content(path):
 
 def _tokenizer_rules(tokenizer):
     special = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
-    rules = {"class": type(tokenizer).__name__, "special": special, "side": tokenizer.padding_side}
+    rules = {"class": type(tokenizer).__name__, "special": special}
+    for name in ("padding_side", "truncation_side", "split_special_tokens"):
+        rules[name] = getattr(tokenizer, name, None)
     if tokenizer.is_fast:
         rules["backend"] = json.loads(tokenizer.backend_tokenizer.to_str())
         for state in ("padding", "truncation"):  # of the last call, not of the tokenizer
             rules["backend"].pop(state, None)
     else:
         rules["vocabulary"] = tokenizer.get_vocab()
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_vocabulary(folder)
+            rules["files"] = _content(folder)
     return json.dumps(rules, sort_keys=True)
 
 
 def save_rows(rows, path):
-    """Write a dataset of tensors: each row a dict or a tuple of tensors, or of plain integers.
+    """Write a dataset: each row a dict or a tuple of tensors, (s,), (1, s) or (), or of plain integers.
 
-    A row's tensors may differ in length from row to row in their last dimension, in nothing else. The file appears
-    whole or not at all.
+    s may differ from row to row. The file appears whole or not at all.
     """
     rows = [rows[i] for i in range(len(rows))]
     named = rows and isinstance(rows[0], dict)
