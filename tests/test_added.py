@@ -268,7 +268,7 @@ def test_blended_data_come_back_in_their_order(phase, row_cache, tmp_path):
 
 def test_no_rows(row_cache, tmp_path):
     read = saved(row_cache, Subset(phase_1(), []), tmp_path)
-    assert (len(read), list(read)) == (0, [])
+    assert (len(read), list(itertools.islice(read, 3))) == (0, [])
     with pytest.raises(IndexError):
         read[0]
 
@@ -281,7 +281,7 @@ def test_an_index_counts_as_a_lists_does(row_cache, tmp_path):
     for index in (5, -6):
         with pytest.raises(IndexError):
             read[index]
-    assert len(list(read)) == 5  # a for loop over it ends
+    assert len(list(itertools.islice(read, 9))) == 5  # a for loop over it ends
 
 
 EDGES = [0, 255, 256, 65535, 65536, 2**31 - 1, 2**31, 2**63 - 1, -1, -100, -(2**31), -(2**31) - 1]

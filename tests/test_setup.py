@@ -13,7 +13,12 @@ import pytest
 
 TOP = Path(__file__).resolve().parent.parent
 SETUP = TOP / "training_scripts" / "setup.sh"
-SCRIPTS = [*sorted((TOP / "training_scripts").glob("*.sh")), TOP / "tests" / "run.sh", TOP / ".ci" / "run"]
+SCRIPTS = [
+    *sorted((TOP / "training_scripts").glob("*.sh")),
+    TOP / "patches" / "apply.sh",
+    TOP / "tests" / "run.sh",
+    TOP / ".ci" / "run",
+]
 BASH = shutil.which("bash")
 
 pytestmark = pytest.mark.skipif(BASH is None, reason="no bash")
