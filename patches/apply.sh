@@ -52,6 +52,12 @@ refuse_inside_another_repository() { # there, git apply succeeds and changes not
   done
 }
 
+take_the_lock() { # until this process ends; a file system that has no locks does without
+  command -v flock >/dev/null || return 0
+  exec 9<"$tree/$chat"
+  flock --nonblock --conflict-exit-code 75 9 2>/dev/null || [ $? -ne 75 ] || refuse "apply.sh is at work in $tree already"
+}
+
 list_files() { # sets touched: upstream's files that patches change; created: files that they add
   mapfile -t touched < <(awk -v layout="$layout" '$1 == layout { print $5 }' "$here/UPSTREAM" | sort -u)
   mapfile -t created < <(
@@ -141,15 +147,14 @@ read_state() { # sets state: original, applied, changed or half, and odd: the fi
   for path in "${touched[@]}"; do
     if [ -e "$stage/before/$path" ] && ! is_upstreams "$stage/before" "$path"; then odd+=("$path"); fi
   done
-  if [ ${#odd[@]} -eq 0 ] && [ "$there" -gt 0 ]; then
-    for path in "${created[@]}"; do
-      [ -e "$stage/before/$path" ] || continue
-      refuse "$path is there, and nothing else of the patches: move it away (a rest of theirs, or a file of yours)"
-    done
-  fi
   if [ "$there" -eq 0 ]; then
     state=original
     if [ ${#odd[@]} -gt 0 ]; then state=changed; fi
+    return
+  fi
+  if [ ${#odd[@]} -eq 0 ]; then # after git checkout, say, which leaves new files alone
+    state=original
+    find_what_is_in_the_way
     return
   fi
   copy_tree "$tree" "$stage/reverted"
@@ -163,6 +168,17 @@ read_state() { # sets state: original, applied, changed or half, and odd: the fi
   fi
   state=half
   find_what_is_half
+}
+
+find_what_is_in_the_way() { # ours, byte for byte, are not
+  local path mine=()
+  copy_tree "$stage/before" "$stage/again"
+  for path in "${created[@]}"; do rm -f "$stage/again/$path"; done
+  put_in "$stage/again"
+  for path in "${created[@]}"; do
+    if [ -e "$stage/before/$path" ] && ! cmp -s "$stage/before/$path" "$stage/again/$path"; then mine+=("$path"); fi
+  done
+  if [ ${#mine[@]} -gt 0 ]; then refuse "the patches add files that are there already: move away ${mine[*]}"; fi
 }
 
 puts_back() { # the patches that reverted lacks give the tree's files again; else one of them was not in
@@ -257,34 +273,41 @@ undo() {
 refuse_unless_original() {
   case $state in
     changed)
-      refuse "${odd[0]} is not upstream's at any commit that UPSTREAM lists: changed by you, or of another time." \
-        "Put your change aside (git stash), apply, and bring it back (git stash pop), or check out a listed commit"
+      refuse "${odd[0]} is not upstream's of $(listed_days): changed by you, or of another commit." \
+        "Yours: git stash, apply, git add -A, git stash pop. Another commit: check out one of those days"
       ;;
     applied) refuse "applied already to $tree: revert first" ;;
     half) refuse_half ;;
   esac
 }
 
+listed_days() {
+  if [ "$layout" = package ]; then printf '6 November 2023 to 29 March 2026'; else printf '24 to 28 April 2023'; fi
+}
+
 refuse_half() {
-  refuse "half applied: some patches are in, but ${odd[0]} is not as they leave it (or was changed since)." \
-    "Put upstream's files back (git checkout -- $chat and git clean $chat, or unpack again), then apply"
+  refuse "half applied: ${odd[0]} is not as the patches leave it (changed since, or some of them are missing)." \
+    "Keep a copy of your changes and put upstream's files back (git checkout -- $chat, or unpack again)"
 }
 
 usage() {
-  sed -n 's/^# \{0,1\}//; 3,11p' "${BASH_SOURCE[0]}" >&2
-  exit 2
+  sed -n '3,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
 }
 
 main() {
+  local path
   case ${1:-} in
-    check | apply | revert) [ $# -eq 2 ] || usage ;;
-    *) usage ;;
+    check | apply | revert) ;;
+    -h | --help) usage && exit ;;
+    *) printf 'apply.sh: %s: unknown command\n' "${1:-none}" >&2 && usage >&2 && exit 2 ;;
   esac
+  [ $# -eq 2 ] || { usage >&2 && exit 2; }
   command -v git >/dev/null || refuse "git is not installed; it applies the patches"
   find_tree "$2"
   choose_series
   refuse_inside_another_repository
   list_files
+  take_the_lock
   stage=$(mktemp -d 2>/dev/null) || refuse "no temporary folder: no space in ${TMPDIR:-/tmp}?"
   stage=$(cd "$stage" && pwd -P)
   trap 'rm -rf "$stage"' EXIT
@@ -296,7 +319,12 @@ main() {
   if [ "$1" = revert ]; then
     case $state in
       half) refuse_half ;;
-      original | changed) refuse "not applied to $tree: nothing to revert" ;;
+      changed) refuse "not applied to $tree: nothing to revert" ;;
+      original)
+        copy_tree "$tree" "$stage/reverted"
+        for path in "${created[@]}"; do rm -f "$stage/reverted/$path"; done
+        [ -n "$(diff -rq "$stage/before" "$stage/reverted")" ] || refuse "not applied to $tree: nothing to revert"
+        ;;
     esac
     write_back "$stage/reverted"
     printf 'reverted: %s\n' "$tree"
@@ -305,6 +333,7 @@ main() {
   fi
   refuse_unless_original
   copy_tree "$tree" "$stage/after"
+  for path in "${created[@]}"; do rm -f "$stage/after/$path"; done
   put_in "$stage/after"
   if [ "$1" = check ]; then
     printf '%s of %s patches go in (%s layout)' "$used" "${#patches[@]}" "$layout"

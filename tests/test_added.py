@@ -11,6 +11,7 @@ import os
 import pickle
 import random
 import resource
+import signal
 import stat
 import struct
 import sys
@@ -171,7 +172,7 @@ def test_a_batch_is_as_wide_as_its_longest_text_and_the_pads_looked_for(pads, ba
 
 def test_margins_pass_in_the_order_of_their_rows(batches):
     rows = [row([5], [6], margin) for margin in (0.5, -2.0, 3.0)]
-    assert batches.RewardCollator(margin_column=True)(rows)["margin"].tolist() == [0.5, -2.0, 3.0]
+    assert batches.RewardCollator(margins_of=rows)(rows)["margin"].tolist() == [0.5, -2.0, 3.0]
     assert "margin" not in batches.RewardCollator()(rows)
 
 
@@ -180,7 +181,7 @@ def test_a_missing_margin_matters_with_its_flag_alone(margin, batches):
     rows = [row([5], [6], 1.0), row([5], [6], margin)]
     batches.RewardCollator()(rows)
     with pytest.raises(ValueError, match="--margin column"):
-        batches.RewardCollator(margin_column=True)(rows)
+        batches.RewardCollator(margins_of=rows)
 
 
 @pytest.mark.parametrize("margin, number", [(2, 2.0), (-0.5, -0.5), ("1.5", 1.5), (None, NAN)])
@@ -476,6 +477,28 @@ def test_changed_data_behind_a_link_get_another_folder(linked, world):
 def test_a_link_to_nothing_among_the_data_is_no_matter(world):
     (world.data / ".#train.json").symlink_to("someone@somewhere.1234")  # how Emacs locks a file
     world.folder()
+
+
+@contextlib.contextmanager
+def at_most(seconds):
+    def stop(*_):
+        pytest.fail(f"still going after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_links_in_a_circle_are_followed_once(world):
+    """Two of them, each way round again: 2^40 ways until the system gives up."""
+    for name in ("one", "other"):
+        (world.data / name).symlink_to(world.data)
+    with at_most(5):
+        world.folder()
 
 
 def test_data_of_the_hub_go_by_their_name_and_in_order(world):

@@ -48,12 +48,18 @@ def _number(text, lowest=-math.inf, highest=math.inf):
     except ValueError:
         value = math.nan
     if not (math.isfinite(value) and lowest <= value <= highest):
-        raise argparse.ArgumentTypeError(f"{text} is not a number from {lowest} to {highest}")
+        limits = "" if math.isinf(lowest) else f" from {lowest:g}" + ("" if math.isinf(highest) else f" to {highest:g}")
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number{limits}")
     return value
 
 
 def _margin(text):
-    return text if text == "column" else _number(text)
+    if text == "column":
+        return text
+    try:
+        return _number(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, nor the word column") from None
 
 
 def _smoothing(text):

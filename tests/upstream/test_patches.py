@@ -180,11 +180,13 @@ def test_lora_and_checkpointing(trees, model, tmp_path):
     same_scores(reloaded(tree, tmp_path, "llama"), run.evaluations[-1])
 
 
-def test_legacy_step2_trains_and_saves(trees, model, tmp_path):
+@pytest.mark.parametrize(("family", "stage"), [("opt", 0), ("llama", 2), ("bloom", 3)])
+def test_legacy_step2_trains_and_saves(trees, model, tmp_path, family, stage):
     tree = trees("legacy")
-    run = tree.step2(model("opt"), tmp_path, "--zero_stage", 0, "--num_train_epochs", 3)
+    leading = ["--num_padding_at_beginning", leading_pads(family)]
+    run = tree.step2(model(family), tmp_path, "--zero_stage", stage, "--num_train_epochs", 3, *leading)
     assert run.evaluations[-1][1] > 0.8
-    chosen, _, accuracy = reloaded(tree, tmp_path)
+    chosen, _, accuracy = reloaded(tree, tmp_path, family)
     same_scores([chosen, accuracy], run.evaluations[-1])
 
 
@@ -299,6 +301,24 @@ def test_help(trees, layout):
     result = trees(layout).run("step2_reward_model_finetuning/main.py", "--help", launcher="python")
     assert result.returncode == 0
     assert "--score_penalty" in result.stdout
+
+
+def test_rows_without_a_margin_stop_the_run_before_it_trains(trees, model, tmp_path):
+    tree = trees()
+    folder = tree.chat / "data"
+    folder.mkdir()
+    rows = [{"prompt": f"Human: {i} Assistant:", "chosen": "good", "rejected": "bad", "margin": 1} for i in range(40)]
+    rows[3]["margin"] = None
+    try:
+        for name in ("train", "eval"):
+            (folder / f"{name}.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        flags = ["--data_path", "local/jsonfile", "--data_split", "0,1,0", "--margin", "column"]
+        run = tree.step2(model("opt"), tmp_path, *flags, succeed=False, launcher="python")
+    finally:
+        shutil.rmtree(folder)
+    assert run.result.returncode != 0
+    assert "1 of 40 training rows have no number in a column margin" in run.output
+    assert not run.evaluations
 
 
 def test_ranks_count_every_pair_once(trees, model, tmp_path):

@@ -17,7 +17,10 @@ class RewardCollator:
 
     Args:
         num_padding_at_beginning: the reward model's.
-        margin_column: hand the rows' margins to the loss.
+        margins_of: hand the rows' margins to the loss; all of these rows, the training set, have to have one.
+
+    Raises:
+        ValueError: rows without a margin.
 
     Every row is padded to ``--max_seq_len``. The columns that are pads in all rows are cut off, but for those in
     which the reward model may look for the end of the longest text: the scores, the loss and the gradients stay. (But
@@ -25,9 +28,15 @@ class RewardCollator:
     counts, and that is another one.)
     """
 
-    def __init__(self, num_padding_at_beginning=0, margin_column=False):
+    def __init__(self, num_padding_at_beginning=0, margins_of=None):
         self.kept_pads = num_padding_at_beginning + 1
-        self.margin_column = margin_column
+        self.with_margins = margins_of is not None
+        if self.with_margins:
+            missing = sum(not row[4].isfinite() for row in (margins_of[i] for i in range(len(margins_of))))
+            if missing:
+                raise ValueError(
+                    f"--margin column: {missing} of {len(margins_of)} training rows have no number in a column margin"
+                )
 
     def __call__(self, rows):
         ids = torch.cat([row[0] for row in rows] + [row[2] for row in rows])
@@ -35,8 +44,6 @@ class RewardCollator:
         used = mask.any(0).nonzero()  # padding on the right: the last used column is the longest text's end
         width = int(used[-1]) + 1 + self.kept_pads if len(used) else ids.shape[1]
         batch = {"input_ids": ids[:, :width], "attention_mask": mask[:, :width]}
-        if self.margin_column:
+        if self.with_margins:
             batch["margin"] = torch.stack([row[4] for row in rows])
-            if not batch["margin"].isfinite().all():
-                raise ValueError("--margin column: a row of the data has no finite number in its margin column")
         return batch
