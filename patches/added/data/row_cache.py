@@ -54,8 +54,14 @@ def _content(path):
     if os.path.isfile(path):
         names = [path]
     else:
-        walk = os.walk(path, followlinks=True)
-        names = sorted(os.path.join(folder, name) for folder, _, files in walk for name in files)
+        names, seen = [], set()
+        for folder, folders, files in os.walk(path, followlinks=True):
+            if os.path.realpath(folder) in seen:  # links can lead round in a circle
+                folders.clear()
+                continue
+            seen.add(os.path.realpath(folder))
+            folders.sort()
+            names += [os.path.join(folder, name) for name in sorted(files)]
     digest = hashlib.sha256()
     for name in filter(os.path.isfile, names):  # an editor's lock is a link to nothing
         digest.update(f"{os.path.relpath(name, path)}\0{os.path.getsize(name)}\0".encode())
