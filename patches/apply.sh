@@ -274,7 +274,7 @@ refuse_unless_original() {
   case $state in
     changed)
       refuse "${odd[0]} is not upstream's of $(listed_days): changed by you, or of another commit." \
-        "Yours: git stash, apply, git add -A, git stash pop. Another commit: check out one of those days"
+        "Yours: git stash, apply, git add -A, git stash pop. Another commit: check out one of those days'"
       ;;
     applied) refuse "applied already to $tree: revert first" ;;
     half) refuse_half ;;

@@ -180,8 +180,16 @@ def test_margins_pass_in_the_order_of_their_rows(batches):
 def test_a_missing_margin_matters_with_its_flag_alone(margin, batches):
     rows = [row([5], [6], 1.0), row([5], [6], margin)]
     batches.RewardCollator()(rows)
-    with pytest.raises(ValueError, match="--margin column"):
+    with pytest.raises(ValueError, match="--margin column: 1 of 2 "):
         batches.RewardCollator(margins_of=rows)
+
+
+def test_evaluation_rows_without_a_margin_are_scored(drop_in, batches):
+    """One collator serves both data sets; an evaluation looks at the scores alone."""
+    rows = [row([5, 6], [5, 7])]
+    batch = batches.RewardCollator(margins_of=[row([5], [6], 1.0)])(rows)
+    scores = drop_in.RewardModel(reference.TinyBackbone(), reference.TOKENIZER)(**batch)["chosen_mean_scores"]
+    assert scores.isfinite().all()
 
 
 @pytest.mark.parametrize("margin, number", [(2, 2.0), (-0.5, -0.5), ("1.5", 1.5), (None, NAN)])
@@ -477,6 +485,17 @@ def test_changed_data_behind_a_link_get_another_folder(linked, world):
 def test_a_link_to_nothing_among_the_data_is_no_matter(world):
     (world.data / ".#train.json").symlink_to("someone@somewhere.1234")  # how Emacs locks a file
     world.folder()
+
+
+def test_a_link_to_another_of_the_folders_gets_another_folder(world):
+    for year in ("2024", "2025"):
+        (world.data / year).mkdir()
+        (world.data / year / "rows.arrow").write_text(year)
+    (world.data / "validation").symlink_to("2024")
+    before = world.folder()
+    (world.data / "validation").unlink()
+    (world.data / "validation").symlink_to("2025")
+    assert world.folder() != before
 
 
 @contextlib.contextmanager

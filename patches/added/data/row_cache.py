@@ -51,18 +51,20 @@ def _content(path):
     """SHA-256 of a local file or folder, or of what ``local/jsonfile`` stands for; empty for a name on the hub."""
     if "local/jsonfile" in path:  # applications/DeepSpeed-Chat/data, as in get_raw_dataset
         path = os.path.join(os.path.dirname(os.path.abspath(__file__)), *[os.pardir] * 3, "data")
+    digest = hashlib.sha256()
     if os.path.isfile(path):
         names = [path]
     else:
         names, seen = [], set()
         for folder, folders, files in os.walk(path, followlinks=True):
-            if os.path.realpath(folder) in seen:  # links can lead round in a circle
+            real = os.path.realpath(folder)
+            if real in seen:  # links can lead round in a circle
+                digest.update(f"{os.path.relpath(folder, path)}\0{os.path.relpath(real, path)}\0".encode())
                 folders.clear()
                 continue
-            seen.add(os.path.realpath(folder))
+            seen.add(real)
             folders.sort()
             names += [os.path.join(folder, name) for name in sorted(files)]
-    digest = hashlib.sha256()
     for name in filter(os.path.isfile, names):  # an editor's lock is a link to nothing
         digest.update(f"{os.path.relpath(name, path)}\0{os.path.getsize(name)}\0".encode())
         with open(name, "rb") as file:
