@@ -14,12 +14,13 @@ import math
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
@@ -40,7 +41,11 @@ FEATURES = datasets.Features(
         "worse": datasets.List(datasets.Value("int32")),
         "margin": datasets.List(datasets.Value("float32")),
         "length": datasets.Value("int32"),
+        "tokens": datasets.Value("int32"),
         "prompt_hash": datasets.Value("int64"),
+        "prompt_tokens": datasets.Value("int32"),
+        "text_hashes": datasets.List(datasets.Value("int64")),
+        "text_lengths": datasets.List(datasets.Value("int32")),
         "cut": datasets.Value("bool"),
         "problem": datasets.Value("string"),
     }
@@ -59,6 +64,7 @@ class Comparison:
     responses: K lists of ids that follow it; each ends with an end token.
     better, worse: judged pairs as indices into ``responses``; better[i] beat worse[i].
     margin: by how much, one number per judged pair; NaN where the row says nothing.
+    prompt_hash: equal for rows that were asked the same; None: unlike any other.
     """
 
     prompt: list[int]
@@ -66,24 +72,54 @@ class Comparison:
     better: list[int] = field(default_factory=list)
     worse: list[int] = field(default_factory=list)
     margin: list[float] = field(default_factory=list)
+    prompt_hash: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens to compute when the responses share the prompt."""
+        return len(self.prompt) + sum(len(response) for response in self.responses)
 
 
 class Comparisons:
-    """A sequence of Comparisons in an Arrow file; reads one from disk when asked for it."""
+    """A sequence of Comparisons in an Arrow file; reads one from disk when asked for it.
+
+    For each of them, (r,) int64: ``lengths`` of the longest text, ``tokens`` of the prompt and all responses,
+    ``prompt_tokens`` of what was asked (the responses may go on alike), ``pairs`` judged. What planning needs lies in
+    memory, 8 bytes a number; the tokens stay in the file.
+    """
 
     def __init__(self, table: datasets.Dataset):
         self.table = table
-        self.lengths = np.asarray(table.with_format("numpy")["length"][:], dtype=np.int64)  # longest text, in tokens
+        self.lengths = self._numbers("length")
+        self.tokens = self._numbers("tokens")
+        self.prompt_tokens = self._numbers("prompt_tokens")
+        self.pairs = np.asarray(self._arrow("better").value_lengths(), dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.table)
 
     def __getitem__(self, index: int) -> Comparison:
         row = self.table[int(index)]
-        return Comparison(**{name: row[name] for name in ("prompt", "responses", "better", "worse", "margin")})
+        return Comparison(**{f.name: row[f.name] for f in fields(Comparison)})
+
+    def _arrow(self, column: str) -> pyarrow.Array:
+        values = self.table.with_format("arrow")[column][:]
+        return values.combine_chunks() if isinstance(values, pyarrow.ChunkedArray) else values
+
+    def _numbers(self, column: str) -> np.ndarray:
+        return np.asarray(self._arrow(column), dtype=np.int64)
 
     def prompt_hashes(self) -> np.ndarray:
-        return np.asarray(self.table.with_format("numpy")["prompt_hash"][:], dtype=np.int64)
+        """Equal numbers, equal prompts. (r,)"""
+        return self._numbers("prompt_hash")
+
+    def texts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of each whole text, one row's after the other, a hash and its tokens, (t,); texts of each row, (r,)."""
+        hashes = self._arrow("text_hashes")
+        lengths = self._arrow("text_lengths").flatten()
+        return tuple(
+            np.asarray(values, dtype=np.int64) for values in (hashes.flatten(), lengths, hashes.value_lengths())
+        )
 
     def select(self, indices: np.ndarray) -> Comparisons:
         return Comparisons(self.table.select(indices))
@@ -249,13 +285,21 @@ def _tokenise_rows(rows: dict[str, list], source, tokenizer, special, max_seq_le
     out: dict[str, list] = {name: [] for name in FEATURES}
     for text in texts:
         record = {"prompt": [], "responses": [], "better": [], "worse": [], "margin": [], "length": 0}
-        record |= {"prompt_hash": 0, "cut": False, "problem": None}
+        record |= {
+            "tokens": 0,
+            "prompt_hash": 0,
+            "prompt_tokens": 0,
+            "text_hashes": [],
+            "text_lengths": [],
+            "cut": False,
+            "problem": None,
+        }
         if isinstance(text, str):
             record["problem"] = text
         else:
             try:
                 record |= compare(*next(ids), text.margin, special, max_seq_len)
-                record["prompt_hash"] = _hash(text.prompt)
+                record["prompt_hash"] = _hash(text.prompt.encode("utf-8", "replace"))
             except BadRow as problem:
                 record["problem"] = str(problem)
         for name, column in out.items():
@@ -263,8 +307,8 @@ def _tokenise_rows(rows: dict[str, list], source, tokenizer, special, max_seq_le
     return out
 
 
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "big", signed=True)
+def _hash(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big", signed=True)
 
 
 @dataclass(frozen=True)
@@ -456,6 +500,10 @@ def compare(
         "worse": [1],
         "margin": [margin],
         "length": max(len(chosen), len(rejected)),
+        "tokens": len(chosen) + len(rejected) - shared,
+        "prompt_tokens": min(prompt_length - max(surplus, 0), shared),
+        "text_hashes": [_hash(np.array(text, dtype=np.int32).tobytes()) for text in (chosen, rejected)],
+        "text_lengths": [len(chosen), len(rejected)],
         "cut": surplus > 0,
     }
 

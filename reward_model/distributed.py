@@ -121,3 +121,10 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     parts = [torch.empty_like(rows) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(parts, rows)
     return torch.cat(parts)
+
+
+def first_text(text: str) -> str:
+    """What the first rank that has something to say says; empty: no rank has."""
+    texts: list[str] = [""] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(texts, text)
+    return next(filter(None, texts), "")

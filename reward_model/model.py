@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Transformers model with one score on top, and what the trainer asks of it: scores at given tokens.
 
-Notation: n rows, s tokens, h hidden units.
+Notation: b rows, s tokens, h hidden units.
 """
 
 from __future__ import annotations
@@ -52,27 +52,34 @@ class Scorer(nn.Module):
         return self.unwrapped.config
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, ends: torch.Tensor | None = None
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        at: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        states: bool = False,
     ) -> torch.Tensor:
-        """Scores of n texts, (n,), or at each of their tokens, (n, s); float32.
+        """Scores at given tokens, in the shape of ``at``; pooling ``mean`` and ``own``: of whole rows, (b,). float32.
 
         Args:
-            input_ids, attention_mask: (n, s), padded on the right.
-            ends: column of each text's last token (n,). None: the score at every token (pooling ``last`` only).
+            input_ids: (b, s).
+            attention_mask: (b, s), padded on the right, or what :func:`reward_model.sharing.attention_mask` makes.
+            at: indices into the b·s tokens, any shape. Only these reach the head.
+            position_ids: (b, s); None: the model's own.
+            states: the hidden states instead of the scores, one more dimension h (pooling ``last`` only).
         """
         model = self.unwrapped
         if self.pooling == "own":
             return model(input_ids, attention_mask=attention_mask).logits.squeeze(-1)
         backbone, head = self.backbone, model.v_head if isinstance(model, RewardModel) else model.score
-        hidden = backbone(input_ids, attention_mask=attention_mask, **self.backbone_options)[0]  # (n, s, h)
-        if ends is None:
-            return head(hidden).squeeze(-1)
+        options = self.backbone_options | ({} if position_ids is None else {"position_ids": position_ids})
+        hidden = backbone(input_ids, attention_mask=attention_mask, **options)[0]  # (b, s, h)
         if self.pooling == "mean":
             mask = attention_mask.unsqueeze(-1)
-            pooled = (hidden.float() * mask).sum(1) / mask.sum(1)
-        else:
-            pooled = hidden[torch.arange(len(ends), device=ends.device), ends]  # (n, h): only these reach the head
-        return head(pooled).squeeze(-1)
+            return head((hidden.float() * mask).sum(1) / mask.sum(1)).squeeze(-1)
+        # index_select: its backward adds rows, where the one of hidden[at] sorts the indices first
+        picked = hidden.flatten(0, 1).index_select(0, at.flatten()).unflatten(0, at.shape)
+        return picked if states else head(picked).squeeze(-1)
 
 
 def load_for_training(

@@ -14,6 +14,8 @@ from reward_model.reward_model import LOSS_LEVELS, SCORE_PENALTIES
 
 SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 POOLINGS = ("last", "mean", "own")
+MERGES = ("batch", "prompt")
+BATCH_ELEMENTS = ("pair", "prompt")
 SAVE_FORMATS = ("hf", "dschat", "both")
 EXAMPLE = "deepspeed main.py --model_name_or_path facebook/opt-350m --data_path Dahoas/rm-static --output_dir output"
 
@@ -92,6 +94,28 @@ def build_parser() -> Parser:
     train.add_argument("--eval_interval", type=natural, default=0, help="evaluate every so many steps; 0: each epoch")
     train.add_argument("--eval_iters", type=natural, default=0, help="batches per evaluation; 0: the whole set")
 
+    batches = parser.add_argument_group("batches")
+    batches.add_argument(
+        "--merge",
+        choices=MERGES,
+        default="batch",
+        help="rows with the same prompt are computed together: those that meet in a batch, or all, brought together",
+    )
+    batches.add_argument(
+        "--batch_element",
+        choices=BATCH_ELEMENTS,
+        default="pair",
+        help="with --merge prompt, what the batch size counts and what weighs the same: a pair, or a prompt's pairs",
+    )
+    batches.add_argument("--max_responses", type=positive_int, default=16, help="of a prompt that are merged")
+    batches.add_argument(
+        "--tokens_per_batch",
+        type=natural,
+        default=0,
+        help="at most so many tokens, pads included, per forward pass, of which a step has as many as it needs; 0: any",
+    )
+    batches.add_argument("--group_by_length", action="store_true", help="rows of similar length in a batch")
+
     output = parser.add_argument_group("output")
     output.add_argument("--output_dir", help="model, metrics and report; not given: nothing is kept")
     output.add_argument(
@@ -139,6 +163,10 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError(f"--loss_level token and --pooling {options.pooling}: only pooling last has a score per token")
     if options.score_penalty is None and "score_penalty_weight" in options.explicit:
         raise UserError("--score_penalty_weight without --score_penalty: name the penalty")
+    if options.batch_element == "prompt" and options.merge != "prompt":
+        raise UserError("--batch_element prompt and --merge batch: a prompt's rows come together with --merge prompt")
+    if options.max_responses < 2:
+        raise UserError(f"--max_responses {options.max_responses}: a pair has 2")
     if options.lora_alpha and not options.lora_dim:
         raise UserError("--lora_alpha without --lora_dim: give the adapters' dimension")
 

@@ -60,7 +60,8 @@ class RewardScorer:
             lengths = torch.tensor([len(row) for row in rows])
             input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.special.pad)
             mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
-            batch = (tensor.to(self.device) for tensor in (input_ids, mask, lengths - 1))
+            ends = torch.arange(len(rows)) * input_ids.shape[1] + lengths - 1
+            batch = (tensor.to(self.device) for tensor in (input_ids, mask, ends))
             scores += self.scorer(*batch).tolist()
         return scores
 

@@ -11,24 +11,36 @@ import json
 import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoConfig, get_scheduler, set_seed
 
 import reward_model
-from reward_model import checkpoint, distributed, report
-from reward_model.batching import Batch, PlannedBatches, plan_epoch, plan_evaluation
+from reward_model import checkpoint, distributed, report, sharing
+from reward_model.batching import Batch, Layout, Loading, loader
 from reward_model.data import Comparisons, Rules, load_comparisons
 from reward_model.distributed import Place
 from reward_model.ds_config import build_config
 from reward_model.errors import UserError, first_line, say
 from reward_model.metrics import pair_metrics
-from reward_model.model import Scorer, add_lora, count, load_for_training, resize_embedding
+from reward_model.model import Scorer, add_lora, count, embedding_rows, load_for_training, resize_embedding
 from reward_model.options import cache_folder, explain_inherited
 from reward_model.reward_model import pairwise_loss, score_penalty, span_loss
+from reward_model.sampling import (
+    EpochPlan,
+    MicroBatch,
+    Rule,
+    Units,
+    plan_evaluation,
+    rows_by_prompt,
+    rows_to_evaluate,
+    single_rows,
+)
 from reward_model.tokenizer import choose_special_tokens, load_tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -74,6 +86,7 @@ def run(options: argparse.Namespace) -> None:
     trainer = Trainer(options, place, scorer, ds_config, train_set, eval_set, special.pad, folder)
     del keep_zero3_alive
     trainer.train()
+    trainer.set_attention(sharing.SEPARATE)  # what is saved names no attention of ours
     trainer.engine.empty_partition_cache()  # ZeRO 3 may be fetching ahead, and gathers no weight twice
     if folder:
         checkpoint.save(scorer, tokenizer, folder, options.save_format, is_writer=place.is_first)
@@ -194,9 +207,17 @@ class Trainer:
         self.train_set, self.eval_set = train_set, eval_set
         self.last_scores: tuple[np.ndarray, np.ndarray] = (np.array([]), np.array([]))
         self.last_metrics: dict = {}
-        global_batch = ds_config["train_batch_size"]
-        self.steps_per_epoch = math.ceil(len(train_set) / global_batch)
-        self.total_steps = self.steps_per_epoch * options.num_train_epochs
+        self.way, self.own_attention = sharing.SEPARATE, scorer.backbone.config._attn_implementation
+        self.units = self.training_units()
+        most = options.eval_iters * options.per_device_eval_batch_size * place.world_size
+        self.eval_units = rows_by_prompt(
+            eval_set,
+            options.max_responses,
+            options.per_device_eval_batch_size,
+            options.seed,
+            rows_to_evaluate(len(eval_set), most, options.seed),
+        )
+        self.total_steps = sum(len(self.plan(epoch)) for epoch in range(options.num_train_epochs))
         groups = parameter_groups(scorer, options.weight_decay, options.lora_learning_rate)
         if options.offload:
             from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -217,15 +238,110 @@ class Trainer:
             # DeepSpeed's half-precision optimizer at stage 0 has taken a step with zero gradients by now, which leaves
             # Adam's bias correction one step ahead: the first updates come out at 0.73, 0.83, … of their size
             optimizer.state.clear()
+        if options.tokens_per_batch and hasattr(self.engine.optimizer, "gradient_accumulation_steps"):
+            # how many micro-batches a step has is not known; ZeRO 1 and 2 with offload ask only whether it is one
+            self.engine.optimizer.gradient_accumulation_steps = max(2, options.gradient_accumulation_steps)
         torch.manual_seed(options.seed + place.rank)  # dropout: another stream on each rank
-        say(
-            f"{len(train_set)} training pairs, {len(eval_set)} held out; global batch {global_batch} = "
-            f"{options.per_device_train_batch_size} pairs × {options.gradient_accumulation_steps} accumulated × "
+        say(self.describe(ds_config["train_batch_size"]))
+        self.way = self.choose_way()
+        if not folder:
+            say("no --output_dir: nothing will be saved")
+
+    def describe(self, global_batch: int) -> str:
+        """What is going to be done, in a line."""
+        options, place = self.options, self.place
+        pairs, held_out = int(self.train_set.pairs.sum()), int(self.eval_set.pairs.sum())
+        elements = "prompts" if options.batch_element == "prompt" else "pairs"
+        brought = f" of {len(self.units)} groups" if options.merge == "prompt" else ""
+        return (
+            f"{pairs} training pairs{brought}, {held_out} held out; global batch {global_batch} = "
+            f"{options.per_device_train_batch_size} {elements} × {options.gradient_accumulation_steps} accumulated × "
             f"{place.world_size} {'process' if place.world_size == 1 else 'processes'}; {self.total_steps} steps; "
             f"{place.device.type}, {options.dtype}, ZeRO {options.zero_stage}{', offload' if options.offload else ''}"
         )
-        if not folder:
-            say("no --output_dir: nothing will be saved")
+
+    def training_units(self) -> Units:
+        """The training rows, those of a prompt brought together if that is wanted."""
+        options = self.options
+        if options.merge == "batch":
+            return single_rows(self.train_set)
+        most_pairs = options.per_device_train_batch_size
+        if options.tokens_per_batch:
+            most_pairs *= options.gradient_accumulation_steps
+        if options.batch_element == "prompt":
+            most_pairs = len(self.train_set)
+        return rows_by_prompt(self.train_set, options.max_responses, most_pairs, options.seed)
+
+    def rule(self, micro_batch: int) -> Rule:
+        options = self.options
+        return Rule(
+            micro_batch=micro_batch,
+            accumulation=options.gradient_accumulation_steps,
+            by_prompt=options.batch_element == "prompt",
+            layout=self.way.layout,
+            tokens=options.tokens_per_batch,
+            by_length=options.group_by_length,
+        )
+
+    def plan(self, epoch: int) -> EpochPlan:
+        """This rank's share of an epoch."""
+        rule = self.rule(self.options.per_device_train_batch_size)
+        return EpochPlan(self.units, rule, self.place.rank, self.place.world_size, self.options.seed, epoch)
+
+    def load(self, comparisons: Comparisons, plan: Sequence[list[MicroBatch]]) -> DataLoader:
+        """The batches of a plan, as the model wants them."""
+        layout = Layout(self.way.layout, self.pad, self.options.max_responses, self.way.multiple)
+        return loader(Loading(comparisons, plan, layout), on_gpu=self.place.device.type == "cuda")
+
+    @torch.no_grad()
+    def choose_way(self) -> sharing.Way:
+        """The fastest way to share prompts that this model computes rightly; all ranks take the same."""
+        if self.engine.module.pooling != "last":
+            say("prompts are not shared: only a decoder that is scored at the last token can do that")
+            return sharing.SEPARATE
+        longest = int(max(self.train_set.lengths.max(), self.eval_set.lengths.max()))
+        if longest > sharing.window(self.engine.module.config):
+            say(f"prompts are not shared: the longest text, {longest} tokens, is longer than the attention's window")
+            return sharing.SEPARATE
+        ids = np.random.default_rng(0).integers(embedding_rows(self.engine.module), size=60)
+        reasons = []
+        for way in sharing.ON_CUDA if self.place.device.type == "cuda" else sharing.ON_CPU:
+            fault = self.fault(way, ids.tolist())
+            if not fault:
+                self.set_attention(way)
+                say(f"prompts are shared ({way.name} attention)")
+                return way
+            reasons.append(f"{way.name}: {fault}")
+        say(f"prompts are not shared, each answer has a row of its own ({'; '.join(reasons)})")
+        self.set_attention(sharing.SEPARATE)
+        return sharing.SEPARATE
+
+    def fault(self, way: sharing.Way, ids: list[int]) -> str:
+        """What is wrong with a way to share prompts, on this model, on any rank; empty: nothing."""
+        fault = ""
+        with torch.random.fork_rng([] if self.place.device.type == "cpu" else [self.place.device]):
+            try:
+                self.engine.eval()
+                difference, leak = sharing.disagreement(self.small_states, way, ids, self.pad)
+                if not difference <= sharing.TOLERANCES[DTYPES[self.options.dtype]]:
+                    fault = f"differs by {difference:.1g} from separate rows"
+                elif not leak <= sharing.LEAK:
+                    fault = f"an answer moves another's score by {leak:.1g}"
+                self.engine.train()  # some refuse only here, for their dropout
+                sharing.disagreement(self.small_states, way, ids, self.pad)
+            except Exception as error:  # a model may refuse in any manner
+                fault = first_line(error) or type(error).__name__
+        return distributed.first_text(fault)
+
+    def set_attention(self, way: sharing.Way) -> None:
+        self.way = way
+        self.engine.module.backbone.set_attn_implementation(way.attention or self.own_attention)
+
+    def small_states(self, batch: Batch, way: sharing.Way) -> torch.Tensor:
+        """The hidden state at each response's end, (n, h)."""
+        self.set_attention(way)
+        batch = batch.to(self.place.device)
+        return self.scores(batch, batch.ends, states=True)
 
     def train(self) -> None:
         """All epochs, with an evaluation before the first step, after each epoch, and every ``--eval_interval``."""
@@ -236,24 +352,16 @@ class Trainer:
         step = 0
         for epoch in range(options.num_train_epochs):
             self.engine.train()
-            plan = plan_epoch(
-                len(self.train_set),
-                options.per_device_train_batch_size,
-                options.gradient_accumulation_steps,
-                self.place.rank,
-                self.place.world_size,
-                options.seed,
-                epoch,
-            )
-            for micro_batches in plan:
-                for batch in PlannedBatches(self.train_set, micro_batches, self.pad):
+            plan = self.plan(epoch)
+            for done, batches in enumerate(self.load(self.train_set, plan), 1):
+                for batch in batches:
+                    self.engine.set_gradient_accumulation_boundary(batch is batches[-1])
                     self.train_micro_batch(batch.to(self.place.device), log)
                 step += 1
-                log.end_step(step, step / self.steps_per_epoch)
-                last_of_epoch = step % self.steps_per_epoch == 0
-                if last_of_epoch or (options.eval_interval and step % options.eval_interval == 0):
+                log.end_step(step, epoch + done / len(plan))
+                if done == len(plan) or (options.eval_interval and step % options.eval_interval == 0):
                     log.flush()
-                    self.evaluate(step, step / self.steps_per_epoch)
+                    self.evaluate(step, epoch + done / len(plan))
                     self.engine.train()
                     log.restart_clock()
         log.flush()
@@ -262,28 +370,39 @@ class Trainer:
     def train_micro_batch(self, batch: Batch, log: StepLog) -> None:
         loss, chosen, rejected = self.loss(batch)
         loss = loss * batch.weight
-        self.engine.backward(loss)
+        # DeepSpeed takes the mean over the ranks, and here the sum over all micro-batches is meant
+        self.engine.backward(loss * self.place.world_size, scale_wrt_gas=False)
         self.engine.step()
         log.add(loss.detach(), chosen.detach(), rejected.detach(), batch)
+
+    def scores(self, batch: Batch, at: torch.Tensor, states: bool = False) -> torch.Tensor:
+        """Scores (or hidden states) at tokens of a batch, in the shape of ``at``; float32."""
+        shared = self.way is not sharing.SEPARATE
+        mask = sharing.attention_mask(batch, self.way, DTYPES[self.options.dtype])
+        return self.engine(
+            batch.input_ids, mask, at, position_ids=batch.position_ids if shared else None, states=states
+        )
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The mean loss of a batch (0-d), and the end scores of its winners and losers (p,); float32."""
         options = self.options
         margin = batch.margin if options.margin == "column" else options.margin
         if options.loss_level == "token":
-            every = self.engine(batch.input_ids, batch.attention_mask)  # (n, s)
-            scores = every.gather(1, batch.ends[:, None]).squeeze(1)
+            every = self.scores(batch, batch.tokens)  # (n, r)
+            scores = every[:, -1]  # beyond its end a response repeats its last token
         else:
-            scores = self.engine(batch.input_ids, batch.attention_mask, batch.ends)  # (n,)
+            scores = self.scores(batch, batch.ends)  # (n,)
         chosen, rejected = scores[batch.better], scores[batch.worse]
         if options.loss_level == "token":
             # to the shorter answer's end: no pad has a score
-            end = torch.minimum(batch.ends[batch.better], batch.ends[batch.worse]) + 1
-            loss = span_loss(
+            lengths = batch.token_lengths
+            end = torch.minimum(lengths[batch.better], lengths[batch.worse])
+            losses = span_loss(
                 every[batch.better], every[batch.worse], batch.start, end, margin, options.label_smoothing
-            ).mean()
+            )
         else:
-            loss = pairwise_loss(chosen, rejected, margin, options.label_smoothing).mean()
+            losses = pairwise_loss(chosen, rejected, margin, options.label_smoothing)
+        loss = (losses * batch.pair_weights).sum()
         if options.score_penalty:
             loss = loss + options.score_penalty_weight * score_penalty(options.score_penalty, chosen, rejected)
         return loss, chosen, rejected
@@ -292,21 +411,16 @@ class Trainer:
     def evaluate(self, step: int, epoch: float) -> None:
         """Score the evaluation pairs on all ranks, each pair once, and record the metrics of the whole set."""
         options, place = self.options, self.place
-        plan = plan_evaluation(
-            self.eval_set.lengths,
-            options.per_device_eval_batch_size,
-            place.rank,
-            place.world_size,
-            options.eval_iters,
-            options.seed,
-        )
+        rule = self.rule(options.per_device_eval_batch_size)
+        plan = plan_evaluation(self.eval_units, rule, place.rank, place.world_size)
+        size = max(rule.micro_batch, int(self.eval_units.pairs.max()))  # on every rank, for any batch
         self.engine.eval()
         rows = []
-        batches = PlannedBatches(self.eval_set, plan, self.pad)
-        for batch in progress(batches, desc="evaluating", unit="batch", leave=False, disable=not place.is_first):
+        batches = self.load(self.eval_set, [[micro_batch] for micro_batch in plan])
+        for (batch,) in progress(batches, desc="evaluating", unit="batch", leave=False, disable=not place.is_first):
             batch = batch.to(place.device)
-            scores = self.engine(batch.input_ids, batch.attention_mask, batch.ends)
-            found = torch.full((options.per_device_eval_batch_size, 4), math.nan, device=place.device)
+            scores = self.scores(batch, batch.ends)
+            found = torch.full((size, 4), math.nan, device=place.device)
             if batch.weight:
                 pair = (scores, batch.response_lengths)
                 columns = [values[side].float() for values in pair for side in (batch.better, batch.worse)]
@@ -361,12 +475,13 @@ class StepLog:
         self.clock = time.perf_counter()
 
     def _zeros(self) -> torch.Tensor:
-        # loss, pairs, correct, chosen scores, rejected scores, tokens
-        return torch.zeros(6, dtype=torch.float64, device=self.trainer.place.device)
+        # loss, pairs, correct, chosen scores, rejected scores, tokens, ranks' forward passes
+        return torch.zeros(7, dtype=torch.float64, device=self.trainer.place.device)
 
     def add(self, loss: torch.Tensor, chosen: torch.Tensor, rejected: torch.Tensor, batch: Batch) -> None:
         """Count a micro-batch: its weighted loss (0-d) and the scores of its winners and losers (p,)."""
         self.sums[0] += loss
+        self.sums[6] += 1
         if batch.weight:
             correct = (chosen > rejected).double() + 0.5 * (chosen == rejected)
             parts = (torch.ones_like(correct), correct, chosen, rejected)
@@ -391,9 +506,7 @@ class StepLog:
         step, epoch, seconds, sums, work, learning_rate, grad_norm = self.pending
         self.pending = None
         work.wait()
-        loss, pairs, correct, chosen, rejected, tokens = sums.tolist()
-        options, world_size = self.trainer.options, self.trainer.place.world_size
-        loss /= options.gradient_accumulation_steps * world_size
+        loss, pairs, correct, chosen, rejected, tokens, passes = sums.tolist()
         if not math.isfinite(loss):
             raise UserError(f"step {step}: the loss is {loss}; lower --learning_rate, or take --dtype bf16")
         values = {
@@ -406,6 +519,9 @@ class StepLog:
             "chosen_mean": chosen / pairs,
             "rejected_mean": rejected / pairs,
             "learning_rate": learning_rate,
+            "pairs": int(pairs),
+            "tokens": int(tokens),
+            "micro_batches": int(passes) // self.trainer.place.world_size,
             "pairs_per_second": pairs / seconds,
             "tokens_per_second": tokens / seconds,
         }

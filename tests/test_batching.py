@@ -1,298 +1,374 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plans of an epoch and of an evaluation, and collation against a slow reference."""
+"""Merging and collation against slow references, and the loader."""
 
 import itertools
 import math
-from dataclasses import fields
+from collections import Counter
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 import torch
+from comparisons import pair, table
 
-from reward_model.batching import Batch, PlannedBatches, collate, plan_epoch, plan_evaluation
+from reward_model.batching import Batch, Layout, Loading, collate, loader, merge
 from reward_model.data import Comparison
+from reward_model.sampling import EpochPlan, MicroBatch, Rule, single_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 PAD = 9
-
-# size, micro_batch, accumulation, world_size: whole batches, a short last one, fewer pairs than ranks, one pair
-SPLITS = [(24, 2, 3, 2), (23, 2, 3, 2), (25, 2, 3, 2), (7, 4, 1, 1), (3, 2, 2, 8), (1, 1, 1, 4), (100, 3, 4, 5)]
-
-
-def epoch_of_all_ranks(size, micro_batch, accumulation, world_size, seed=1, epoch=0):
-    return [plan_epoch(size, micro_batch, accumulation, rank, world_size, seed, epoch) for rank in range(world_size)]
-
-
-def global_order(ranks):
-    """Indices in the order in which the pairs were dealt out, fillers left out."""
-    return [
-        int(index)
-        for step in zip(*ranks)  # of each rank
-        for micro_batches in zip(*step)
-        for micro_batch in micro_batches
-        if micro_batch.weight
-        for index in micro_batch.indices
-    ]
-
-
-@pytest.mark.parametrize("split", SPLITS, ids=str)
-def test_every_pair_comes_once_an_epoch(split):
-    assert sorted(global_order(epoch_of_all_ranks(*split))) == list(range(split[0]))
-
-
-@pytest.mark.parametrize("split", SPLITS, ids=str)
-def test_every_rank_takes_part_in_every_micro_batch(split):
-    size, micro_batch, accumulation, world_size = split
-    ranks = epoch_of_all_ranks(*split)
-    steps = math.ceil(size / (micro_batch * accumulation * world_size))
-    assert [len(rank) for rank in ranks] == [steps] * world_size
-    for step in itertools.chain(*ranks):
-        assert len(step) == accumulation
-        assert all(1 <= len(m.indices) <= micro_batch for m in step)
-
-
-def test_the_order_is_the_same_however_it_is_split():
-    orders = [global_order(epoch_of_all_ranks(101, *split)) for split in ((4, 1, 1), (2, 2, 2), (1, 1, 8), (3, 5, 4))]
-    assert all(order == orders[0] for order in orders)
-
-
-def test_equal_global_batches_hold_the_same_pairs():
-    def batches(*split):
-        ranks = epoch_of_all_ranks(50, *split)
-        return [sorted(global_order([[step] for step in steps])) for steps in zip(*ranks)]
-
-    assert batches(8, 1, 1) == batches(4, 2, 1) == batches(2, 1, 4) == batches(1, 2, 4)
-
-
-def test_the_order_depends_on_seed_and_epoch_alone():
-    def order(**which):
-        return global_order(epoch_of_all_ranks(64, 4, 2, 2, **which))
-
-    assert order(seed=5, epoch=3) == order(seed=5, epoch=3)
-    distinct = {tuple(order(seed=seed, epoch=epoch)) for seed in (5, 6) for epoch in (0, 1, 2)}
-    assert len(distinct) == 6
-    assert tuple(range(64)) not in distinct
-
-
-@pytest.mark.parametrize("split", SPLITS, ids=str)
-def test_the_weights_make_the_mean_over_the_global_batch(split):
-    size, micro_batch, accumulation, world_size = split
-    gradients = np.random.default_rng(0).normal(size=(size, 5))  # of each pair's loss
-    ranks = epoch_of_all_ranks(*split)
-    order = global_order(ranks)
-    per_step = micro_batch * accumulation * world_size
-    for i, steps in enumerate(zip(*ranks)):
-        parts = [m.weight * gradients[m.indices].mean(axis=0) for step in steps for m in step]
-        averaged = sum(parts) / (accumulation * world_size)  # what DeepSpeed makes of them
-        expected = gradients[order[i * per_step : (i + 1) * per_step]].mean(axis=0)
-        np.testing.assert_allclose(averaged, expected, rtol=1e-12)
-
-
-def test_weights_by_hand():
-    # 3 pairs for 2 ranks of 2: the first gets two, the second one; 2/3 and 1/3 of the batch, times 2 micro-batches
-    first, second = (plan_epoch(3, 2, 1, rank, 2, seed=0, epoch=0)[0][0] for rank in (0, 1))
-    assert (len(first.indices), first.weight) == (2, pytest.approx(4 / 3))
-    assert (len(second.indices), second.weight) == (1, pytest.approx(2 / 3))
-    assert all(m.weight == 1.0 for step in plan_epoch(8, 2, 2, 0, 2, seed=0, epoch=0) for m in step)
-
-
-def test_no_pairs_are_no_steps():
-    assert plan_epoch(0, 2, 1, 0, 2, seed=0, epoch=0) == []
-
-
-EVALUATIONS = [(12, 2, 3), (13, 2, 3), (17, 4, 2), (3, 2, 4), (1, 8, 2), (10, 3, 1)]
-
-
-def evaluation_of_all_ranks(lengths, micro_batch, world_size, **which):
-    return [plan_evaluation(lengths, micro_batch, rank, world_size, **which) for rank in range(world_size)]
-
-
-def counted(ranks):
-    """Indices of all ranks' batches that count."""
-    return [int(index) for plan in ranks for m in plan if m.weight for index in m.indices]
-
-
-@pytest.mark.parametrize(("size", "micro_batch", "world_size"), EVALUATIONS)
-def test_an_evaluation_sees_every_pair_once(size, micro_batch, world_size):
-    lengths = np.random.default_rng(size).integers(1, 50, size)
-    ranks = evaluation_of_all_ranks(lengths, micro_batch, world_size)
-    assert sorted(counted(ranks)) == list(range(size))
-    assert {m.weight for plan in ranks for m in plan} <= {0.0, 1.0}
-
-
-@pytest.mark.parametrize(("size", "micro_batch", "world_size"), EVALUATIONS)
-def test_every_rank_evaluates_as_many_batches(size, micro_batch, world_size):
-    ranks = evaluation_of_all_ranks(np.arange(size), micro_batch, world_size)
-    batches = math.ceil(size / micro_batch)
-    fillers = sum(m.weight == 0 for plan in ranks for m in plan)
-    assert [len(plan) for plan in ranks] == [math.ceil(batches / world_size)] * world_size
-    assert fillers == world_size * len(ranks[0]) - batches
-    assert all(1 <= len(m.indices) <= micro_batch for plan in ranks for m in plan)
-
-
-def test_the_longest_come_first():
-    lengths = np.array([3, 50, 8, 20, 20, 1])
-    (plan,) = evaluation_of_all_ranks(lengths, 2, 1)
-    assert [m.indices.tolist() for m in plan] == [[1, 3], [4, 2], [0, 5]]
-
-
-def test_a_limit_takes_so_many_batches_of_each_rank():
-    ranks = evaluation_of_all_ranks(np.arange(100), 4, 2, limit=3)
-    assert [len(plan) for plan in ranks] == [3, 3]
-    assert len(set(counted(ranks))) == len(counted(ranks)) == 24
-
-
-def test_a_limit_takes_the_same_random_pairs_every_time():
-    def chosen(seed):
-        return sorted(counted(evaluation_of_all_ranks(np.arange(100), 4, 2, limit=3, seed=seed)))
-
-    assert chosen(0) == chosen(0)
-    assert chosen(0) != chosen(1)
-    assert chosen(0) not in (list(range(24)), list(range(76, 100)))  # neither the first nor the longest
-
-
-@pytest.mark.parametrize("limit", [0, 13, 1000])
-def test_a_limit_beyond_the_set_is_the_whole_set(limit):
-    ranks = evaluation_of_all_ranks(np.arange(100), 4, 2, limit=limit)
-    assert sorted(counted(ranks)) == list(range(100))
+KINDS = ("packed", "shared", "separate")
+kinds = pytest.mark.parametrize("kind", KINDS)
+seeds = pytest.mark.parametrize("seed", range(5))
 
 
 def ids(rng, low, high):
-    """Random ids, the pad id among them."""
-    return rng.integers(0, PAD + 1, rng.integers(low, high)).tolist()
+    """Few of them, so that responses begin alike; the pad id among them."""
+    return rng.choice([1, 2, PAD], rng.integers(low, high)).tolist()
 
 
 def random_comparison(rng, responses):
-    """K responses that differ in their first token, and some of the pairs among them judged."""
+    """K responses and some of the pairs among them judged."""
     pairs = list(itertools.combinations(range(responses), 2))
-    judged = [pairs[i] for i in rng.permutation(len(pairs))[: rng.integers(1, len(pairs) + 1)]]
-    judged = [pair if rng.random() < 0.5 else pair[::-1] for pair in judged]
-    better, worse = map(list, zip(*judged))
-    margin = [float(rng.normal()) if rng.random() < 0.5 else math.nan for _ in judged]
-    texts = [[k, *ids(rng, 0, 6)] for k in range(responses)]
-    return Comparison(ids(rng, 0, 5), texts, better, worse, margin)
+    some = [pairs[i] for i in rng.permutation(len(pairs))[: rng.integers(1, len(pairs) + 1)]]
+    better, worse = map(list, zip(*[(a, b) if rng.random() < 0.5 else (b, a) for a, b in some]))
+    margin = [float(rng.normal()) if rng.random() < 0.5 else math.nan for _ in some]
+    return Comparison(ids(rng, 0, 5), [ids(rng, 1, 7) for _ in range(responses)], better, worse, margin)
 
 
-def random_comparisons(seed, kinds=(2,), count=5):
+def random_comparisons(seed, count=5):
     rng = np.random.default_rng(seed)
-    return [random_comparison(rng, int(rng.choice(kinds))) for _ in range(count)]
+    return [random_comparison(rng, int(rng.choice([2, 3, 5]))) for _ in range(count)]
 
 
-def text_of(batch, row):
-    return batch.input_ids[row][batch.attention_mask[row].bool()].tolist()
+def rows_of_prompts(seed, count=12):
+    """Pairs as data.compare writes them, of a few texts of three prompts: many texts come more than once."""
+    rng = np.random.default_rng(seed)
+    prompts, responses = [[p, 7, *ids(rng, 0, 4)] for p in range(3)], [[k, *ids(rng, 0, 5)] for k in range(4)]
+    found = []
+    for _ in range(count):
+        prompt, (a, b) = int(rng.integers(3)), rng.choice(4, 2, replace=False)
+        margin = float(rng.normal()) if rng.random() < 0.5 else math.nan
+        found.append(pair(prompts[prompt], responses[a], responses[b], prompt - 1, margin))
+    return found
+
+
+def judged(comparisons):
+    """Whole texts of better and worse, and the margin; in the order in which Comparisons list them."""
+    for c in comparisons:
+        for better, worse, margin in zip(c.better, c.worse, c.margin):
+            yield (*c.prompt, *c.responses[better]), (*c.prompt, *c.responses[worse]), str(np.float32(margin))
+
+
+def own_tokens(batch):
+    """Ids of each response's own tokens."""
+    flat = batch.input_ids.flatten()
+    return [flat[at[:n]].tolist() for at, n in zip(batch.tokens, batch.token_lengths.tolist())]
+
+
+def texts_in(batch):
+    """Each response's whole text, read from the labels: its comparison's prompt and then its own tokens."""
+    comparison, response = batch.comparison.flatten(), batch.response.flatten()
+    prompts = [batch.input_ids.flatten()[(comparison == comparison[end]) & (response == 0)] for end in batch.ends]
+    return [(*prompt.tolist(), *own) for prompt, own in zip(prompts, own_tokens(batch))]
+
+
+def judged_in(batch):
+    texts = texts_in(batch)
+    for better, worse, margin in zip(batch.better.tolist(), batch.worse.tolist(), batch.margin):
+        yield texts[better], texts[worse], str(np.float32(margin))
 
 
 def first_difference(first, second):
-    """Column; at the latest the shorter text's last."""
+    """At the latest the shorter one's last."""
     for i, (a, b) in enumerate(zip(first, second)):
         if a != b:
             return i
     return min(len(first), len(second)) - 1
 
 
-def judged_pairs(comparisons):
-    """Texts of better and worse, margin; in the order in which Comparisons list them."""
-    for c in comparisons:
-        for better, worse, margin in zip(c.better, c.worse, c.margin):
-            yield c.prompt + c.responses[better], c.prompt + c.responses[worse], margin
+def slow_rows(comparisons, kind):
+    """Rows of (id, position, comparison, response), and each comparison's sizes."""
+    if kind == "separate":
+        texts = [c.prompt + response for c in comparisons for response in c.responses]
+        sizes = [[1, 0, len(text)] for text in texts]
+        return [[(token, i, n, 1) for i, token in enumerate(text)] for n, text in enumerate(texts)], sizes
+    rows, sizes = [], []
+    for n, c in enumerate(comparisons):
+        row = [(token, i, n, 0) for i, token in enumerate(c.prompt)]
+        for k, response in enumerate(c.responses, 1):
+            row += [(token, len(c.prompt) + i, n, k) for i, token in enumerate(response)]
+        rows.append(row)
+        sizes.append([len(c.responses), len(c.prompt), *map(len, c.responses)])
+    return rows if kind == "shared" else [[token for row in rows for token in row]], sizes
 
 
-@pytest.mark.parametrize("kinds", [(2,), (4,), (3, 7), (2, 3, 5)], ids=str)
-@pytest.mark.parametrize("seed", range(5))
-def test_collate_agrees_with_a_slow_reference(seed, kinds):
-    comparisons = random_comparisons(seed, kinds)
-    batch = collate(comparisons, PAD)
-    rows = [(c, c.responses[k]) for k in range(max(kinds)) for c in comparisons if k < len(c.responses)]
-    width = max(len(c.prompt) + len(response) for c, response in rows)
-    assert batch.input_ids.shape == batch.attention_mask.shape == (len(rows), width)
-    for row, (c, response) in enumerate(rows):
-        text = c.prompt + response
-        padding = width - len(text)
-        assert batch.input_ids[row].tolist() == text + [PAD] * padding
-        assert batch.attention_mask[row].tolist() == [1] * len(text) + [0] * padding
-        assert batch.ends[row] == len(text) - 1
-        assert batch.response_lengths[row] == len(response)
-    expected = list(judged_pairs(comparisons))
-    assert len(expected) == len(batch.better) == len(batch.worse) == len(batch.margin) == len(batch.start)
-    for i, (better, worse, margin) in enumerate(expected):
-        assert text_of(batch, batch.better[i]) == better
-        assert text_of(batch, batch.worse[i]) == worse
-        assert batch.margin[i].item() == pytest.approx(margin, nan_ok=True)
-        assert batch.start[i] == first_difference(better, worse)
+@kinds
+@seeds
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_rows_agree_with_a_slow_reference(kind, seed, multiple):
+    comparisons = random_comparisons(seed)
+    batch = collate(comparisons, Layout(kind, PAD, multiple=multiple))
+    rows, sizes = slow_rows(comparisons, kind)
+    width = math.ceil(max(map(len, rows)) / multiple) * multiple
+    names = ("input_ids", "attention_mask", "position_ids", "comparison", "response")
+    assert {getattr(batch, name).shape for name in names} == {(len(rows), width)}
+    for i, row in enumerate(rows):
+        for j in range(width):
+            token, position, comparison, response = row[j] if j < len(row) else (PAD, 0, -1, 0)
+            expected = token, int(j < len(row)), position, comparison, response
+            assert tuple(int(getattr(batch, name)[i, j]) for name in names) == expected
+    assert batch.sizes.tolist() == [*itertools.chain(*sizes)]
 
 
-def test_pairs_are_b_chosen_then_b_rejected():
-    comparisons = [
-        Comparison([1, 2], [[3, 4], [5]], [0], [1], [math.nan]),
-        Comparison([6], [[7], [8, 8, 8]], [0], [1], [0.5]),
-    ]
-    batch = collate(comparisons, PAD)
-    assert batch.input_ids.tolist() == [[1, 2, 3, 4], [6, 7, 9, 9], [1, 2, 5, 9], [6, 8, 8, 8]]
-    assert (batch.better.tolist(), batch.worse.tolist()) == ([0, 1], [2, 3])
-    assert batch.start.tolist() == [2, 1]
-    assert batch.ends.tolist() == [3, 1, 2, 3]
-    assert batch.response_lengths.tolist() == [2, 1, 1, 3]
+@kinds
+@seeds
+def test_responses_and_pairs_agree_with_a_slow_reference(kind, seed):
+    comparisons = random_comparisons(seed)
+    batch = collate(comparisons, Layout(kind, PAD))
+    responses = [(c.prompt, response) for c in comparisons for response in c.responses]
+    own = [prompt + response if kind == "separate" else response for prompt, response in responses]
+    assert texts_in(batch) == [(*prompt, *response) for prompt, response in responses]
+    assert own_tokens(batch) == own
+    assert batch.response_lengths.tolist() == [len(response) for _, response in responses]
+    assert batch.tokens.shape == (len(responses), max(map(len, own)))
+    for at, length, end in zip(batch.tokens, batch.token_lengths, batch.ends):
+        assert at[length - 1 :].unique().tolist() == [end]
+    assert list(judged_in(batch)) == list(judged(comparisons))
+    starts = [first_difference(own[a], own[b]) for a, b in zip(batch.better.tolist(), batch.worse.tolist())]
+    assert batch.start.tolist() == starts
+    torch.testing.assert_close(batch.pair_weights, torch.full((len(starts),), 1 / len(starts)))
+
+
+def test_packed_by_hand():
+    comparisons = [pair([1, 2], [3, 4], [5]), pair([6], [7], [8, 8, 8], margin=0.5)]
+    batch = collate(comparisons, Layout("packed", PAD, multiple=4))
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 8, 8, PAD, PAD]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 2, 0, 1, 1, 2, 3, 0, 0]]
+    assert batch.comparison.tolist() == [[0] * 5 + [1] * 5 + [-1] * 2]
+    assert batch.response.tolist() == [[0, 0, 1, 1, 2, 0, 1, 2, 2, 2, 0, 0]]
+    assert batch.sizes.tolist() == [2, 2, 2, 1, 2, 1, 1, 3]
+    assert batch.ends.tolist() == [3, 4, 6, 9]
+    assert batch.tokens.tolist() == [[2, 3, 3], [4, 4, 4], [6, 6, 6], [7, 8, 9]]
+    assert batch.token_lengths.tolist() == [2, 1, 1, 3]
+    assert (batch.better.tolist(), batch.worse.tolist()) == ([0, 2], [1, 3])
+    assert batch.start.tolist() == [0, 0]
     assert batch.margin[0].isnan()
     assert batch.margin[1] == 0.5
 
 
-def test_the_second_response_may_be_the_better_one():
-    batch = collate([Comparison([1], [[2], [3]], [1], [0], [0.0])], PAD)
+def test_shared_and_separate_by_hand():
+    comparisons = [pair([1, 2], [3, 4], [5]), pair([6], [7], [8, 8, 8])]
+    shared = collate(comparisons, Layout("shared", PAD))
+    assert shared.input_ids.tolist() == [[1, 2, 3, 4, 5], [6, 7, 8, 8, 8]]
+    assert shared.ends.tolist() == [3, 4, 6, 9]
+    separate = collate(comparisons, Layout("separate", PAD))
+    assert separate.input_ids.tolist() == [[1, 2, 3, 4], [1, 2, 5, PAD], [6, 7, PAD, PAD], [6, 8, 8, 8]]
+    assert separate.ends.tolist() == [3, 6, 9, 15]
+    assert separate.start.tolist() == [2, 1]
+    assert separate.response_lengths.tolist() == shared.response_lengths.tolist() == [2, 1, 1, 3]
+
+
+@kinds
+def test_the_second_response_may_be_the_better_one(kind):
+    batch = collate([Comparison([1], [[2], [3]], [1], [0], [0.0])], Layout(kind, PAD))
     assert (batch.better.tolist(), batch.worse.tolist()) == ([1], [0])
 
 
-def test_start_is_each_pairs_own():
-    # all three share column 0; the second and third also columns 1 and 2
-    batch = collate([Comparison([1], [[2, 2, 2], [3, 4, 5], [3, 4, 6]], [0, 0, 1], [1, 2, 2], [0.0] * 3)], PAD)
-    assert batch.start.tolist() == [1, 1, 3]
+@pytest.mark.parametrize(("kind", "prompt"), [("packed", 0), ("shared", 0), ("separate", 1)])
+def test_start_is_each_pairs_own(kind, prompt):
+    # the second and third share two tokens of their own
+    comparison = Comparison([1], [[2, 2, 2], [3, 4, 5], [3, 4, 6]], [0, 0, 1], [1, 2, 2], [0.0] * 3)
+    assert collate([comparison], Layout(kind, PAD)).start.tolist() == [prompt, prompt, prompt + 2]
 
 
-def test_a_text_that_begins_with_all_of_the_other_keeps_a_column_to_compare():
+@kinds
+def test_a_text_that_begins_with_all_of_the_other_keeps_a_token_to_compare(kind):
     # as data.compare writes them: the shorter text's last token is its own, though the longer one has it too
-    batch = collate([Comparison([1, 2], [[3], [3, 4, 3]], [0], [1], [math.nan])], PAD)
-    assert batch.start.tolist() == [2]
-    assert (batch.start <= torch.minimum(batch.ends[batch.better], batch.ends[batch.worse])).all()
+    batch = collate([pair([1, 2], [3], [3, 4, 3])], Layout(kind, PAD))
+    assert batch.start.tolist() == [2 if kind == "separate" else 0]
+    assert (batch.start < batch.token_lengths[[0, 1]].min()).all()
 
 
-def test_a_pad_id_inside_a_text_is_text():
-    batch = collate([Comparison([PAD, 1], [[PAD, 2, PAD], [3]], [0], [1], [0.0])], PAD)
-    assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
-    assert batch.ends.tolist() == [4, 2]
-
-
-def test_an_empty_prompt_starts_at_column_0():
-    batch = collate([Comparison([], [[1, 2], [2]], [0], [1], [0.0])], PAD)
-    assert batch.start.tolist() == [0]
-    assert batch.response_lengths.tolist() == [2, 1]
-
-
-def test_dtypes():
-    batch = collate(random_comparisons(0), PAD, weight=0.25)
-    integers = {f.name for f in fields(Batch)} - {"margin", "weight"}
-    assert {getattr(batch, name).dtype for name in integers} == {torch.int64}
-    assert batch.margin.dtype == torch.float32
+@kinds
+def test_dtypes(kind):
+    batch = collate(random_comparisons(0), Layout(kind, PAD), weight=0.25, row_weights=np.full(5, 0.2))
+    types = {"comparison": torch.int32, "response": torch.int32, "margin": torch.float32, "pair_weights": torch.float32}
+    for name in {f.name for f in fields(Batch)} - {"weight"}:
+        assert getattr(batch, name).dtype == types.get(name, torch.int64), name
     assert batch.weight == 0.25
 
 
+@kinds
+def test_row_weights_are_of_each_pair(kind):
+    # 1 + 3 · 2 = 7 in all
+    comparisons = [pair([1], [2], [3]), Comparison([4], [[5], [6], [7]], [0, 0, 1], [1, 2, 2], [0.0] * 3)]
+    batch = collate(comparisons, Layout(kind, PAD), row_weights=[1.0, 2.0])
+    torch.testing.assert_close(batch.pair_weights, torch.tensor([1.0, 2.0, 2.0, 2.0]) / 7)
+
+
+def test_merging_by_hand():
+    rows = [pair([1, 2], [3], [4], 0, 0.5), pair([1, 2], [4], [5, 6], 0), pair([1, 2], [5, 6], [3], 0, 2.0)]
+    ((merged, origins),) = merge(rows, Layout("packed", PAD, 3))
+    assert (merged.prompt, merged.responses) == ([1, 2], [[3], [4], [5, 6]])
+    assert (merged.better, merged.worse) == ([0, 1, 2], [1, 2, 0])
+    assert (merged.margin[0], merged.margin[2]) == (0.5, 2.0)
+    assert math.isnan(merged.margin[1])
+    assert (merged.prompt_hash, origins) == (0, [0, 1, 2])
+
+
+@seeds
+@pytest.mark.parametrize("most_responses", [2, 3, 16])
+def test_merging_keeps_what_was_judged(seed, most_responses):
+    rows = rows_of_prompts(seed)
+    merged = merge(rows, Layout("packed", PAD, most_responses))
+    for comparison, origins in merged:
+        texts = [(*comparison.prompt, *response) for response in comparison.responses]
+        assert 2 <= len(set(texts)) == len(texts) <= most_responses
+        assert all(comparison.responses)
+        assert {rows[i].prompt_hash for i in origins} == {comparison.prompt_hash}
+        assert list(judged([comparison])) == list(judged([rows[i] for i in origins]))
+    assert sorted(i for _, origins in merged for i in origins) == list(range(len(rows)))
+    if most_responses == 16:
+        assert len(merged) == len({row.prompt_hash for row in rows})
+
+
+def test_rows_of_several_pairs_merge():
+    first = Comparison([1], [[2], [3], [4]], [0, 1], [1, 2], [0.0, 1.0], 5)
+    second = Comparison([1], [[4], [6], [2]], [0, 2], [1, 1], [2.0, 3.0], 5)
+    ((merged, origins),) = merge([first, second], Layout("packed", PAD, 16))
+    assert merged == Comparison([1], [[2], [3], [4], [6]], [0, 1, 2, 0], [1, 2, 3, 3], [0.0, 1.0, 2.0, 3.0], 5)
+    assert origins == [0, 0, 1, 1]
+
+
+def test_beyond_the_limit_another_one_begins():
+    # the first has 3 texts; the third pair would be a fourth and fifth, and what comes later joins that one
+    rows = [pair([1], [k], [k + 1], 0) for k in (2, 3, 5, 6)]
+    assert [(c.responses, origins) for c, origins in merge(rows, Layout("packed", PAD, 3))] == [
+        ([[2], [3], [4]], [0, 1]),
+        ([[5], [6], [7]], [2, 3]),
+    ]
+
+
+@pytest.mark.parametrize("hashes", [(0, 1), (None, None), (None, 0), (0, None)], ids=str)
+def test_only_rows_known_to_have_one_prompt_merge(hashes):
+    rows = [pair([1, 2], [3], [4], prompt_hash) for prompt_hash in hashes]
+    assert merge(rows, Layout("packed", PAD, 16)) == [(rows[0], [0]), (rows[1], [1])]
+
+
+def test_prompts_that_were_cut_differently_stay_apart():
+    # nothing is shared: 4 + 4 + 3 + 3 tokens together, 5 + 4 apart
+    rows = [pair([1, 2, 3], [4], [5], 0), pair([2, 3], [4], [5], 0)]
+    assert merge(rows, Layout("packed", PAD, 16)) == [(rows[0], [0]), (rows[1], [1])]
+
+
+def test_a_shorter_prompt_moves_tokens_to_the_responses():
+    # the first pair's answers begin alike: 1 + 2 + 2 + 3 + 1 tokens together, 4 + 5 apart
+    rows = [pair([1, 2], [3], [4], 0), pair([1], [2, 3], [5, 6], 0)]
+    ((merged, _),) = merge(rows, Layout("packed", PAD, 16))
+    assert (merged.prompt, merged.responses) == ([1], [[2, 3], [2, 4], [5, 6]])
+    assert list(judged([merged])) == list(judged(rows))
+
+
+def test_a_merged_response_that_begins_another_keeps_a_token():
+    # texts 1 2, 1 2 3 and 1 2 4; as data.compare writes them
+    rows = [pair([1, 2], [3], [4], 0), pair([1], [2], [2, 3], 0)]
+    ((merged, _),) = merge(rows, Layout("packed", PAD, 16))
+    assert (merged.prompt, merged.responses) == ([1], [[2, 3], [2, 4], [2]])
+    batch = collate(rows, Layout("packed", PAD))
+    assert batch.token_lengths.tolist() == [2, 2, 1]
+    assert batch.start.tolist() == [1, 0]
+
+
+def weights(batch):
+    """Of each judged pair of texts, all of its weight."""
+    total = Counter()
+    for what, weight in zip(judged_in(batch), batch.pair_weights.tolist()):
+        total[what] += weight
+    return total
+
+
+@kinds
+@seeds
+@pytest.mark.parametrize("most_responses", [3, 16])
+def test_a_merged_batch_holds_the_same_pairs_and_weights(kind, seed, most_responses):
+    rows = rows_of_prompts(seed)
+    row_weights = np.random.default_rng(seed).random(len(rows))
+    layout = Layout(kind, PAD, most_responses)
+    for given in (None, row_weights):
+        merged = collate(rows, layout, row_weights=given)
+        apart = collate([replace(row, prompt_hash=None) for row in rows], layout, row_weights=given)
+        assert len(merged.ends) < len(apart.ends)
+        assert weights(merged) == pytest.approx(weights(apart))
+        assert merged.pair_weights.sum().item() == pytest.approx(1)
+        assert sorted(judged_in(merged)) == sorted(judged_in(apart)) == sorted(judged(rows))
+
+
+def assert_same(one, other):
+    assert one.weight == other.weight
+    for f in fields(Batch):
+        if f.name != "weight":
+            torch.testing.assert_close(getattr(one, f.name), getattr(other, f.name), rtol=0, atol=0, equal_nan=True)
+
+
 def test_to_moves_every_tensor_and_keeps_the_rest():
-    batch = collate(random_comparisons(0, (2, 3)), PAD, weight=0.25)
+    batch = collate(random_comparisons(0), Layout("shared", PAD), weight=0.25)
     moved = batch.to(torch.device("meta"))
-    same = batch.to(torch.device("cpu"))
-    assert moved.weight == same.weight == 0.25
-    tensors = [f.name for f in fields(Batch) if f.name != "weight"]
-    for name in tensors:
+    assert moved.weight == 0.25
+    for name in {f.name for f in fields(Batch)} - {"weight"}:
         assert getattr(moved, name).device.type == "meta"
         assert getattr(moved, name).shape == getattr(batch, name).shape
-        torch.testing.assert_close(getattr(same, name), getattr(batch, name), equal_nan=True)
+    assert_same(batch.to(torch.device("cpu")), batch)
 
 
-def test_planned_batches_are_those_of_the_plan():
-    comparisons = random_comparisons(0, count=7)
-    plan = plan_epoch(7, 2, 2, 1, 2, seed=0, epoch=0)[0]
-    batches = PlannedBatches(comparisons, plan, PAD)
-    assert len(batches) == len(plan) == 2
-    for batch, micro_batch in zip(batches, plan):
-        expected = collate([comparisons[i] for i in micro_batch.indices], PAD)
-        assert batch.weight == micro_batch.weight
-        assert batch.input_ids.tolist() == expected.input_ids.tolist()
+@kinds
+def test_the_loader_gives_the_batches_of_the_plan_in_order(kind):
+    rows = rows_of_prompts(0)
+    plan = EpochPlan(single_rows(table(rows)), Rule(2, 2, layout=kind), 1, 2, 0, 0)
+    layout = Layout(kind, PAD)
+    batches = list(loader(Loading(table(rows), plan, layout), on_gpu=False))
+    assert [len(step) for step in batches] == [2, 2]  # of 8 rows and 4: half of them this rank's
+    for step, micro_batches in zip(batches, plan):
+        for batch, m in zip(step, micro_batches):
+            assert_same(batch, collate([rows[row] for row in m.rows], layout, m.weight))
+            assert sorted(judged_in(batch)) == sorted(judged([rows[row] for row in m.rows]))
+
+
+def test_padded_rows_merge_across_units_only_below_the_longest():
+    """Two rows of one prompt would make a row of 6 where the longest has 5; as one unit they do."""
+    rows = [pair([1, 2], [3], [4], 7), pair([1, 2], [5], [6], 7), pair([9], [8, 8], [7, 7], 8)]
+    assert [len(c.responses) for c, _ in merge(rows, Layout("shared", PAD))] == [2, 2, 2]
+    assert [len(c.responses) for c, _ in merge(rows, Layout("packed", PAD))] == [4, 2]
+    assert [len(c.responses) for c, _ in merge(rows, Layout("shared", PAD), units=[0, 0, 1])] == [4, 2]
+    longer = [*rows[:2], pair([9], [8, 8, 8], [7, 7, 7], 8)]
+    assert [len(c.responses) for c, _ in merge(longer, Layout("shared", PAD))] == [4, 2]
+
+
+def test_a_unit_stays_whole_beside_another_of_its_prompt():
+    """Two stars with three rays, limit 6: joined ray by ray, the second centre would be encoded twice."""
+    stars = [pair([1], [centre], [centre + ray], 7) for centre in (10, 20) for ray in (1, 2, 3)]
+    merged = merge(stars, Layout("packed", PAD, most_responses=6), units=[0] * 3 + [1] * 3)
+    assert [len(c.responses) for c, _ in merged] == [4, 4]
+
+
+def test_loading_hands_on_weights():
+    rows = [pair([1], [2], [3]), pair([4], [5], [6])]
+    plan = [[MicroBatch(np.array([1, 0]), 0.25, row_weights=np.array([0.75, 0.25]))], [MicroBatch(np.array([0]), 0.0)]]
+    loading = Loading(rows, plan, Layout("separate", PAD))
+    assert len(loading) == 2
+    ((first,), (filler,)) = loading
+    assert first.input_ids.tolist() == [[4, 5], [4, 6], [1, 2], [1, 3]]
+    assert (first.weight, first.pair_weights.tolist()) == (0.25, [0.75, 0.25])
+    assert (filler.weight, filler.pair_weights.tolist()) == (0.0, [1.0])
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+@pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning")
+def test_loading_draws_no_random_numbers(on_gpu):
+    rows = rows_of_prompts(0)
+    plan = EpochPlan(single_rows(table(rows)), Rule(2), 0, 1, 0, 0)
+    state = torch.get_rng_state()
+    batches = list(loader(Loading(rows, plan, Layout("packed", PAD)), on_gpu))
+    assert len(batches) == 6
+    assert torch.equal(torch.get_rng_state(), state)

@@ -39,7 +39,8 @@ def trained(family, folder, dtype=torch.float32, **options):
 
 @torch.no_grad()
 def score(scorer, batch):
-    return scorer(batch.input_ids, batch.attention_mask, batch.ends)
+    at = torch.arange(len(batch.ends)) * batch.input_ids.shape[1] + batch.ends
+    return scorer(batch.input_ids, batch.attention_mask, at)
 
 
 @torch.no_grad()

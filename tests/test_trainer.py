@@ -120,6 +120,85 @@ def test_uneven_shares_count_every_pair_once(demo, tmp_path):
         assert two.final[name] == pytest.approx(one.final[name], abs=1e-5), name
 
 
+SEPARATELY = "import runpy, sys; import reward_model.sharing as s; s.ON_CPU = (); sys.argv[0] = 'main.py'; "
+
+
+@pytest.mark.parametrize("level", ["sequence", "token"])
+def test_shared_prompts_train_as_separate_rows_do(level, plain, demo, tmp_path, monkeypatch):
+    """The same run, with the ways to share taken from it."""
+    flags = ["--loss_level", level]
+    shared = runs.train(demo, tmp_path / "shared", *flags) if level == "token" else plain[0]
+    assert "prompts are shared (slices attention)" in shared.output
+    words = [sys.executable, "-c", f"{SEPARATELY} runpy.run_path('main.py', run_name='__main__')"]
+    monkeypatch.setattr(runs, "command", lambda launcher, processes: words)
+    monkeypatch.setenv("PYTHONPATH", str(runs.TOP))
+    separate = runs.train(demo, tmp_path / "separate", *flags)
+    assert "each answer has a row of its own" in separate.output
+    assert separate.losses == pytest.approx(shared.losses, abs=1e-5)
+    assert separate.final["loss"] == pytest.approx(shared.final["loss"], abs=1e-5)
+    assert separate.train[0]["tokens"] > 1.15 * shared.train[0]["tokens"]  # the prompts, twice
+
+
+BUDGETS = [(0, 1), (2, 2), pytest.param(1, 1, marks=pytest.mark.slow), pytest.param(3, 2, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("stage", "processes"), BUDGETS)
+def test_a_token_budget_changes_no_step(stage, processes, plain, demo, tmp_path):
+    """1,170 to 1,390 tokens a step: two forward passes of 650 for some, three for others."""
+    flags = ["--tokens_per_batch", 650 // processes, "--zero_stage", stage]
+    flags += ["--per_device_train_batch_size", 16 // processes]
+    metrics = runs.train(demo, tmp_path / "out", *flags, launcher="deepspeed", processes=processes)
+    close_to(metrics, plain)
+    assert {r["micro_batches"] for r in metrics.train} == {2, 3}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", ["2 --offload", "3 --offload"])
+def test_a_token_budget_with_offload(setting, plain, demo, tmp_path):
+    flags = ["--tokens_per_batch", 400, "--zero_stage", *setting.split()]
+    close_to(runs.train(demo, tmp_path / "out", *flags), plain)
+
+
+def test_prompts_brought_together(plain, demo, tmp_path):
+    """Three pairs a prompt, of four answers: one row of four in place of three of two."""
+    together = runs.train(demo, tmp_path / "pairs", "--merge", "prompt")
+    assert sum(r["tokens"] for r in together.train) < 0.8 * sum(r["tokens"] for r in plain[0].train)
+    assert sum(r["pairs"] for r in together.train) == runs.PAIRS
+    assert together.final["loss"] < 0.5
+    flags = ["--merge", "prompt", "--batch_element", "prompt", "--per_device_train_batch_size", 4]
+    prompts = runs.train(demo, tmp_path / "prompts", *flags, launcher="torchrun", processes=2)
+    assert sum(r["pairs"] for r in prompts.train) == runs.PAIRS
+    assert prompts.final["loss"] < 0.5
+
+
+def test_grouped_by_length(demo, tmp_path):
+    metrics = runs.train(demo, tmp_path / "out", "--group_by_length", "--pooling", "mean", "--num_train_epochs", 2)
+    assert "prompts are not shared" in metrics.output
+    assert sum(r["pairs"] for r in metrics.train) == 2 * runs.PAIRS
+    assert metrics.final["loss"] < metrics.evaluations[0]["loss"]
+
+
+def test_a_model_that_refuses_trains_on_separate_rows(demo, tmp_path):
+    """BLOOM's ALiBi takes no mask of ours, and Gemma 2's soft cap only one way of the two."""
+    from transformers import AutoTokenizer, BloomConfig, BloomModel, Gemma2Config, Gemma2Model
+
+    tokenizer = AutoTokenizer.from_pretrained(demo / "model")
+    bloom = BloomModel(BloomConfig(vocab_size=len(tokenizer), hidden_size=32, n_layer=1, n_head=2))
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    gemma = Gemma2Model(Gemma2Config(vocab_size=len(tokenizer), num_key_value_heads=1, head_dim=16, **sizes))
+    said = {"bloom": "prompts are not shared, each answer has a row of its own", "gemma": "shared (dense attention)"}
+    for name, model in (("bloom", bloom), ("gemma", gemma)):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        flags = ["--model_name_or_path", tmp_path / name, "--zero_stage", 3 if name == "gemma" else 0]
+        metrics = runs.train(demo, tmp_path / f"{name}-out", *flags)
+        assert said[name] in metrics.output
+        assert metrics.final["loss"] < metrics.evaluations[0]["loss"]
+        assert "_attn_implementation" not in (tmp_path / f"{name}-out" / "config.json").read_text()
+        chosen = runs.reload_scores(tmp_path / f"{name}-out", runs.held_out(demo)[0])
+        assert chosen.mean().item() == pytest.approx(metrics.final["chosen_mean"], abs=1e-4)
+
+
 def test_token_level_penalty_margin_and_both_forms(demo, tmp_path):
     flags = ["--loss_level", "token", "--score_penalty", "centre", "--margin", "0.2", "--label_smoothing", "0.05"]
     metrics = runs.train(demo, tmp_path / "out", *flags, "--save_format", "both", "--eval_interval", 10)

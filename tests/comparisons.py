@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Comparisons from token ids, as data.compare writes them, without a tokenizer."""
+
+import math
+
+import datasets
+
+from reward_model.data import FEATURES, Comparison, Comparisons
+
+
+def pair(prompt, better, worse, prompt_hash=None, margin=math.nan):
+    """The first response beat the second."""
+    return Comparison(prompt, [better, worse], [0], [1], [margin], prompt_hash)
+
+
+def table(comparisons):
+    """What the data module would read from its file."""
+    rows = []
+    for c in comparisons:
+        texts = [(*c.prompt, *response) for response in c.responses]
+        row = {name: getattr(c, name) for name in ("prompt", "responses", "better", "worse", "margin", "prompt_hash")}
+        row |= {"text_hashes": [hash(text) for text in texts], "text_lengths": [len(text) for text in texts]}
+        shared = (len(texts) - 1) * len(c.prompt)
+        row |= {"length": max(map(len, texts)), "tokens": sum(map(len, texts)) - shared, "cut": False, "problem": None}
+        row["prompt_tokens"] = len(c.prompt)
+        rows.append(row)
+    return Comparisons(datasets.Dataset.from_list(rows, features=FEATURES))

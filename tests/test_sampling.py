@@ -1,0 +1,542 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Units, and the plans of an epoch and of an evaluation, against slow counts."""
+
+import itertools
+import math
+from dataclasses import replace
+
+import datasets
+import numpy as np
+import pytest
+from comparisons import pair, table
+
+from reward_model.batching import Layout, merge
+from reward_model.data import FEATURES, Comparison, Comparisons
+from reward_model.sampling import (
+    EpochPlan,
+    Rule,
+    Units,
+    plan_evaluation,
+    rows_by_prompt,
+    rows_to_evaluate,
+    single_rows,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LAYOUTS = ("packed", "shared", "separate")
+# units, micro_batch, accumulation, world_size: whole batches, a short last one, fewer units than ranks, one unit
+SPLITS = [(24, 2, 3, 2), (23, 2, 3, 2), (25, 2, 3, 2), (7, 4, 1, 1), (3, 2, 2, 8), (1, 1, 1, 4), (100, 3, 4, 5)]
+
+
+def random_units(size, most_rows=1, seed=0):
+    """Units of 1 to so many rows each; with more than one, a row has 1 or 2 pairs."""
+    rng = np.random.default_rng(seed)
+    rows = rng.integers(1, most_rows + 1, size)
+    starts = np.concatenate([[0], np.cumsum(rows)])
+    pairs = np.add.reduceat(pairs_of_rows(starts[-1], most_rows), starts[:-1]) if size else np.zeros(0, np.int64)
+    length = rng.integers(5, 50, size)
+    tokens = length + rows * rng.integers(1, 20, size)
+    return Units(np.arange(starts[-1]), starts, pairs, rows + 1, length, tokens)
+
+
+def pairs_of_rows(rows, most_rows):
+    return 1 + np.arange(rows) % 2 * (most_rows > 1)
+
+
+def units_of(tokens, texts=2):
+    """One row and one pair in each; its longest text has as many tokens as the unit."""
+    tokens, ones = np.array(tokens), np.ones(len(tokens), np.int64)
+    return Units(np.arange(len(tokens)), np.arange(len(tokens) + 1), ones, texts * ones, tokens, tokens)
+
+
+def steps_of(units, rule, world_size, seed=1, epoch=0):
+    """For each step, a list of each rank's micro-batches."""
+    plans = [EpochPlan(units, rule, rank, world_size, seed, epoch) for rank in range(world_size)]
+    assert len({len(plan) for plan in plans}) == 1
+    return list(zip(*plans))
+
+
+def counted(step):
+    """Rows of a step, fillers left out."""
+    return sorted(int(row) for micro_batches in step for m in micro_batches if m.weight for row in m.rows)
+
+
+def units_in(micro_batch, units):
+    """Which units a micro-batch holds; all of each."""
+    rows = micro_batch.rows.tolist()
+    found = [u for u in range(len(units)) if int(units.rows[units.starts[u]]) in rows]
+    assert sorted(rows) == sorted(row for u in found for row in units.rows_of(u))
+    return found
+
+
+def cost(found, units, layout):
+    """Tokens and pads of units in a micro-batch."""
+    if layout == "packed":
+        return sum(units.tokens[u] for u in found)
+    if layout == "shared":
+        return len(found) * max(units.tokens[u] for u in found)
+    return sum(units.texts[u] for u in found) * max(units.length[u] for u in found)
+
+
+splits = pytest.mark.parametrize("split", SPLITS, ids=str)
+layouts = pytest.mark.parametrize("layout", LAYOUTS)
+unit_rows = pytest.mark.parametrize("most_rows", [1, 6])
+
+
+def rules(micro_batch, accumulation, **more):
+    for layout, tokens in itertools.product(LAYOUTS, [0, 40, 200]):
+        yield Rule(micro_batch, accumulation, layout=layout, tokens=tokens, **more)
+
+
+@splits
+@unit_rows
+@pytest.mark.parametrize("by_prompt", [False, True])
+@pytest.mark.parametrize("by_length", [False, True])
+def test_every_row_comes_once_an_epoch(split, most_rows, by_prompt, by_length):
+    size, micro_batch, accumulation, world_size = split
+    units = random_units(size, most_rows)
+    for rule in rules(micro_batch, accumulation, by_prompt=by_prompt, by_length=by_length):
+        steps = steps_of(units, rule, world_size)
+        assert sorted(row for step in steps for row in counted(step)) == list(range(len(units.rows)))
+
+
+@splits
+@unit_rows
+def test_every_rank_takes_part_in_every_micro_batch(split, most_rows):
+    size, micro_batch, accumulation, world_size = split
+    for rule in rules(micro_batch, accumulation):
+        steps = steps_of(random_units(size, most_rows), rule, world_size)
+        if most_rows == 1:
+            assert len(steps) == math.ceil(size / (micro_batch * accumulation * world_size))
+        for step in steps:
+            (number,) = {len(micro_batches) for micro_batches in step}
+            assert number == accumulation or rule.tokens
+            every = [m for micro_batches in step for m in micro_batches]
+            assert all(len(m.rows) == 1 if m.weight == 0 else len(m.rows) >= 1 for m in every)
+            if most_rows == 1 and not rule.tokens:
+                assert all(len(m.rows) <= micro_batch for m in every)
+
+
+def gradient(micro_batch, gradients):
+    """Of its weighted mean loss. gradients: of each row's pairs, (p, 3)."""
+    pairs = np.concatenate([gradients[row] for row in micro_batch.rows])
+    if micro_batch.row_weights is None:
+        return micro_batch.weight * pairs.mean(axis=0)
+    weights = [w for row, w in zip(micro_batch.rows, micro_batch.row_weights) for _ in gradients[row]]
+    assert sum(weights) == pytest.approx(1)
+    return micro_batch.weight * np.dot(weights, pairs)
+
+
+@splits
+@unit_rows
+@pytest.mark.parametrize("by_prompt", [False, True])
+def test_the_weights_make_the_mean_over_the_global_batch(split, most_rows, by_prompt):
+    size, micro_batch, accumulation, world_size = split
+    units = random_units(size, most_rows)
+    rng = np.random.default_rng(0)
+    gradients = [rng.normal(size=(pairs, 3)) for pairs in pairs_of_rows(len(units.rows), most_rows)]
+    for rule in rules(micro_batch, accumulation, by_prompt=by_prompt):
+        for step in steps_of(units, rule, world_size):
+            every = [*itertools.chain(*step)]
+            rows = set(counted(step))
+            groups = [units.rows_of(u) for u in range(size) if units.rows_of(u)[0] in rows] if by_prompt else [[*rows]]
+            means = [np.concatenate([gradients[row] for row in group]).mean(axis=0) for group in groups]
+            assert sum(m.weight for m in every) == pytest.approx(1)
+            np.testing.assert_allclose(sum(gradient(m, gradients) for m in every), np.mean(means, axis=0), atol=1e-12)
+
+
+def test_weights_by_hand():
+    # 3 pairs for 2 ranks of 2: one gets two of them, the other the third
+    ((first,), (second,)) = steps_of(units_of([3, 2, 1]), Rule(2), 2)[0]
+    assert sorted([(len(m.rows), m.weight) for m in (first, second)]) == [
+        (1, pytest.approx(1 / 3)),
+        (2, pytest.approx(2 / 3)),
+    ]
+    # two prompts of 1 and 3 pairs
+    units = Units(np.arange(4), np.array([0, 1, 4]), np.array([1, 3]), np.array([2, 3]), *np.array([[5, 5], [8, 9]]))
+    (((m,),),) = steps_of(units, Rule(2, by_prompt=True), 1)
+    weights = dict(zip(m.rows.tolist(), m.row_weights.tolist()))
+    assert weights == pytest.approx({0: 1 / 2, 1: 1 / 6, 2: 1 / 6, 3: 1 / 6})
+    assert m.weight == 1
+    # pairs of 1, 3: shares of 4 on two ranks
+    assert sorted(m.weight for (m,) in steps_of(units, Rule(2), 2)[0]) == [1 / 4, 3 / 4]
+
+
+@unit_rows
+@pytest.mark.parametrize("by_length", [False, True])
+def test_a_step_holds_the_same_however_it_is_split(most_rows, by_length):
+    units = random_units(50, most_rows)
+    contents = []
+    for (micro_batch, accumulation, world_size), layout, tokens in itertools.product(
+        [(8, 1, 1), (4, 2, 1), (2, 1, 4), (1, 2, 4)], LAYOUTS, [0, 100]
+    ):
+        rule = Rule(micro_batch, accumulation, layout=layout, tokens=tokens, by_length=by_length)
+        contents.append([counted(step) for step in steps_of(units, rule, world_size)])
+    assert len(contents[0]) > 5
+    assert all(content == contents[0] for content in contents)
+
+
+def test_a_unit_of_many_pairs_goes_where_most_of_it_lies():
+    units = random_units(200, most_rows=6)
+    pairs = pairs_of_rows(len(units.rows), 6)
+    numbers = [pairs[counted(step)].sum() for step in steps_of(units, Rule(20), 1)]
+    borders = 20 * np.arange(1, len(numbers))
+    assert len(numbers) > 20
+    assert (np.abs(np.cumsum(numbers)[:-1] - borders) <= (units.pairs.max() + 1) / 2).all()
+
+
+@pytest.mark.parametrize("by_length", [False, True])
+def test_the_order_depends_on_seed_and_epoch_alone(by_length):
+    units = random_units(64)
+
+    def order(**which):
+        steps = steps_of(units, Rule(4, by_length=by_length), 2, **which)
+        return tuple(tuple(counted(step)) for step in steps)
+
+    assert order(seed=5, epoch=3) == order(seed=5, epoch=3)
+    distinct = {order(seed=seed, epoch=epoch) for seed in (5, 6) for epoch in (0, 1, 2)}
+    assert len(distinct) == 6
+    assert not any(step[-1] - step[0] == len(step) - 1 for content in distinct for step in content)  # as in the file
+
+
+@layouts
+@unit_rows
+@pytest.mark.parametrize("tokens", [40, 150, 1000])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_no_micro_batch_exceeds_the_token_limit(layout, most_rows, tokens, world_size):
+    units = random_units(100, most_rows)
+    steps = steps_of(units, Rule(8, 2, layout=layout, tokens=tokens), world_size)
+    every = [units_in(m, units) for step in steps for m in itertools.chain(*step) if m.weight]
+    assert all(cost(found, units, layout) <= tokens for found in every if len(found) > 1)
+    assert any(len(found) > 1 for found in every) or tokens == 40
+
+
+@layouts
+def test_a_wide_token_limit_is_one_micro_batch_of_each_rank(layout):
+    for step in steps_of(random_units(100), Rule(8, 2, layout=layout, tokens=10**6), 3):
+        assert [len(micro_batches) for micro_batches in step] == [1] * 3
+
+
+@pytest.mark.parametrize(
+    ("layout", "expected"),
+    [
+        ("packed", [[10, 6], [5, 5, 1]]),
+        ("shared", [[10], [6, 5], [5, 1]]),  # 6 + 5 + 5: 18 with pads
+        ("separate", [[10], [6], [5], [5], [1]]),  # two texts each: 5 and 1 would be 20
+    ],
+)
+def test_a_token_limit_by_hand(layout, expected):
+    tokens = np.array([5, 10, 1, 6, 5])
+    plan = plan_evaluation(units_of(tokens), Rule(99, layout=layout, tokens=16), 0, 1)
+    assert [tokens[m.rows].tolist() for m in plan] == expected
+
+
+def test_a_packed_step_takes_no_more_micro_batches_than_its_limit_needs():
+    # 9 + 6 + 5 and 8 + 7 + 4; then 9 + 4, 8 + 5 and 7 + 6
+    units = units_of([4, 9, 5, 8, 6, 7])
+    for limit, expected in ((39, 1), (20, 2), (19, 3)):
+        ((micro_batches,),) = steps_of(units, Rule(6, tokens=limit), 1)
+        assert len(micro_batches) == expected
+
+
+@unit_rows
+@pytest.mark.parametrize(("tokens", "world_size"), [(0, 1), (0, 4), (150, 4)])
+@pytest.mark.parametrize("size", [64, 61, 5])
+def test_packed_ranks_have_about_as_much_to_compute(most_rows, tokens, world_size, size):
+    units = random_units(size, most_rows)
+    rule = Rule(100 // world_size, 3, tokens=tokens)
+    for step in steps_of(units, rule, world_size):
+        found = [units_in(m, units) if m.weight else [] for together in zip(*step) for m in together]
+        loads = [sum(units.tokens[u] for u in part) for part in found]
+        # a round gives the least loaded the longest: a difference never grows past the longest of the round
+        assert max(loads) - min(loads) <= max(units.tokens[u] for part in found for u in part)
+        if not tokens:
+            assert max(map(len, found)) - min(map(len, found)) <= 1
+        assert loads == sorted(loads, reverse=True)  # what runs at the same time: neighbours
+
+
+def test_balance_by_hand():
+    # 9 | 8, then 7 to the 8 and 6 to the 9, then 15 each: 5 | 4
+    tokens = np.array([4, 9, 5, 8, 6, 7])
+    (step,) = steps_of(units_of(tokens), Rule(3), 2)
+    assert sorted(sorted(tokens[m.rows].tolist()) for (m,) in step) == [[4, 7, 8], [5, 6, 9]]
+
+
+def test_padded_rows_are_about_as_long_as_their_neighbours():
+    tokens = np.array([4, 9, 5, 8, 6, 7])
+    for layout in ("shared", "separate"):
+        (step,) = steps_of(units_of(tokens), Rule(1, 3, layout=layout), 2)
+        assert [[tokens[m.rows].tolist() for m in rank] for rank in step] == [[[9], [7], [5]], [[8], [6], [4]]]
+
+
+def test_steps_by_length_hold_similar_lengths_in_random_order():
+    units = units_of(np.random.default_rng(0).integers(1, 1000, 1003))
+
+    def lengths(by_length, epoch=0):
+        return [units.length[counted(step)] for step in steps_of(units, Rule(8, by_length=by_length), 1, epoch=epoch)]
+
+    def spread(steps):
+        return np.mean([step.max() - step.min() for step in steps[:-1]])
+
+    steps, random = lengths(True), lengths(False)
+    assert [len(step) for step in steps] == [8] * 125 + [3]
+    assert sorted(np.concatenate(steps)) == sorted(units.length)
+    assert spread(steps) < 0.1 * spread(random)  # 1000 · 8 / 400 and 1000 · 7 / 9
+    means = [step.mean() for step in steps]
+    assert abs(np.corrcoef(means, range(len(means)))[0, 1]) < 0.3
+    assert [step.tolist() for step in steps] != [step.tolist() for step in lengths(True, epoch=1)]
+    contents = [{tuple(step) for step in lengths(True, epoch)} for epoch in (0, 1)]
+    assert contents[0] != contents[1]  # nor are they the same steps in another order
+
+
+@pytest.mark.parametrize("by_length", [False, True])
+def test_no_units_are_no_steps(by_length):
+    for rule in rules(2, 1, by_length=by_length):
+        assert steps_of(random_units(0), rule, 2) == []
+
+
+def test_a_step_can_be_asked_for_alone():
+    units = random_units(100_000)
+    plan = EpochPlan(units, Rule(4, 2), 1, 4, 0, 0)
+    assert len(plan) == 3125  # of 32
+    assert [len(m.rows) for m in plan[2500]] == [4, 4]
+    again = EpochPlan(units, Rule(4, 2), 1, 4, 0, 0)
+    assert [m.rows.tolist() for m in again[2500]] == [m.rows.tolist() for m in plan[2500]]
+    assert [m.rows.tolist() for m in plan[2501]] != [m.rows.tolist() for m in plan[2500]]
+
+
+def graph(edges, prompt_hash=0, prompt=(1, 2)):
+    """Rows of a prompt; text i is i + 3 tokens long and begins with a token of its own."""
+    return [pair([*prompt], [10 + a] * (a + 1), [10 + b] * (b + 1), prompt_hash) for a, b in edges]
+
+
+def random_rows(seed, prompts=6, texts=7, rows=60):
+    """Pairs of a few texts of a few prompts, some of them judged twice and either way round."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(rows):
+        prompt = int(rng.integers(prompts))
+        found += graph([rng.choice(texts, 2, replace=False).tolist()], prompt - 3, [prompt] * prompt)
+    return found
+
+
+def sizes(units):
+    return sorted(np.diff(units.starts).tolist(), reverse=True)
+
+
+def test_single_rows_are_units():
+    rows = [*random_rows(0, rows=5), Comparison([1], [[2], [3, 4], [5]], [0, 1], [1, 2], [0.0, 0.0], 0)]
+    units = single_rows(table(rows))
+    assert [units.rows_of(u).tolist() for u in range(len(units))] == [[i] for i in range(6)]
+    assert units.pairs.tolist() == [1] * 5 + [2]
+    assert units.texts.tolist() == [2] * 5 + [3]
+    assert units.length.tolist() == [len(c.prompt) + max(map(len, c.responses)) for c in rows]
+    assert units.tokens.tolist() == [c.tokens for c in rows]
+
+
+@pytest.mark.parametrize("limits", [(2, 1), (2, 100), (3, 2), (4, 6), (16, 3), (16, 100)], ids=str)
+@pytest.mark.parametrize("seed", range(2))
+def test_rows_come_together_by_prompt(limits, seed):
+    most_responses, most_pairs = limits
+    rows = random_rows(seed)
+    units = rows_by_prompt(table(rows), *limits, seed)
+    assert sorted(units.rows) == list(range(len(rows)))
+    assert len(units.starts) == len(units) + 1
+    for u in range(len(units)):
+        unit = [rows[row] for row in units.rows_of(u)]
+        texts = {(*c.prompt, *response) for c in unit for response in c.responses}
+        assert len({c.prompt_hash for c in unit}) == 1
+        assert 1 <= len(unit) == units.pairs[u] <= most_pairs
+        assert len(texts) == units.texts[u] <= most_responses
+        assert units.length[u] == max(map(len, texts))
+        assert units.tokens[u] == sum(map(len, texts)) - (len(texts) - 1) * len(unit[0].prompt)
+        ((merged, _),) = merge(unit, Layout("packed", 0, most_responses))
+        assert units.tokens[u] == merged.tokens
+
+
+def test_wide_limits_leave_one_unit_a_prompt():
+    rows = random_rows(0)
+    units = rows_by_prompt(table(rows), 16, 100, 0)
+    assert len(units) == len({c.prompt_hash for c in rows}) == 6
+
+
+COMPLETE = [*itertools.combinations(range(4), 2)]
+STAR = [(0, leaf) for leaf in range(1, 6)]
+CHAIN = [(i, i + 1) for i in range(4)]
+DISJOINT = [(0, 1), (2, 3), (4, 5)]
+TWICE = [(0, 1), (1, 0), (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("edges", "most_responses", "most_pairs", "expected"),
+    [
+        (COMPLETE, 4, 6, [6]),
+        (COMPLETE, 3, 6, [3, 2, 1]),  # a triangle, and of the fourth text's three rows two
+        (COMPLETE, 2, 6, [1] * 6),
+        (STAR, 4, 6, [3, 2]),  # the centre and three others
+        (CHAIN, 5, 6, [4]),
+        (CHAIN, 16, 2, [2, 2]),
+        (DISJOINT, 6, 6, [3]),
+        (DISJOINT, 5, 6, [2, 1]),
+        (DISJOINT, 2, 6, [1] * 3),
+        (TWICE, 2, 6, [3]),
+        (TWICE, 2, 2, [2, 1]),
+        ([(0, 1)], 2, 1, [1]),
+    ],
+)
+def test_blocks_by_hand(edges, most_responses, most_pairs, expected):
+    comparisons = table(graph(edges))
+    assert all(sizes(rows_by_prompt(comparisons, most_responses, most_pairs, seed)) == expected for seed in range(4))
+
+
+def test_a_complete_graph_is_encoded_once():
+    # prompt 2 tokens, responses 1, 2, 3 and 4
+    units = rows_by_prompt(table(graph(COMPLETE)), 4, 6, 0)
+    assert (units.pairs.tolist(), units.texts.tolist()) == ([6], [4])
+    assert (units.length.tolist(), units.tokens.tolist()) == ([6], [12])
+
+
+def test_more_than_two_responses_stay_alone():
+    three = Comparison([1, 2], [[10], [11, 11], [12]], [0, 1], [1, 2], [0.0, 0.0], 0)
+    units = rows_by_prompt(table([*graph(COMPLETE[:2]), three]), 16, 100, 0)
+    found = {tuple(sorted(units.rows_of(u).tolist())): u for u in range(2)}
+    assert set(found) == {(0, 1), (2,)}
+    alone = found[2,]
+    assert (units.pairs[alone], units.texts[alone], units.length[alone], units.tokens[alone]) == (2, 3, 4, 6)
+
+
+def test_equal_texts_of_two_prompts_stay_apart():
+    assert sizes(rows_by_prompt(table([*graph(TWICE, 0), *graph(TWICE, 1)]), 16, 100, 0)) == [3, 3]
+
+
+def test_a_prompt_cut_in_two_places_is_counted_apart():
+    # together 3 + 3 + 9 + 9 tokens, less what they share: nothing
+    rows = [pair([1, 2], [3], [4], 0), pair([2] * 8, [3], [4], 0)]
+    units = rows_by_prompt(table(rows), 16, 100, 0)
+    assert sum(c.tokens for c, _ in merge(rows, Layout("packed", 0, 16))) == 14
+    assert units.tokens.tolist() == [14]
+
+
+def test_only_chosen_rows_come():
+    comparisons = table(random_rows(0))
+    chosen = np.array([40, 3, 17, 59, 4])
+    assert sorted(rows_by_prompt(comparisons, 16, 100, 0, chosen).rows) == sorted(chosen)
+    assert len(rows_by_prompt(comparisons, 16, 100, 0, chosen[:0])) == 0
+
+
+def test_the_blocks_depend_on_the_seed_alone():
+    comparisons = table(random_rows(0))
+
+    def units(seed):
+        found = rows_by_prompt(comparisons, 3, 2, seed)
+        return found.rows.tolist(), found.starts.tolist()
+
+    assert units(0) == units(0)
+    assert units(0) != units(1)
+
+
+def test_many_rows_of_one_prompt():
+    # sets without a prompt column: every row's is empty
+    size = 20_000
+    columns = {
+        **dict.fromkeys(("length", "tokens", "prompt_tokens"), [1] * size),
+        "better": [[0]] * size,
+        "prompt_hash": [0] * size,
+        "text_hashes": np.arange(2 * size).reshape(-1, 2).tolist(),
+        "text_lengths": [[1, 1]] * size,
+    }
+    features = datasets.Features({name: FEATURES[name] for name in columns})
+    units = rows_by_prompt(Comparisons(datasets.Dataset.from_dict(columns, features=features)), 16, 100, 0)
+    assert sorted(units.rows) == list(range(size))
+    assert sizes(units) == [8] * (size // 8)
+
+
+def test_one_answer_judged_against_thousands():
+    rows = table([pair([], [0], [i], 0) for i in range(1, 3001)])
+    units = rows_by_prompt(rows, 16, 100, 0)
+    assert sorted(units.rows) == list(range(3000))
+    assert sorted(sizes(units)) == [15] * 200
+
+
+def test_a_unit_beyond_the_budget_is_alone():
+    units = units_of(np.array([1001, *[10] * 63]))
+    ((micro_batches,),) = steps_of(units, Rule(64, tokens=1000), 1)
+    assert sorted(len(m.rows) for m in micro_batches) == [1, 63]
+
+
+@pytest.mark.parametrize("layout", ["shared", "separate"])
+def test_padded_rows_fill_every_rank(layout):
+    """160 tokens, or 320, fit one forward pass of 1,000; four ranks share them all the same."""
+    (step,) = steps_of(units_of(np.full(16, 10)), Rule(4, layout=layout, tokens=1000), 4)
+    assert [[len(m.rows) for m in rank] for rank in step] == [[4]] * 4
+
+
+@pytest.mark.parametrize("layout", ["shared", "separate"])
+def test_padded_units_of_many_pairs_are_spread(layout):
+    """Three units of 8 pairs and eight of one, in four micro-batches of 8 pairs."""
+    units = replace(units_of(np.arange(11, 0, -1)), pairs=np.array([8] * 3 + [1] * 8))
+    ((micro_batches,),) = steps_of(units, Rule(8, 4, layout=layout), 1)
+    assert [sum(units.pairs[m.rows]) for m in micro_batches] == [8, 8, 8, 8]
+
+
+EVALUATIONS = [(12, 2, 3), (13, 2, 3), (17, 4, 2), (3, 2, 4), (1, 8, 2), (10, 3, 1)]
+
+
+@pytest.mark.parametrize(("size", "micro_batch", "world_size"), EVALUATIONS)
+@unit_rows
+def test_an_evaluation_sees_every_row_once(size, micro_batch, world_size, most_rows):
+    units = random_units(size, most_rows)
+    for rule in rules(micro_batch, 1):
+        ranks = [plan_evaluation(units, rule, rank, world_size) for rank in range(world_size)]
+        assert counted(ranks) == list(range(len(units.rows)))
+        assert len({len(plan) for plan in ranks}) == 1
+        every = [m for together in zip(*ranks) for m in together]
+        fillers = [m for m in every if m.weight == 0]
+        assert len(fillers) < world_size
+        assert all(len(m.rows) == 1 for m in fillers)
+        if most_rows == 1 and not rule.tokens:
+            assert len(every) - len(fillers) == math.ceil(size / micro_batch)
+
+
+@pytest.mark.parametrize(("size", "micro_batch", "world_size"), EVALUATIONS)
+@unit_rows
+def test_an_evaluation_keeps_its_limits(size, micro_batch, world_size, most_rows):
+    units = random_units(size, most_rows)
+    for rule in rules(micro_batch, 1):
+        ranks = [plan_evaluation(units, rule, rank, world_size) for rank in range(world_size)]
+        parts = [m for together in zip(*ranks) for m in together if m.weight]
+        assert {(m.weight, m.row_weights) for m in parts} == {(1.0, None)}
+        widths = []
+        for found in (units_in(m, units) for m in parts):
+            widths += sorted((rule.width(units)[u] for u in found), reverse=True)
+            if len(found) > 1:
+                assert sum(units.pairs[u] for u in found) <= micro_batch
+                assert not rule.tokens or cost(found, units, rule.layout) <= rule.tokens
+        assert widths == sorted(widths, reverse=True)
+
+
+def test_the_longest_come_first():
+    units = units_of([3, 50, 8, 20, 20, 1])
+    assert [m.rows.tolist() for m in plan_evaluation(units, Rule(2), 0, 1)] == [[1, 3], [4, 2], [0, 5]]
+    assert [m.rows.tolist() for m in plan_evaluation(units, Rule(2), 1, 2)] == [[4, 2], [0]]  # a filler: the shortest
+
+
+@layouts
+def test_a_row_is_as_wide_as_its_unit_or_its_longest_text(layout):
+    units = Units(np.arange(2), np.arange(3), np.ones(2), np.array([2, 5]), np.array([9, 4]), np.array([10, 12]))
+    (first, second) = plan_evaluation(units, Rule(1, layout=layout), 0, 1)
+    assert [*first.rows, *second.rows] == ([0, 1] if layout == "separate" else [1, 0])
+
+
+@pytest.mark.parametrize("most", [0, 100, 1000])
+def test_all_rows_are_evaluated(most):
+    assert rows_to_evaluate(100, most, 0) is None
+
+
+def test_the_same_random_rows_are_evaluated_every_time():
+    rows = rows_to_evaluate(100, 24, 0).tolist()
+    assert len(set(rows)) == len(rows) == 24
+    assert set(rows) < set(range(100))
+    assert rows == rows_to_evaluate(100, 24, 0).tolist() != rows_to_evaluate(100, 24, 1).tolist()
+    assert sorted(rows) not in (list(range(24)), list(range(76, 100)))
