@@ -217,8 +217,21 @@ class EpochPlan(Sequence):
             _micro_batch(part, self.units, self.sizes[part].sum() / total, self.rule.by_prompt)
             if len(part)
             else MicroBatch(self.units.rows_of(chosen[np.argmin(self.units.tokens[chosen])])[:1], 0.0)
-            for part in _deal(chosen, self.units, self.rule, self.world_size)[self.rank :: self.world_size]
+            for part in self._parts(step)
         ]
+
+    def _parts(self, step: int) -> list[np.ndarray]:
+        """This rank's units in each micro-batch."""
+        return _deal(self.steps[step], self.units, self.rule, self.world_size)[self.rank :: self.world_size]
+
+    def tokens(self, steps: int) -> int:
+        """Tokens that this rank computes in the first so many steps, pads included (merging left out)."""
+        width = self.rule.width(self.units)
+        total = 0
+        for part in (part for step in range(min(steps, len(self))) for part in self._parts(step) if len(part)):
+            rows = sum(self.rule.height(self.units, unit) for unit in part)
+            total += int(width[part].sum() if self.rule.layout == "packed" else width[part].max() * rows)
+        return total
 
 
 def _cut(order: np.ndarray, sizes: np.ndarray, global_batch: int) -> list[np.ndarray]:

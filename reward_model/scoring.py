@@ -54,16 +54,18 @@ class RewardScorer:
 
     @torch.no_grad()
     def _score(self, ids: list[list[int]], batch_size: int) -> list[float]:
-        scores = []
+        scores = torch.empty(len(ids))
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # texts of one length need no pads
         for first in range(0, len(ids), batch_size):
-            rows = [torch.tensor(end_text(row, self.special)) for row in ids[first : first + batch_size]]
+            chosen = order[first : first + batch_size]
+            rows = [torch.tensor(end_text(ids[i], self.special)) for i in chosen]
             lengths = torch.tensor([len(row) for row in rows])
             input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.special.pad)
             mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
             ends = torch.arange(len(rows)) * input_ids.shape[1] + lengths - 1
             batch = (tensor.to(self.device) for tensor in (input_ids, mask, ends))
-            scores += self.scorer(*batch).tolist()
-        return scores
+            scores[chosen] = self.scorer(*batch).float().cpu()
+        return scores.tolist()
 
 
 def load(folder: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> RewardScorer:

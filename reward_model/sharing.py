@@ -87,8 +87,11 @@ def _block_mask(batch: Batch):
     from torch.nn.attention.flex_attention import create_block_mask
 
     rows, size = batch.input_ids.shape
-    rule = _rule(batch.comparison, batch.response)
-    return create_block_mask(rule, B=rows, H=None, Q_LEN=size, KV_LEN=size, device=batch.input_ids.device)
+    rule, device = _rule(batch.comparison, batch.response), batch.input_ids.device
+    # compiled, it never holds all s² answers
+    return create_block_mask(
+        rule, B=rows, H=None, Q_LEN=size, KV_LEN=size, device=device, _compile=device.type == "cuda"
+    )
 
 
 def sliced_attention(

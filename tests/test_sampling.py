@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from comparisons import pair, table
 
-from reward_model.batching import Layout, merge
+from reward_model.batching import Layout, Loading, merge
 from reward_model.data import FEATURES, Comparison, Comparisons
 from reward_model.sampling import (
     EpochPlan,
@@ -450,6 +450,15 @@ def test_many_rows_of_one_prompt():
     units = rows_by_prompt(Comparisons(datasets.Dataset.from_dict(columns, features=features)), 16, 100, 0)
     assert sorted(units.rows) == list(range(size))
     assert sizes(units) == [8] * (size // 8)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tokens_of_a_plan_are_those_of_its_batches(layout):
+    rows = [replace(row, prompt_hash=i) for i, row in enumerate(random_rows(0))]  # nothing to merge
+    plan = EpochPlan(single_rows(table(rows)), Rule(4, 2, layout=layout), 0, 1, seed=0, epoch=0)
+    written = [batch.input_ids.numel() for step in Loading(rows, plan, Layout(layout, 0)) for batch in step]
+    assert plan.tokens(steps=10**6) == sum(written)
+    assert plan.tokens(steps=1) == sum(written[:2])
 
 
 def test_one_answer_judged_against_thousands():

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole runs on a GPU: dtypes, ZeRO stages, offload and LoRA train the model that a CPU trains."""
 
+import sys
+
 import pytest
 import runs
 import torch
@@ -31,6 +33,21 @@ def test_every_setting_trains_the_same_model(setting, dtype, plain, demo, tmp_pa
     assert metrics.final["loss"] == pytest.approx(plain.final["loss"], abs=0.05)
     chosen = load(tmp_path / "out", device="cuda").score(*zip(*runs.held_out(demo)[0]))
     assert sum(chosen) / len(chosen) == pytest.approx(metrics.final["chosen_mean"], abs=0.02)
+
+
+def test_prompts_are_shared_by_flex_attention(plain, demo, tmp_path, monkeypatch):
+    """The same run on separate rows, and on rows with a dense mask, gives the same losses."""
+    assert "prompts are shared (flex attention)" in plain.output
+    for ways, said in (("()", "each answer has a row of its own"), ("(s.DENSE,)", "prompts are shared (dense")):
+        program = (
+            f"import runpy, sys; import reward_model.sharing as s; s.ON_CUDA = {ways}; sys.argv[0] = 'main.py'; "
+            "runpy.run_path('main.py', run_name='__main__')"
+        )
+        monkeypatch.setattr(runs, "command", lambda *_, program=program: [sys.executable, "-c", program])
+        monkeypatch.setenv("PYTHONPATH", str(runs.TOP))
+        other = runs.train(demo, tmp_path / f"out{len(ways)}", "--dtype", "fp32")
+        assert said in other.output
+        assert other.losses == pytest.approx(plain.losses, abs=1e-3)
 
 
 @pytest.mark.parametrize("stage", [0, 3])
