@@ -24,6 +24,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from reward_model.batching import Batch, Layout, collate
 from reward_model.data import Comparison
+from reward_model.distributed import first_text
+from reward_model.errors import first_line
 
 SLICES = "reward_model_slices"  # its name among Transformers' attention functions
 BLOCK = 128  # FlexAttention's blocks; rows of a multiple of it also mean fewer shapes to compile for
@@ -163,14 +165,43 @@ def window(config: PretrainedConfig) -> float:
     return min([getattr(config, name, None) or math.inf for name in used], default=math.inf)
 
 
-Hidden = Callable[[Batch, Way], torch.Tensor]  # the hidden state at each response's end, (n, h)
+Hidden = Callable[[Batch, Way, bool], torch.Tensor]  # … and whether in training: states at the responses' ends (n, h)
 
 
-def disagreement(hidden: Hidden, way: Way, ids: Sequence[int], pad: int) -> tuple[float, float]:
+def choose(ways: Sequence[Way], hidden: Hidden, dtype: torch.dtype, ids: Sequence[int], pad: int) -> tuple[Way, str]:
+    """The first of some ways in which the model gives the states of separate rows, on every rank; else separate rows.
+
+    Args:
+        hidden, ids, pad: of :func:`disagreement`. dtype: the model's.
+
+    Returns:
+        The way, and a line that says which and why.
+    """
+    faults = []
+    for way in ways:
+        fault = first_text(_fault(way, hidden, TOLERANCES[dtype], ids, pad))
+        if not fault:
+            return way, f"prompts are shared ({way.name} attention)"
+        faults.append(f"{way.name}: {fault}")
+    return SEPARATE, f"prompts are not shared, each answer has a row of its own ({'; '.join(faults)})"
+
+
+def _fault(way: Way, hidden: Hidden, tolerance: float, ids: Sequence[int], pad: int) -> str:
+    try:
+        difference, leak = disagreement(hidden, way, ids, pad)
+        disagreement(hidden, way, ids, pad, training=True)  # some models refuse only there, for their dropout
+    except Exception as error:  # in whatever manner a model refuses
+        return first_line(error) or type(error).__name__
+    if not difference <= tolerance:
+        return f"differs by {difference:.1g} from separate rows"
+    return "" if leak <= LEAK else f"an answer moves another's score by {leak:.1g}"
+
+
+def disagreement(hidden: Hidden, way: Way, ids: Sequence[int], pad: int, training: bool = False) -> tuple[float, float]:
     """How far a way is from separate rows, on two small comparisons.
 
     Args:
-        hidden: runs the model.
+        hidden: runs the model, in training or not.
         ids: ordinary tokens, 60 or more, to make texts of.
 
     Returns:
@@ -187,7 +218,7 @@ def disagreement(hidden: Hidden, way: Way, ids: Sequence[int], pad: int) -> tupl
 
     def states(first: list[int], chosen: Way) -> torch.Tensor:
         layout = Layout(chosen.layout, pad, multiple=chosen.multiple)
-        return hidden(collate(comparisons(first), layout), chosen).double()
+        return hidden(collate(comparisons(first), layout), chosen, training).double()
 
     separate, together = states(ids[9:16], SEPARATE), states(ids[9:16], way)
     changed = states(ids[50:57], way)[1:]  # all but the response that is another one now

@@ -255,7 +255,7 @@ class Trainer:
         options, place = self.options, self.place
         pairs, held_out = int(self.train_set.pairs.sum()), int(self.eval_set.pairs.sum())
         elements = "prompts" if options.batch_element == "prompt" else "pairs"
-        brought = f" of {len(self.units)} groups" if options.merge == "prompt" else ""
+        brought = f" in {len(self.units)} groups" if options.merge == "prompt" else ""
         return (
             f"{pairs} training pairs{brought}, {held_out} held out; global batch {global_batch} = "
             f"{options.per_device_train_batch_size} {elements} × {options.gradient_accumulation_steps} accumulated × "
@@ -299,42 +299,21 @@ class Trainer:
     @torch.no_grad()
     def choose_way(self) -> sharing.Way:
         """The fastest way to share prompts that this model computes rightly; all ranks take the same."""
-        if self.engine.module.pooling != "last":
-            say("prompts are not shared: only a decoder that is scored at the last token can do that")
-            return sharing.SEPARATE
+        scorer, on_gpu = self.engine.module, self.place.device.type == "cuda"
         longest = int(max(self.train_set.lengths.max(), self.eval_set.lengths.max()))
-        if longest > sharing.window(self.engine.module.config):
-            say(f"prompts are not shared: the longest text, {longest} tokens, is longer than the attention's window")
-            return sharing.SEPARATE
-        ids = np.random.default_rng(0).integers(embedding_rows(self.engine.module), size=60)
-        reasons = []
-        for way in sharing.ON_CUDA if self.place.device.type == "cuda" else sharing.ON_CPU:
-            fault = self.fault(way, ids.tolist())
-            if not fault:
-                self.set_attention(way)
-                say(f"prompts are shared ({way.name} attention)")
-                return way
-            reasons.append(f"{way.name}: {fault}")
-        say(f"prompts are not shared, each answer has a row of its own ({'; '.join(reasons)})")
-        self.set_attention(sharing.SEPARATE)
-        return sharing.SEPARATE
-
-    def fault(self, way: sharing.Way, ids: list[int]) -> str:
-        """What is wrong with a way to share prompts, on this model, on any rank; empty: nothing."""
-        fault = ""
-        with torch.random.fork_rng([] if self.place.device.type == "cpu" else [self.place.device]):
-            try:
-                self.engine.eval()
-                difference, leak = sharing.disagreement(self.small_states, way, ids, self.pad)
-                if not difference <= sharing.TOLERANCES[DTYPES[self.options.dtype]]:
-                    fault = f"differs by {difference:.1g} from separate rows"
-                elif not leak <= sharing.LEAK:
-                    fault = f"an answer moves another's score by {leak:.1g}"
-                self.engine.train()  # some refuse only here, for their dropout
-                sharing.disagreement(self.small_states, way, ids, self.pad)
-            except Exception as error:  # a model may refuse in any manner
-                fault = first_line(error) or type(error).__name__
-        return distributed.first_text(fault)
+        way = sharing.SEPARATE
+        if scorer.pooling != "last":
+            said = "prompts are not shared: only a decoder that is scored at the last token can do that"
+        elif longest > sharing.window(scorer.config):
+            said = f"prompts are not shared: the longest text, {longest} tokens, is longer than the attention's window"
+        else:
+            ways = sharing.ON_CUDA if on_gpu else sharing.ON_CPU
+            ids = np.random.default_rng(0).integers(embedding_rows(scorer), size=60).tolist()
+            with torch.random.fork_rng([self.place.device] if on_gpu else []):
+                way, said = sharing.choose(ways, self.small_states, DTYPES[self.options.dtype], ids, self.pad)
+        self.set_attention(way)
+        say(said)
+        return way
 
     def advise(self) -> None:
         """Say what pads cost, where a flag would spare much of it."""
@@ -353,9 +332,10 @@ class Trainer:
         self.way = way
         self.engine.module.backbone.set_attn_implementation(way.attention or self.own_attention)
 
-    def small_states(self, batch: Batch, way: sharing.Way) -> torch.Tensor:
+    def small_states(self, batch: Batch, way: sharing.Way, training: bool) -> torch.Tensor:
         """The hidden state at each response's end, (n, h)."""
         self.set_attention(way)
+        self.engine.train(training)
         batch = batch.to(self.place.device)
         return self.scores(batch, batch.ends, states=True)
 

@@ -167,7 +167,7 @@ IDS = torch.randint(10, models.VOCABULARY, (60,), generator=torch.Generator().ma
 def checked(scorer, way, change=lambda batch: batch):
     """:func:`disagreement` of a way whose batches were tampered with."""
 
-    def hidden(batch, chosen):
+    def hidden(batch, chosen, training):
         scorer.backbone.set_attn_implementation(chosen.attention or scorer.own_attention)
         batch = batch if chosen is SEPARATE else change(batch)
         mask = sharing.attention_mask(batch, chosen, torch.float32)
@@ -231,6 +231,43 @@ def test_bloom_refuses(scorer_of):
 def test_softcap_refuses_slices(scorer_of):
     with pytest.raises(NotImplementedError, match="softcap"):
         checked(scorer_of("gemma2").eval(), SLICES)
+
+
+class Stub:
+    """States (n, 2) that a way gets wrong as told: by a factor, by what another response holds, or by raising."""
+
+    def __init__(self, **faults):
+        self.faults = faults
+
+    def __call__(self, batch, way, training):
+        fault = self.faults.get(way.name)
+        if isinstance(fault, Exception) and training:
+            raise fault
+        states = torch.ones(len(batch.ends), 2)
+        if fault == "leak":
+            return states + 2e-6 * batch.input_ids[0, 9]  # the first response's first token
+        return states * (fault if isinstance(fault, float) else 1.0)
+
+
+@pytest.mark.parametrize(
+    ("faults", "chosen", "said"),
+    [
+        ({}, "slices", "prompts are shared (slices attention)"),
+        ({"slices": 1.1}, "dense", "prompts are shared (dense attention)"),
+        ({"slices": float("nan"), "dense": "leak"}, "separate", "slices: differs by nan from separate rows; dense: an"),
+        ({"slices": ValueError("no\ndropout"), "dense": 0.5}, "separate", "slices: no; dense: differs by 0.5"),
+    ],
+)
+def test_choose(faults, chosen, said, monkeypatch):
+    monkeypatch.setattr(sharing, "first_text", lambda text: text)  # of one rank
+    way, line = sharing.choose(ON_CPU, Stub(**faults), torch.float32, IDS, pad=0)
+    assert way.name == chosen
+    assert said in line
+
+
+def test_one_rank_that_refuses_decides_for_all(monkeypatch):
+    monkeypatch.setattr(sharing, "first_text", lambda text: "out of memory")
+    assert sharing.choose(ON_CPU, Stub(), torch.float32, IDS, pad=0)[0] is SEPARATE
 
 
 def config(**values):
