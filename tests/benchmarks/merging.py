@@ -74,12 +74,12 @@ def draw(runs: list[dict], picture: Path) -> None:
     for i, arm in enumerate(ARMS):
         for r in (r for r in runs if r["arm"] == arm):
             first = r["seed"] == runs[0]["seed"]
-            seconds, accuracies = zip(*(e[:2] for e in r["evaluations"]))
+            seconds, accuracies = zip(*(e[:2] for e in r["evaluations"][1:]))  # the first is before training
             label = f"--merge {arm}" if first else None
             axis.plot(seconds, accuracies, "o-", color=f"C{i}", markersize=3, alpha=0.7, label=label)
     baseline = runs[0]["evaluations"][0][3]
     axis.axhline(baseline, color="grey", linestyle=":", linewidth=1, label=f"longer answer wins: {baseline:.3f}")
-    axis.set(xlabel="seconds of training", ylabel="held-out accuracy", xscale="symlog")
+    axis.set(xlabel="seconds of training", ylabel="held-out accuracy", xscale="log")
     axis.legend(frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(picture, dpi=110)
