@@ -80,7 +80,7 @@ def build_parser() -> Parser:
     loss.add_argument("--compute_fp32_loss", action="store_true", help="always so here")
 
     train = parser.add_argument_group("training")
-    train.add_argument("--per_device_train_batch_size", type=positive_int, default=16, help="pairs")
+    train.add_argument("--per_device_train_batch_size", type=positive_int, default=16, help="pairs, or prompts")
     train.add_argument("--per_device_eval_batch_size", type=positive_int, default=16, help="pairs")
     train.add_argument("--gradient_accumulation_steps", type=positive_int, default=1, help="per step")
     train.add_argument("--num_train_epochs", type=positive_int, default=1, help="passes over the data")
@@ -107,12 +107,12 @@ def build_parser() -> Parser:
         default="pair",
         help="with --merge prompt, what the batch size counts and what weighs the same: a pair, or a prompt's pairs",
     )
-    batches.add_argument("--max_responses", type=positive_int, default=16, help="of a prompt that are merged")
+    batches.add_argument("--max_responses", type=natural, default=16, help="answers of a prompt in one row, at most")
     batches.add_argument(
         "--tokens_per_batch",
         type=natural,
         default=0,
-        help="at most so many tokens, pads included, per forward pass, of which a step has as many as it needs; 0: any",
+        help="tokens of a forward pass, pads included, at most; a step has as many passes as it needs; 0: no limit",
     )
     batches.add_argument("--group_by_length", action="store_true", help="rows of similar length in a batch")
 
@@ -164,9 +164,9 @@ def _check(options: argparse.Namespace) -> None:
     if options.score_penalty is None and "score_penalty_weight" in options.explicit:
         raise UserError("--score_penalty_weight without --score_penalty: name the penalty")
     if options.batch_element == "prompt" and options.merge != "prompt":
-        raise UserError("--batch_element prompt and --merge batch: a prompt's rows come together with --merge prompt")
+        raise UserError("--batch_element prompt needs --merge prompt, which brings a prompt's rows together")
     if options.max_responses < 2:
-        raise UserError(f"--max_responses {options.max_responses}: a pair has 2")
+        raise UserError(f"--max_responses {options.max_responses}: give 2 or more, a pair has two")
     if options.lora_alpha and not options.lora_dim:
         raise UserError("--lora_alpha without --lora_dim: give the adapters' dimension")
 

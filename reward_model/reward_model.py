@@ -71,7 +71,9 @@ def log_barrier(scores: torch.Tensor) -> torch.Tensor:
     return -torch.log(BARRIER_WALL - inside) - torch.log(BARRIER_WALL + inside) + slope * (size - inside)
 
 
-def score_penalty(kind: str, chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+def score_penalty(
+    kind: str, chosen: torch.Tensor, rejected: torch.Tensor, weights: torch.Tensor | None = None
+) -> torch.Tensor:
     """A term that keeps scores near zero, to be added to the loss with a weight.
 
     Args:
@@ -80,6 +82,7 @@ def score_penalty(kind: str, chosen: torch.Tensor, rejected: torch.Tensor) -> to
             (batch sum to zero, BSR 2025, weight 1e-3·batch). ``log_barrier``: mean of :func:`log_barrier`
             (weight 0.01).
         chosen, rejected: scores (b,).
+        weights: of the pairs in those means (b,), which sum to 1. None: all the same.
 
     Returns:
         A 0-d tensor, float32 at least. ``zero_sum`` looks at the batch it is given: the micro-batch of one rank.
@@ -88,15 +91,16 @@ def score_penalty(kind: str, chosen: torch.Tensor, rejected: torch.Tensor) -> to
         ValueError: an unknown kind.
     """
     chosen, rejected = at_least_float32(chosen), at_least_float32(rejected)
+    if weights is None:
+        weights = torch.full_like(chosen, 1 / max(len(chosen), 1))
     if kind == "centre":
-        return (chosen + rejected).square().mean()
-    scores = torch.cat([chosen, rejected])
+        return ((chosen + rejected).square() * weights).sum()
     if kind == "l2":
-        return scores.square().mean()
+        return ((chosen.square() + rejected.square()) * weights).sum() / 2
     if kind == "zero_sum":
-        return scores.mean().square()
+        return ((chosen + rejected) * weights).sum().square() / 4
     if kind == "log_barrier":
-        return log_barrier(scores).mean()
+        return ((log_barrier(chosen) + log_barrier(rejected)) * weights).sum() / 2
     raise ValueError(f"score penalty {kind!r}: choose one of {', '.join(SCORE_PENALTIES)}")
 
 

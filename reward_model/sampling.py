@@ -103,19 +103,24 @@ def single_rows(comparisons: Comparisons) -> Units:
 
 
 def rows_by_prompt(
-    comparisons: Comparisons, most_responses: int, most_pairs: int, seed: int, chosen: np.ndarray | None = None
+    comparisons: Comparisons,
+    most_responses: int,
+    most_pairs: int,
+    seed: int,
+    chosen: np.ndarray | None = None,
+    most_tokens: int = 0,
 ) -> Units:
     """Rows of one prompt brought together, so that each of its responses is encoded as few times as possible.
 
     Every row comes once. Greedy: a unit grows by the response that completes the most rows with those it has.
 
     Args:
-        most_responses, most_pairs: limits of a unit.
+        most_responses, most_pairs, most_tokens: limits of a unit, which holds one row at least; no tokens: no limit.
         seed: of the order in which ties are broken.
         chosen: these rows only; None: all.
     """
     chosen = np.arange(len(comparisons)) if chosen is None else chosen
-    hashes, _, counts = comparisons.texts()
+    hashes, lengths, counts = comparisons.texts()
     first = np.cumsum(counts) - counts
     prompts = comparisons.prompt_hashes()
     order = np.random.default_rng(seed).permutation(chosen)
@@ -124,12 +129,20 @@ def rows_by_prompt(
     for rows in np.split(order, np.flatnonzero(np.diff(prompts[order])) + 1):
         pairs = {int(row): (int(hashes[first[row]]), int(hashes[first[row] + 1])) for row in rows if counts[row] == 2}
         units += [[int(row)] for row in rows if counts[row] != 2]
-        units += [[*pairs]] if len(pairs) == 1 else _blocks(pairs, most_responses, most_pairs)
+        if len(pairs) < 2:
+            units += [[row] for row in pairs]
+            continue
+        prompt = int(comparisons.prompt_tokens[rows].min())
+        answers = {int(hashes[t]): int(lengths[t]) - prompt for row in pairs for t in (first[row], first[row] + 1)}
+        most = most_tokens - prompt if most_tokens else sum(answers.values())
+        units += _blocks(pairs, answers, most_responses, most_pairs, most)
     return _measured(comparisons, units)
 
 
-def _blocks(pairs: dict[int, tuple[int, int]], most_texts: int, most_pairs: int) -> Iterator[list[int]]:
-    """Rows (each a pair of texts) in blocks of few texts and many rows."""
+def _blocks(
+    pairs: dict[int, tuple[int, int]], tokens: dict[int, int], most_texts: int, most_pairs: int, most_tokens: int
+) -> Iterator[list[int]]:
+    """Rows (each a pair of texts, which have so many tokens) in blocks of few texts and many rows."""
     near: dict[int, dict[int, list[int]]] = {}  # text: {text that it was judged against: rows}
     for row, (a, b) in pairs.items():
         near.setdefault(a, {}).setdefault(b, []).append(row)
@@ -140,6 +153,7 @@ def _blocks(pairs: dict[int, tuple[int, int]], most_texts: int, most_pairs: int)
         block: list[int] = []
         inside: set[int] = set()
         gain: dict[int, int] = {}  # text outside: rows that it would complete
+        total = 0
         while len(block) < most_pairs:
             room = most_texts - len(inside)
             while starts and not near[starts[-1]]:
@@ -149,6 +163,9 @@ def _blocks(pairs: dict[int, tuple[int, int]], most_texts: int, most_pairs: int)
             elif starts and not gain and room >= 2:
                 text = starts[-1]
             else:
+                break
+            total += tokens[text]
+            if block and total > most_tokens:
                 break
             gain.pop(text, None)
             inside.add(text)
@@ -260,10 +277,11 @@ def _deal(chosen: np.ndarray, units: Units, rule: Rule, world_size: int) -> list
         return _balance(chosen, width, parts) if is_packed else _slice(chosen, units.pairs, parts)
     if not is_packed:
         return _fill_evenly(chosen, units, rule, world_size)
-    count = world_size * max(1, -(-int(width[chosen].sum()) // (rule.tokens * world_size)))
+    most = world_size * -(-len(chosen) // world_size)  # more would be empty
+    count = min(most, world_size * max(1, -(-int(width[chosen].sum()) // (rule.tokens * world_size))))
     while True:
         parts = _level(chosen, width, count)
-        if all(len(part) < 2 or width[part].sum() <= rule.tokens for part in parts):
+        if count == most or all(len(part) < 2 or width[part].sum() <= rule.tokens for part in parts):
             return parts
         count += world_size
 

@@ -273,7 +273,9 @@ class Trainer:
             most_pairs *= options.gradient_accumulation_steps
         if options.batch_element == "prompt":
             most_pairs = len(self.train_set)
-        return rows_by_prompt(self.train_set, options.max_responses, most_pairs, options.seed)
+        return rows_by_prompt(
+            self.train_set, options.max_responses, most_pairs, options.seed, most_tokens=options.tokens_per_batch
+        )
 
     def rule(self, micro_batch: int) -> Rule:
         options = self.options
@@ -316,10 +318,16 @@ class Trainer:
         return way
 
     def advise(self) -> None:
-        """Say what pads cost, where a flag would spare much of it."""
+        """Say what does not fit the token budget, and what pads cost where a flag would spare much of it."""
+        rule, budget = self.rule(self.options.per_device_train_batch_size), self.options.tokens_per_batch
+        rows = self.units.texts if rule.layout == "separate" else 1
+        over = (rule.width(self.units) * rows > budget).sum() if budget else 0
+        if over:
+            longest = (rule.width(self.units) * rows).max()
+            what = "groups" if self.options.merge == "prompt" else "rows"
+            say(f"--tokens_per_batch {budget}: {over} {what} have more, up to {longest}, and stay whole")
         if self.way.layout == "packed" or self.options.group_by_length:
             return
-        rule = self.rule(self.options.per_device_train_batch_size)
         place = (self.place.rank, self.place.world_size, self.options.seed, 0)
         drawn, grouped = (
             EpochPlan(self.units, replace(rule, by_length=by_length), *place).tokens(STEPS_TO_JUDGE_BY)
@@ -400,7 +408,8 @@ class Trainer:
             losses = pairwise_loss(chosen, rejected, margin, options.label_smoothing)
         loss = (losses * batch.pair_weights).sum()
         if options.score_penalty:
-            loss = loss + options.score_penalty_weight * score_penalty(options.score_penalty, chosen, rejected)
+            penalty = score_penalty(options.score_penalty, chosen, rejected, batch.pair_weights)
+            loss = loss + options.score_penalty_weight * penalty
         return loss, chosen, rejected
 
     @torch.no_grad()
@@ -471,13 +480,14 @@ class StepLog:
         self.clock = time.perf_counter()
 
     def _zeros(self) -> torch.Tensor:
-        # loss, pairs, correct, chosen scores, rejected scores, tokens, ranks' forward passes
-        return torch.zeros(7, dtype=torch.float64, device=self.trainer.place.device)
+        # loss, pairs, correct, chosen scores, rejected scores, tokens, those and pads, ranks' forward passes
+        return torch.zeros(8, dtype=torch.float64, device=self.trainer.place.device)
 
     def add(self, loss: torch.Tensor, chosen: torch.Tensor, rejected: torch.Tensor, batch: Batch) -> None:
         """Count a micro-batch: its weighted loss (0-d) and the scores of its winners and losers (p,)."""
         self.sums[0] += loss
-        self.sums[6] += 1
+        self.sums[6] += batch.input_ids.numel()
+        self.sums[7] += 1
         if batch.weight:
             correct = (chosen > rejected).double() + 0.5 * (chosen == rejected)
             parts = (torch.ones_like(correct), correct, chosen, rejected)
@@ -502,7 +512,7 @@ class StepLog:
         step, epoch, seconds, sums, work, learning_rate, grad_norm = self.pending
         self.pending = None
         work.wait()
-        loss, pairs, correct, chosen, rejected, tokens, passes = sums.tolist()
+        loss, pairs, correct, chosen, rejected, tokens, computed, passes = sums.tolist()
         if not math.isfinite(loss):
             raise UserError(f"step {step}: the loss is {loss}; lower --learning_rate, or take --dtype bf16")
         values = {
@@ -517,6 +527,7 @@ class StepLog:
             "learning_rate": learning_rate,
             "pairs": int(pairs),
             "tokens": int(tokens),
+            "padding": round(1 - tokens / computed, 4),
             "micro_batches": int(passes) // self.trainer.place.world_size,
             "pairs_per_second": pairs / seconds,
             "tokens_per_second": tokens / seconds,

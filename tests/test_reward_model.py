@@ -358,6 +358,15 @@ def test_gradcheck_span_loss():
 
 
 @pytest.mark.parametrize("kind", SCORE_PENALTIES)
+def test_weighted_pairs_are_repeated_pairs(kind):
+    """Weights 1/4 and 3/4: as if the second pair were there three times."""
+    chosen, rejected = random_scores(2, scale=3.0)
+    often = [0, 1, 1, 1]
+    weighted = score_penalty(kind, chosen, rejected, torch.tensor([0.25, 0.75]))
+    torch.testing.assert_close(weighted, score_penalty(kind, chosen[often], rejected[often]))
+
+
+@pytest.mark.parametrize("kind", SCORE_PENALTIES)
 def test_gradcheck_score_penalty(kind):
     assert torch.autograd.gradcheck(lambda c, r: score_penalty(kind, c, r), random_scores(3, scale=6.0))
 

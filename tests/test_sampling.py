@@ -474,6 +474,19 @@ def test_a_unit_beyond_the_budget_is_alone():
     assert sorted(len(m.rows) for m in micro_batches) == [1, 63]
 
 
+def test_no_pass_is_empty_because_of_a_small_budget():
+    (step,) = steps_of(units_of(np.full(6, 10)), Rule(3, tokens=1), 2)
+    assert [[len(m.rows) for m in rank] for rank in step] == [[1] * 3] * 2
+
+
+def test_groups_keep_to_a_token_budget():
+    """Four answers of 10 to a prompt of 5, all six pairs judged: all in 45 tokens, three of them in 35."""
+    rows = table([pair([1] * 5, [a] * 10, [b] * 10, 0) for a, b in itertools.combinations((2, 3, 4, 5), 2)])
+    found = {most: rows_by_prompt(rows, 16, 100, 0, most_tokens=most) for most in (45, 44, 35, 1)}
+    assert {most: max(units.tokens) for most, units in found.items()} == {45: 45, 44: 35, 35: 35, 1: 25}
+    assert all(sorted(units.rows) == list(range(6)) for units in found.values())
+
+
 @pytest.mark.parametrize("layout", ["shared", "separate"])
 def test_padded_rows_fill_every_rank(layout):
     """160 tokens, or 320, fit one forward pass of 1,000; four ranks share them all the same."""

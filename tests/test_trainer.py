@@ -165,10 +165,14 @@ def test_prompts_brought_together(plain, demo, tmp_path):
     assert sum(r["tokens"] for r in together.train) < 0.8 * sum(r["tokens"] for r in plain[0].train)
     assert sum(r["pairs"] for r in together.train) == runs.PAIRS
     assert together.final["loss"] < 0.5
-    flags = ["--merge", "prompt", "--batch_element", "prompt", "--per_device_train_batch_size", 4]
-    prompts = runs.train(demo, tmp_path / "prompts", *flags, launcher="torchrun", processes=2)
+    flags = ["--merge", "prompt", "--batch_element", "prompt", "--score_penalty", "centre"]
+    two = ["--per_device_train_batch_size", 4, "--tokens_per_batch", 300]
+    prompts = runs.train(demo, tmp_path / "prompts", *flags, *two, launcher="torchrun", processes=2)
     assert sum(r["pairs"] for r in prompts.train) == runs.PAIRS
     assert prompts.final["loss"] < 0.5
+    whole = runs.train(demo, tmp_path / "whole", *flags, "--per_device_train_batch_size", 8)
+    assert prompts.losses == pytest.approx(whole.losses, abs=1e-5)
+    assert {r["micro_batches"] for r in whole.train} == {1} < {r["micro_batches"] for r in prompts.train}
 
 
 def test_grouped_by_length(demo, tmp_path):
