@@ -67,7 +67,7 @@ def needs_all_modules():
 
 def trainer_modules():
     """The modules that set_up asks for."""
-    return re.search(r"modules=\((.*?) *\"\$@\"\)", SETUP.read_text())[1].split()
+    return re.search(r"modules=\((.*?) *\"\$@\"\)", SETUP.read_text(), re.DOTALL)[1].split()
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

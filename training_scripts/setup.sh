@@ -25,7 +25,8 @@ PY
 set_up() {
   local top modules lacking base
   top=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-  modules=(torch deepspeed transformers datasets peft filelock huggingface_hub matplotlib ninja numpy tensorboard tqdm "$@")
+  modules=(torch deepspeed transformers datasets peft filelock huggingface_hub matplotlib ninja numpy pyarrow
+    tensorboard tqdm "$@")
   base=${PYTHON:-}
   if [ -z "$base" ]; then
     base=$(command -v python3 || command -v python) || die "no python3: install Python 3.10 or newer"
