@@ -55,7 +55,7 @@ class Scorer(nn.Module):
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
-        at: torch.Tensor | None = None,
+        at: torch.Tensor,
         position_ids: torch.Tensor | None = None,
         states: bool = False,
     ) -> torch.Tensor:

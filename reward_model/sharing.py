@@ -69,8 +69,8 @@ def attention_mask(batch: Batch, way: Way, dtype: torch.dtype) -> torch.Tensor:
     if way.name == "flex":
         return _block_mask(batch)
     rows, size = batch.input_ids.shape
-    index = torch.arange(size, device=batch.input_ids.device)
-    sees = _rule(batch.comparison, batch.response)(torch.arange(rows)[:, None, None], None, index[:, None], index)
+    row, index = (torch.arange(n, device=batch.input_ids.device) for n in (rows, size))
+    sees = _rule(batch.comparison, batch.response)(row[:, None, None], None, index[:, None], index)
     return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill(~sees, -math.inf)[:, None]
 
 
