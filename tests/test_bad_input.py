@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import runs
@@ -146,8 +147,11 @@ def test_the_first_process_alone_fails_and_the_second_is_quiet(demo, tmp_path):
 
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
-def test_two_processes_have_one_voice(launcher, demo, tmp_path):
+def test_two_processes_have_one_voice(launcher, demo, tmp_path, monkeypatch):
+    port = runs.free_port()
+    monkeypatch.setattr(runs, "free_port", lambda: port)
     refuse(demo, tmp_path, "--data_path", "./no.jsonl", says="./no.jsonl", launcher=launcher, processes=2)
+    assert not list(Path("/dev/shm").glob(f"*_{port}_*"))  # DeepSpeed's op takes 66 MiB a rank there
 
 
 def test_a_second_process_that_fails_ends_the_first(demo, tmp_path):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout's package, installed or not
 
-from reward_model.distributed import prepare_environment
+from reward_model.distributed import prepare_environment, release_shared_memory
 
 LAUNCHER_GRACE = 3.0  # seconds in which a launcher ends the other ranks once the first has said what is wrong
 
@@ -74,6 +74,7 @@ def fail(message: str, debug: bool) -> int:
         time.sleep(LAUNCHER_GRACE)  # only one voice, unless the fault is this rank's alone
     print(f"error: {message}" if rank == "0" else f"error on rank {rank}: {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
+    release_shared_memory()
     os._exit(1)
 
 
