@@ -31,6 +31,7 @@ from reward_model.reward_model import RewardModel
 OWN_WEIGHTS = "reward_model{suffix}.safetensors"
 OWN_CONFIG = "reward_model.json"
 DSCHAT_WEIGHTS = "pytorch_model.bin"
+SCALE = ("score_mean", "score_thresholds", "lowest_grade")  # fields of config.json
 TRACES = ("config.json", "metrics.jsonl", "run.json", "model.safetensors", DSCHAT_WEIGHTS, "checkpoints")
 
 
@@ -103,6 +104,13 @@ def _share(folder: Path) -> None:
     os.umask(umask)
     for path in folder.rglob("*"):
         path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+
+
+def forget_scale(config) -> None:
+    """Take out of a config what an earlier training said of its scores."""
+    for name in SCALE:
+        if hasattr(config, name):
+            delattr(config, name)
 
 
 def whole_state_dict(model: nn.Module, keep: bool = True) -> dict[str, torch.Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
+BINS = 10  # of the predicted probability, for calibration
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -28,10 +29,12 @@ def pair_metrics(
     Returns:
         ``loss``, the plain logistic one; ``accuracy``; ``longer_wins_accuracy``, what preferring the longer answer
         would get; mean and (population) standard deviation of chosen, rejected and all scores; the mean gap;
-        ``QUANTILES`` of chosen and rejected scores.
+        ``QUANTILES`` of chosen and rejected scores; mean size of a score; the expected calibration error; the
+        correlation of score and length.
     """
     chosen, rejected = chosen.astype(np.float64), rejected.astype(np.float64)
     scores = np.concatenate([chosen, rejected])
+    lengths = np.concatenate([chosen_lengths, rejected_lengths])
     return {
         "pairs": len(chosen),
         "loss": float(np.mean(np.logaddexp(0.0, rejected - chosen))),
@@ -44,6 +47,56 @@ def pair_metrics(
         "rejected_std": float(rejected.std()),
         "score_mean": float(scores.mean()),
         "score_std": float(scores.std()),
+        "score_abs_mean": float(np.abs(scores).mean()),
+        "calibration_error": calibration_error(chosen - rejected),
+        "length_correlation": correlation(scores, lengths),
         "chosen_quantiles": np.quantile(chosen, QUANTILES).tolist(),
         "rejected_quantiles": np.quantile(rejected, QUANTILES).tolist(),
     }
+
+
+def point_metrics(
+    scores: np.ndarray, targets: np.ndarray, losses: np.ndarray, with_loss: bool = True
+) -> dict[str, float | int]:
+    """How the scores of n answers go with their targets.
+
+    Args:
+        scores, targets, losses: (n,).
+        with_loss: report the mean of ``losses``.
+    """
+    found = {
+        "rated": len(scores),
+        "pearson": correlation(scores, targets),
+        "spearman": correlation(_ranks(scores), _ranks(targets)),
+        "rated_mean": float(scores.mean(dtype=np.float64)),
+        "rated_std": float(scores.std(dtype=np.float64)),
+    }
+    return found | ({"point_loss": float(losses.mean(dtype=np.float64))} if with_loss else {})
+
+
+def calibration_error(gaps: np.ndarray) -> float:
+    """Expected calibration error of σ(gap) as the probability that chosen wins, over p judged pairs.
+
+    The model's choice is the answer with the higher score, its confidence σ(|gap|), in ten bins of equal width over
+    [½, 1]; the error is the mean over the pairs of |share of right choices − mean confidence| of their bin (Guo et al.
+    2017, arXiv 1706.04599, eq. 3). A tie is half right.
+    """
+    size = np.abs(gaps.astype(np.float64))
+    confidence = 1 / (1 + np.exp(-size))
+    right = np.where(gaps == 0, 0.5, gaps > 0)
+    bins = np.minimum((2 * BINS * (confidence - 0.5)).astype(int), BINS - 1)
+    errors = np.bincount(bins, right - confidence, BINS)
+    return float(np.abs(errors).sum() / len(gaps))
+
+
+def correlation(one: np.ndarray, other: np.ndarray) -> float:
+    """Pearson's, of two (n,); 0 where one of them is constant."""
+    if np.ptp(one) == 0 or np.ptp(other) == 0:
+        return 0.0
+    return float(np.corrcoef(one.astype(np.float64), other.astype(np.float64))[0, 1])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Mean rank of each value among all, ties alike."""
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[place]

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from transformers.pytorch_utils import Conv1D
 
 from reward_model.errors import UserError, first_line, say
+from reward_model.losses import Thresholds
 from reward_model.reward_model import RewardModel, ValueHead
 
 
@@ -34,6 +35,7 @@ class Scorer(nn.Module):
         super().__init__()
         self.model = model
         self.pooling = pooling
+        self.thresholds: Thresholds | None = None  # of an ordinal loss, which learns them
         takes_cache = "use_cache" in inspect.signature(self.backbone.forward).parameters  # decoders keep one by default
         self.backbone_options = {"use_cache": False} if takes_cache else {}
 
@@ -58,8 +60,10 @@ class Scorer(nn.Module):
         at: torch.Tensor,
         position_ids: torch.Tensor | None = None,
         states: bool = False,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Scores at given tokens, in the shape of ``at``; pooling ``mean`` and ``own``: of whole rows, (b,). float32.
+
+        With thresholds, if there are any: ZeRO 3 has the whole of a weight only while the engine computes.
 
         Args:
             input_ids: (b, s).
@@ -68,6 +72,10 @@ class Scorer(nn.Module):
             position_ids: (b, s); None: the model's own.
             states: the hidden states instead of the scores, one more dimension h (pooling ``last`` only).
         """
+        scores = self._scores(input_ids, attention_mask, at, position_ids, states)
+        return scores if self.thresholds is None else (scores, self.thresholds())
+
+    def _scores(self, input_ids, attention_mask, at, position_ids, states) -> torch.Tensor:
         model = self.unwrapped
         if self.pooling == "own":
             return model(input_ids, attention_mask=attention_mask).logits.squeeze(-1)
@@ -172,14 +180,20 @@ def set_dropout(config: PretrainedConfig, dropout: float) -> None:
 def head_layer(scorer: Scorer) -> nn.Linear:
     """The linear layer whose one output is the score."""
     model = scorer.unwrapped
-    if isinstance(model, RewardModel):
-        return model.v_head
-    prefix = model.base_model_prefix + "."
-    heads = [m for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.startswith(prefix)]
-    heads = [m for m in heads if m.out_features == 1]
+    inside = {id(module) for module in scorer.backbone.modules()}
+    heads = [module for module in model.modules() if isinstance(module, nn.Linear) and id(module) not in inside]
+    heads = [module for module in heads if module.out_features == 1]
     if not heads:
         raise UserError(f"{type(model).__name__} has no linear layer with one output to score with")
-    return heads[-1]
+    return heads[-1]  # PEFT keeps the one that it does not train before it
+
+
+def divide_head(scorer: Scorer, by: float) -> None:
+    """Divide every score by a number."""
+    head = head_layer(scorer)
+    for parameter in [head.weight] if head.bias is None else [head.weight, head.bias]:
+        with gathered([parameter], modify=True), torch.no_grad():
+            parameter.div_(by)
 
 
 def multiply_in_float32(model: nn.Module) -> None:

@@ -10,10 +10,14 @@ import sys
 from pathlib import Path
 
 from reward_model.errors import UserError, say
+from reward_model.losses import ALIASES, LIST_LOSSES, PAIR_LOSSES, POINT_LOSSES, PRIOR_SMALLEST, kind_of
 from reward_model.reward_model import LOSS_LEVELS, SCORE_PENALTIES
 
 SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 POOLINGS = ("last", "mean", "own")
+LOSSES = (*PAIR_LOSSES, *LIST_LOSSES, *POINT_LOSSES)
+TAKES_MARGIN = ("logistic", "scaled", "hinge")
+MARGINS = ("column", "small", "large")
 MERGES = ("batch", "prompt")
 BATCH_ELEMENTS = ("pair", "prompt")
 SAVE_FORMATS = ("hf", "dschat", "both")
@@ -72,19 +76,57 @@ def build_parser() -> Parser:
     model.add_argument("--num_padding_at_beginning", type=int, default=0, help="not needed here: lengths end a text")
 
     loss = parser.add_argument_group("loss")
+    loss.add_argument(
+        "--loss",
+        nargs="+",
+        default=["logistic"],
+        metavar="NAME",
+        help=f"of pairs: {', '.join(PAIR_LOSSES)}; of ranked lists: {', '.join(LIST_LOSSES)}; of scores or "
+        f"labels: {', '.join(POINT_LOSSES)}; one of each kind at most, each row with what it has [logistic]",
+    )
+    loss.add_argument(
+        "--loss_weight", nargs="+", type=positive, default=[], metavar="NUMBER", help="of each --loss [1 each]"
+    )
     loss.add_argument("--loss_level", choices=LOSS_LEVELS, default="sequence", help="token: mean over the answers")
-    loss.add_argument("--margin", default="0", metavar="NUMBER|column", help="a number, or the data's margin column")
-    loss.add_argument("--label_smoothing", type=number, default=0.0, help="share of flipped labels assumed, to 0.5")
+    loss.add_argument(
+        "--margin",
+        metavar="NUMBER|column|small|large",
+        help="a number, the data's margin column, or Llama 2's margins from its rating column [0; --loss hinge: 1]",
+    )
+    loss.add_argument(
+        "--label_smoothing",
+        default="0",
+        metavar="NUMBER|column",
+        help="share of flipped labels assumed, to 0.5; column: 1 − the data's probability column [0]",
+    )
+    loss.add_argument("--focal_gamma", type=not_negative, default=2.0, help="of --loss focal; 0: logistic")
+    loss.add_argument("--huber_delta", type=positive, default=1.0, help="of --loss huber: linear from this error on")
+    loss.add_argument(
+        "--prior_beta",
+        nargs=2,
+        type=number,
+        default=(20.0, -15.0),
+        metavar=("B1", "B3"),
+        help="of --loss prior_*: the gap's bound is B1 / likeness + B3 [20 -15]",
+    )
+    loss.add_argument("--prior_model", help="of --loss prior_cosine: encoder of sentences, a folder or a hub name")
+    loss.add_argument("--length_penalty", type=not_negative, default=0.0, help="weight of (score-length correlation)²")
     loss.add_argument("--score_penalty", choices=SCORE_PENALTIES, help="keep scores near zero")
     loss.add_argument("--score_penalty_weight", type=not_negative, default=0.01, help="weight of --score_penalty")
     loss.add_argument("--compute_fp32_loss", action="store_true", help="always so here")
 
     train = parser.add_argument_group("training")
-    train.add_argument("--per_device_train_batch_size", type=positive_int, default=16, help="pairs, or prompts")
+    train.add_argument(
+        "--per_device_train_batch_size",
+        type=positive_int,
+        default=16,
+        help="pairs; with losses of lists or scores, rows; with --batch_element prompt, prompts",
+    )
     train.add_argument("--per_device_eval_batch_size", type=positive_int, default=16, help="pairs")
     train.add_argument("--gradient_accumulation_steps", type=positive_int, default=1, help="per step")
     train.add_argument("--num_train_epochs", type=positive_int, default=1, help="passes over the data")
     train.add_argument("--learning_rate", type=positive, default=5e-5, help="highest, after the warm-up")
+    train.add_argument("--head_learning_rate", type=positive, help="of what scores the backbone's states [as above]")
     train.add_argument("--lora_learning_rate", type=positive, default=5e-4, help="of LoRA's adapters")
     train.add_argument("--weight_decay", type=not_negative, default=0.0, help="of matrices")
     train.add_argument("--max_grad_norm", type=not_negative, default=1.0, help="gradient clipping; 0: none")
@@ -119,6 +161,11 @@ def build_parser() -> Parser:
     output = parser.add_argument_group("output")
     output.add_argument("--output_dir", help="model, metrics and report; not given: nothing is kept")
     output.add_argument(
+        "--normalize_scores",
+        metavar="train|eval|PATH",
+        help="save a head whose scores on these rows have standard deviation 1, and their mean in config.json",
+    )
+    output.add_argument(
         "--save_format", choices=SAVE_FORMATS, default="hf", help="dschat: what upstream's step 3 loads"
     )
     output.add_argument("--enable_tensorboard", action="store_true", help="write events for TensorBoard")
@@ -150,25 +197,79 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def _check(options: argparse.Namespace) -> None:
-    if not 0.0 <= options.label_smoothing <= 0.5:
-        raise UserError(f"--label_smoothing {options.label_smoothing}: give a number from 0 to 0.5")
-    if options.margin != "column":
-        try:
-            options.margin = number(options.margin)
-        except argparse.ArgumentTypeError as error:
-            raise UserError(f"--margin {options.margin}: give a number, or the word column") from error
+    _check_loss(options)
     if options.offload and options.zero_stage == 0 and not options.deepspeed_config:
         raise UserError("--offload and --zero_stage 0: stage 0 offloads nothing; take --zero_stage 1, 2 or 3")
+    if options.loss_level == "token" and {kind_of(name) for name in options.loss} != {"pairs"}:
+        raise UserError(f"--loss_level token and --loss {' '.join(options.loss)}: only pairs have a loss per token")
     if options.loss_level == "token" and options.pooling not in (None, "last"):
         raise UserError(f"--loss_level token and --pooling {options.pooling}: only pooling last has a score per token")
     if options.score_penalty is None and "score_penalty_weight" in options.explicit:
         raise UserError("--score_penalty_weight without --score_penalty: name the penalty")
+    if options.normalize_scores and not options.output_dir:
+        raise UserError("--normalize_scores without --output_dir: it changes what is saved")
     if options.batch_element == "prompt" and options.merge != "prompt":
         raise UserError("--batch_element prompt needs --merge prompt, which brings a prompt's rows together")
     if options.max_responses < 2:
         raise UserError(f"--max_responses {options.max_responses}: give 2 or more, a pair has two")
     if options.lora_alpha and not options.lora_dim:
         raise UserError("--lora_alpha without --lora_dim: give the adapters' dimension")
+
+
+def _check_loss(options: argparse.Namespace) -> None:
+    """Fill in what the loss is made of."""
+    options.loss = [ALIASES.get(name, name) for name in options.loss]
+    for name in options.loss:
+        if name not in LOSSES:
+            raise UserError(f"--loss {name}: choose of {', '.join((*LOSSES, *ALIASES))}")
+    kinds = [kind_of(name) for name in options.loss]
+    if len(set(kinds)) < len(kinds):
+        raise UserError(f"--loss {' '.join(options.loss)}: name one loss at most for each of pairs, lists and scores")
+    options.loss_weight = options.loss_weight or [1.0] * len(kinds)
+    if len(options.loss_weight) != len(kinds):
+        raise UserError(f"--loss_weight: {len(options.loss_weight)} numbers for {len(kinds)} losses")
+    takes_margin = [name for name in options.loss if name in TAKES_MARGIN]
+    if options.margin is not None and not takes_margin:
+        raise UserError(f"--margin goes with --loss {', '.join(TAKES_MARGIN)}, not {' '.join(options.loss)}")
+    if options.margin is None:
+        options.margin = "1" if takes_margin == ["hinge"] else "0"
+    if "scaled" in options.loss and options.margin not in MARGINS:
+        raise UserError("--loss scaled weighs pairs by their own margins: add --margin column, small or large")
+    if options.margin not in MARGINS:
+        try:
+            options.margin = number(options.margin)
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"--margin {options.margin}: give a number, column, small or large") from error
+    if "label_smoothing" in options.explicit and "logistic" not in options.loss:
+        raise UserError(f"--label_smoothing goes with --loss logistic, not {' '.join(options.loss)}")
+    if options.label_smoothing != "column":
+        try:
+            share = number(options.label_smoothing)
+        except argparse.ArgumentTypeError:
+            share = math.nan
+        if not 0.0 <= share <= 0.5:
+            raise UserError(f"--label_smoothing {options.label_smoothing}: give a number from 0 to 0.5, or column")
+        options.label_smoothing = share
+    _check_own_flags(options)
+
+
+def _check_own_flags(options: argparse.Namespace) -> None:
+    """Refuse a flag of one loss where that loss is not."""
+    for flag, names in (
+        ("focal_gamma", ("focal",)),
+        ("huber_delta", ("huber",)),
+        ("prior_beta", ("prior_length", "prior_cosine")),
+        ("prior_model", ("prior_cosine",)),
+    ):
+        if flag in options.explicit and not set(names) & set(options.loss):
+            raise UserError(f"--{flag} goes with --loss {' or '.join(names)}, not {' '.join(options.loss)}")
+    if "prior_cosine" in options.loss and not options.prior_model:
+        raise UserError("--loss prior_cosine compares embeddings of answers: name their encoder with --prior_model")
+    slope, shift = options.prior_beta
+    if slope <= 0 or slope / (1 + PRIOR_SMALLEST) + shift <= 0:
+        raise UserError(
+            f"--prior_beta {slope:g} {shift:g}: B1 / 1.001 + B3 bounds the gap of like answers; more than 0"
+        )
 
 
 def explain_inherited(options: argparse.Namespace) -> None:

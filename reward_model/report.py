@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One picture of a run: loss, accuracy, and where the scores went."""
+"""One picture of a run: loss, accuracy (or correlation with the targets), and where the scores went."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 CHOSEN, REJECTED, NEUTRAL = "#2a6f97", "#c1553b", "#555555"
+COLORS = {"chosen": CHOSEN, "rejected": REJECTED, "scored answers": CHOSEN}
 
 
 def read_metrics(path: Path) -> tuple[list[dict], list[dict]]:
@@ -17,13 +18,13 @@ def read_metrics(path: Path) -> tuple[list[dict], list[dict]]:
     return [r for r in records if r["split"] == "train"], [r for r in records if r["split"] == "eval"]
 
 
-def draw(metrics: Path, picture: Path, chosen: np.ndarray, rejected: np.ndarray) -> None:
+def draw(metrics: Path, picture: Path, scores: dict[str, np.ndarray]) -> None:
     """Write a PNG of a run.
 
     Args:
         metrics: the run's ``metrics.jsonl``.
         picture: file to write.
-        chosen, rejected: scores of the last evaluation (p,).
+        scores: of the last evaluation, ``chosen`` and ``rejected`` (p,), or ``scored answers`` (n,).
     """
     import matplotlib
 
@@ -31,42 +32,65 @@ def draw(metrics: Path, picture: Path, chosen: np.ndarray, rejected: np.ndarray)
     from matplotlib import pyplot as plt
 
     train, evaluations = read_metrics(metrics)
-    figure, ((loss, accuracy), (scores, histogram)) = plt.subplots(2, 2, figsize=(11, 7), constrained_layout=True)
+    figure, ((loss, order), (course, histogram)) = plt.subplots(2, 2, figsize=(11, 7), constrained_layout=True)
     steps = [r["step"] for r in train]
-    eval_steps = [r["step"] for r in evaluations]
+    has_pairs = "accuracy" in evaluations[-1]
 
     _curve(loss, steps, [r["loss"] for r in train], "training")
-    loss.plot(eval_steps, [r["loss"] for r in evaluations], "o-", color=CHOSEN, label="held out")
-    loss.axhline(np.log(2), color=NEUTRAL, linestyle=":", linewidth=1, label="log 2 (no preference)")
-    loss.set(title="Loss", xlabel="step", ylim=(0, None))
-    loss.legend(frameon=False)
+    _held_out(loss, evaluations, "loss" if has_pairs else "point_loss", "held out")
+    if has_pairs:
+        loss.axhline(np.log(2), color=NEUTRAL, linestyle=":", linewidth=1, label="log 2 (no preference)")
+    loss.set(title="Loss (held out: logistic)" if has_pairs else "Loss", xlabel="step", ylim=(0, None))
 
-    _curve(accuracy, steps, [r["accuracy"] for r in train], "training")
-    accuracy.plot(eval_steps, [r["accuracy"] for r in evaluations], "o-", color=CHOSEN, label="held out")
-    baseline = evaluations[-1]["longer_wins_accuracy"]
-    accuracy.axhline(baseline, color=NEUTRAL, linestyle=":", linewidth=1, label=f"longer answer wins: {baseline:.3f}")
-    accuracy.set(title="Pairs in the right order", xlabel="step", ylim=(0, 1.02))
-    accuracy.legend(frameon=False, loc="lower right")
+    if has_pairs:
+        _pair_accuracy(order, train, evaluations)
+        _pair_scores(course, train, evaluations)
+    else:
+        _held_out(order, evaluations, "pearson", "held out")
+        order.set(title="Correlation of scores with their targets", xlabel="step", ylim=(None, 1.02))
+        middle, spread = (np.array([r[name] for r in evaluations]) for name in ("rated_mean", "rated_std"))
+        eval_steps = [r["step"] for r in evaluations]
+        course.fill_between(eval_steps, middle - spread, middle + spread, color=CHOSEN, alpha=0.3, linewidth=0)
+        course.plot(eval_steps, middle, "o-", color=CHOSEN, label="held out")
+        course.set(title="Scores: held-out mean ± standard deviation", xlabel="step", ylabel="score")
 
-    for name, color in (("chosen", CHOSEN), ("rejected", REJECTED)):
-        low, lower, middle, upper, high = np.array([r[f"{name}_quantiles"] for r in evaluations]).T
-        scores.plot(steps, _running_mean([r[f"{name}_mean"] for r in train]), color=color, alpha=0.6, linewidth=1)
-        scores.fill_between(eval_steps, low, high, color=color, alpha=0.15, linewidth=0)
-        scores.fill_between(eval_steps, lower, upper, color=color, alpha=0.3, linewidth=0)
-        scores.plot(eval_steps, middle, "o", color=color, label=f"{name}, held out")
-    scores.set(title="Scores: training mean; held-out median, 50 % and 90 %", xlabel="step", ylabel="score")
-    scores.legend(frameon=False, loc="upper left")
-
-    edges = np.histogram_bin_edges(np.concatenate([chosen, rejected]), bins=40)
-    histogram.hist(chosen, edges, color=CHOSEN, alpha=0.6, label="chosen")
-    histogram.hist(rejected, edges, color=REJECTED, alpha=0.6, label="rejected")
+    edges = np.histogram_bin_edges(np.concatenate(list(scores.values())), bins=40)
+    for name, values in scores.items():
+        histogram.hist(values, edges, color=COLORS[name], alpha=0.6, label=name)
     histogram.set(title="Held-out scores at the end", xlabel="score", ylabel="answers")
-    histogram.legend(frameon=False)
 
-    for axis in figure.axes:
+    for axis, place in ((loss, "best"), (order, "lower right"), (course, "upper left"), (histogram, "best")):
         axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, loc=place)
     figure.savefig(picture, dpi=110)
     plt.close(figure)
+
+
+def _pair_accuracy(axis, train: list[dict], evaluations: list[dict]) -> None:
+    known = [r for r in train if "accuracy" in r]
+    _curve(axis, [r["step"] for r in known], [r["accuracy"] for r in known], "training")
+    _held_out(axis, evaluations, "accuracy", "held out")
+    baseline = evaluations[-1]["longer_wins_accuracy"]
+    axis.axhline(baseline, color=NEUTRAL, linestyle=":", linewidth=1, label=f"longer answer wins: {baseline:.3f}")
+    axis.set(title="Pairs in the right order", xlabel="step", ylim=(0, 1.02))
+
+
+def _pair_scores(axis, train: list[dict], evaluations: list[dict]) -> None:
+    known, eval_steps = [r for r in train if "accuracy" in r], [r["step"] for r in evaluations]
+    for name in ("chosen", "rejected"):
+        low, lower, middle, upper, high = np.array([r[f"{name}_quantiles"] for r in evaluations]).T
+        means = _running_mean([r[f"{name}_mean"] for r in known])
+        axis.plot([r["step"] for r in known], means, color=COLORS[name], alpha=0.6, linewidth=1)
+        axis.fill_between(eval_steps, low, high, color=COLORS[name], alpha=0.15, linewidth=0)
+        axis.fill_between(eval_steps, lower, upper, color=COLORS[name], alpha=0.3, linewidth=0)
+        axis.plot(eval_steps, middle, "o", color=COLORS[name], label=f"{name}, held out")
+    axis.set(title="Scores: training mean; held-out median, 50 % and 90 %", xlabel="step", ylabel="score")
+
+
+def _held_out(axis, evaluations: list[dict], name: str, label: str) -> None:
+    known = [r for r in evaluations if name in r]
+    if known:
+        axis.plot([r["step"] for r in known], [r[name] for r in known], "o-", color=CHOSEN, label=label)
 
 
 def _curve(axis, steps: list[int], values: list[float], label: str) -> None:

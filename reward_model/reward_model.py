@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,7 @@ def pairwise_loss(
     chosen: torch.Tensor,
     rejected: torch.Tensor,
     margin: torch.Tensor | float | None = None,
-    label_smoothing: float = 0.0,
+    label_smoothing: torch.Tensor | float = 0.0,
 ) -> torch.Tensor:
     """Bradley-Terry loss, −(1−α)·log σ(Δ − m) − α·log σ(m − Δ) with Δ = chosen − rejected.
 
@@ -42,7 +43,7 @@ def pairwise_loss(
         chosen, rejected: scores of any one shape, any floating dtype.
         margin: m, a number or a tensor that broadcasts to the scores (Llama 2, arXiv 2307.09288, eq. 2). None: 0.
         label_smoothing: α, the share of flipped labels assumed, in [0, 0.5] (Secrets of RLHF II, arXiv 2401.06080,
-            eq. 5; there without a margin).
+            eq. 5; there without a margin). A tensor that broadcasts to the scores: each pair's own, in [0, 1].
 
     Returns:
         The loss of each pair, the scores' shape, float32 at least. Finite wherever the scores are.
@@ -53,7 +54,7 @@ def pairwise_loss(
     if margin is not None:
         gap = gap - margin
     loss = -F.logsigmoid(gap)
-    if label_smoothing:
+    if isinstance(label_smoothing, torch.Tensor) or label_smoothing:
         # log σ(−x) = log σ(x) − x, so the smoothed loss is the plain one plus α·gap
         loss = loss + label_smoothing * gap
     return loss
@@ -109,26 +110,21 @@ def span_loss(
     rejected: torch.Tensor,
     start: torch.Tensor,
     end: torch.Tensor,
-    margin: torch.Tensor | float | None = None,
-    label_smoothing: float = 0.0,
+    pair_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = pairwise_loss,
 ) -> torch.Tensor:
-    """Mean of the pairwise loss over the tokens of a span, token i of one answer against token i of the other.
+    """Mean of a pairwise loss over the tokens of a span, token i of one answer against token i of the other.
 
     Args:
         chosen, rejected: the score at every token (b, s).
         start, end: the span's first token and the one after its last, (b,) integers.
-        margin: a number or (b,).
-        label_smoothing: as in :func:`pairwise_loss`.
+        pair_loss: two (b, s) → the loss of each of those pairs, (b, s), finite where the scores are.
 
     Returns:
         (b,), float32 at least; 0 for an empty span. What lies outside a span gets no gradient, even if it is NaN.
     """
     position = torch.arange(chosen.shape[1], device=chosen.device)
     inside = (position >= start[:, None]) & (position < end[:, None])  # (b, s)
-    chosen, rejected = chosen.where(inside, 0.0), rejected.where(inside, 0.0)
-    if isinstance(margin, torch.Tensor):
-        margin = margin[:, None]
-    loss = pairwise_loss(chosen, rejected, margin, label_smoothing).where(inside, 0.0)
+    loss = pair_loss(chosen.where(inside, 0.0), rejected.where(inside, 0.0)).where(inside, 0.0)
     return loss.sum(1) / inside.sum(1).clamp(min=1)
 
 
@@ -315,7 +311,10 @@ class RewardModel(nn.Module):
             else:  # upstream gives a pair of identical rows the last column
                 end = torch.where(start > last, last + 1, torch.maximum(chosen_end, rejected_end))
                 start = start.clamp(max=last)
-            token_loss = span_loss(chosen, rejected, start, end, margin, self.label_smoothing)
+            columns = margin[:, None] if isinstance(margin, torch.Tensor) else margin
+            token_loss = span_loss(
+                chosen, rejected, start, end, lambda c, r: pairwise_loss(c, r, columns, self.label_smoothing)
+            )
             # nothing between first difference and end: upstream divides by zero, the end scores still say something
             loss = torch.where(end > start, token_loss, sequence_loss).mean()
         if self.score_penalty is not None:

@@ -28,7 +28,7 @@ class MicroBatch:
     weight: of its mean loss in the step's, which is the sum over all ranks; 0: a filler, there so that every rank takes
         part as often.
     units: a number for each row, equal where rows were brought together; None: none were.
-    row_weights: of each row's pairs in that mean; None: they all weigh the same.
+    row_weights: of each row in that mean, in any unit; None: all pairs weigh the same.
     """
 
     rows: np.ndarray
@@ -41,30 +41,35 @@ class MicroBatch:
 class Units:
     """What is dealt out.
 
-    rows: the rows of all units, one unit's after the other (r,); starts: where each begins, and the end (u + 1,).
-    pairs: judged in each; texts: how many; length: tokens of the longest text; tokens: of all, their prompt once. (u,)
+    rows: the rows of all units, one unit's after the other (r,); sizes: what the batch size counts in each of them, a
+    row or its judged pairs (r,); starts: where each unit begins in these, and the end (u + 1,).
+    size: of each unit; texts: how many; length: tokens of the longest text; tokens: of all, their prompt once. (u,)
     """
 
     rows: np.ndarray
+    sizes: np.ndarray
     starts: np.ndarray
-    pairs: np.ndarray
+    size: np.ndarray
     texts: np.ndarray
     length: np.ndarray
     tokens: np.ndarray
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return len(self.size)
 
     def rows_of(self, unit: int) -> np.ndarray:
         return self.rows[self.starts[unit] : self.starts[unit + 1]]
+
+    def sizes_of(self, unit: int) -> np.ndarray:
+        return self.sizes[self.starts[unit] : self.starts[unit + 1]]
 
 
 @dataclass(frozen=True)
 class Rule:
     """How units become micro-batches.
 
-    micro_batch: pairs of a micro-batch, or units if ``by_prompt``; then a unit's pairs together weigh as much as
-        another unit's, however many they are (InstructGPT's choice for a prompt, against overfitting).
+    micro_batch: of a micro-batch, in the units' sizes (pairs, or rows), or in units if ``by_prompt``; then a unit
+        weighs as much as another, however many pairs it has (InstructGPT's choice for a prompt, against overfitting).
     accumulation: micro-batches of a rank in a step.
     layout: ``packed``: a micro-batch is one row without pads; ``shared``, ``separate``: a row for each unit, or each
         text, padded to the longest (:class:`reward_model.batching.Layout`).
@@ -89,13 +94,20 @@ class Rule:
         return int(units.texts[unit]) if self.layout == "separate" else 1
 
 
-def single_rows(comparisons: Comparisons) -> Units:
-    """Every row a unit of its own."""
+def row_sizes(comparisons: Comparisons, by_row: bool) -> np.ndarray:
+    """What the batch size counts in each row: the row, or its judged pairs, 1 if there are none. (r,)"""
+    return np.ones(len(comparisons), np.int64) if by_row else np.maximum(comparisons.pairs, 1)
+
+
+def single_rows(comparisons: Comparisons, by_row: bool = False) -> Units:
+    """Every row a unit of its own. ``by_row`` as in :func:`row_sizes`."""
     size = len(comparisons)
+    sizes = row_sizes(comparisons, by_row)
     return Units(
         rows=np.arange(size),
+        sizes=sizes,
         starts=np.arange(size + 1),
-        pairs=comparisons.pairs,
+        size=sizes,
         texts=comparisons.texts()[2],
         length=comparisons.lengths,
         tokens=comparisons.tokens,
@@ -105,17 +117,20 @@ def single_rows(comparisons: Comparisons) -> Units:
 def rows_by_prompt(
     comparisons: Comparisons,
     most_responses: int,
-    most_pairs: int,
+    most_size: int,
     seed: int,
     chosen: np.ndarray | None = None,
     most_tokens: int = 0,
+    by_row: bool = False,
 ) -> Units:
     """Rows of one prompt brought together, so that each of its responses is encoded as few times as possible.
 
-    Every row comes once. Greedy: a unit grows by the response that completes the most rows with those it has.
+    Every row comes once. Greedy: a unit of pairs grows by the response that completes the most rows with those it has;
+    lists and single answers are taken as they come.
 
     Args:
-        most_responses, most_pairs, most_tokens: limits of a unit, which holds one row at least; no tokens: no limit.
+        most_responses, most_size, most_tokens: limits of a unit, which holds one row at least; no tokens: no limit.
+        by_row: as in :func:`row_sizes`.
         seed: of the order in which ties are broken.
         chosen: these rows only; None: all.
     """
@@ -123,20 +138,51 @@ def rows_by_prompt(
     hashes, lengths, counts = comparisons.texts()
     first = np.cumsum(counts) - counts
     prompts = comparisons.prompt_hashes()
+    sizes = row_sizes(comparisons, by_row)
     order = np.random.default_rng(seed).permutation(chosen)
     order = order[np.argsort(prompts[order], kind="stable")]
     units: list[list[int]] = []
-    for rows in np.split(order, np.flatnonzero(np.diff(prompts[order])) + 1):
-        pairs = {int(row): (int(hashes[first[row]]), int(hashes[first[row] + 1])) for row in rows if counts[row] == 2}
-        units += [[int(row)] for row in rows if counts[row] != 2]
-        if len(pairs) < 2:
-            units += [[row] for row in pairs]
-            continue
+    for rows in np.split(order, np.flatnonzero(np.diff(prompts[order])) + 1) if len(order) else ():
+        texts = {int(row): hashes[first[row] : first[row] + counts[row]].tolist() for row in rows}
         prompt = int(comparisons.prompt_tokens[rows].min())
-        answers = {int(hashes[t]): int(lengths[t]) - prompt for row in pairs for t in (first[row], first[row] + 1)}
+        answers = {
+            int(hashes[t]): int(lengths[t]) - prompt
+            for row in rows
+            for t in range(first[row], first[row] + counts[row])
+        }
         most = most_tokens - prompt if most_tokens else sum(answers.values())
-        units += _blocks(pairs, answers, most_responses, most_pairs, most)
-    return _measured(comparisons, units)
+        pairs = {row: (found[0], found[1]) for row, found in texts.items() if len(found) == 2 and sizes[row] == 1}
+        others = {row: found for row, found in texts.items() if row not in pairs}
+        units += _runs(others, answers, sizes, most_responses, most_size, most)
+        units += _blocks(pairs, answers, most_responses, most_size, most)
+    return _measured(comparisons, units, sizes)
+
+
+def _runs(
+    rows: dict[int, list[int]],
+    tokens: dict[int, int],
+    sizes: np.ndarray,
+    most_texts: int,
+    most_size: int,
+    most_tokens: int,
+) -> Iterator[list[int]]:
+    """Rows (each some texts, which have so many tokens) in the order in which they come, as many as go together."""
+    run: list[int] = []
+    inside: set[int] = set()
+    for row, texts in rows.items():
+        grown = inside.union(texts)
+        is_full = (
+            len(grown) > most_texts
+            or sizes[[*run, row]].sum() > most_size
+            or sum(tokens[text] for text in grown) > most_tokens
+        )
+        if run and is_full:
+            yield run
+            run, grown = [], set(texts)
+        run.append(row)
+        inside = grown
+    if run:
+        yield run
 
 
 def _blocks(
@@ -183,7 +229,7 @@ def _blocks(
             yield block
 
 
-def _measured(comparisons: Comparisons, units: list[list[int]]) -> Units:
+def _measured(comparisons: Comparisons, units: list[list[int]], sizes: np.ndarray) -> Units:
     hashes, lengths, counts = comparisons.texts()
     first = np.cumsum(counts) - counts
     count, length, tokens = np.empty((3, len(units)), np.int64)
@@ -192,16 +238,16 @@ def _measured(comparisons: Comparisons, units: list[list[int]]) -> Units:
         merged = sum(texts.values()) - (len(texts) - 1) * comparisons.prompt_tokens[unit].min()
         count[i], length[i] = len(texts), max(texts.values())
         tokens[i] = min(merged, comparisons.tokens[unit].sum())
-    sizes = [len(unit) for unit in units]
-    rows = np.fromiter((row for unit in units for row in unit), np.int64, sum(sizes))
-    starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-    return Units(rows, starts, np.add.reduceat(comparisons.pairs[rows], starts[:-1]), count, length, tokens)
+    counts = [len(unit) for unit in units]
+    rows = np.fromiter((row for unit in units for row in unit), np.int64, sum(counts))
+    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    return Units(rows, sizes[rows], starts, np.add.reduceat(sizes[rows], starts[:-1]), count, length, tokens)
 
 
 class EpochPlan(Sequence):
     """One rank's share of an epoch: for each optimizer step, its micro-batches; equally many on every rank.
 
-    Every unit comes once. A global batch holds micro_batch · accumulation · world_size pairs (or prompts), the last
+    Every unit comes once. A global batch holds micro_batch · accumulation · world_size pairs (rows, prompts), the last
     one what is left, and is dealt out so that the ranks have about as many tokens to compute at a time. Weights are
     shares of the global batch, so that the gradient of the weighted sum is the mean over it, however it was split.
 
@@ -211,7 +257,7 @@ class EpochPlan(Sequence):
 
     def __init__(self, units: Units, rule: Rule, rank: int, world_size: int, seed: int, epoch: int):
         self.units, self.rule, self.rank, self.world_size = units, rule, rank, world_size
-        self.sizes = np.ones_like(units.pairs) if rule.by_prompt else units.pairs
+        self.sizes = np.ones_like(units.size) if rule.by_prompt else units.size
         self.steps = self._draw(np.random.default_rng((seed, epoch)))
 
     def _draw(self, rng: np.random.Generator) -> list[np.ndarray]:
@@ -263,8 +309,8 @@ def _micro_batch(part: Sequence[int], units: Units, weight: float, by_prompt: bo
     rows = [units.rows_of(unit) for unit in part]
     sizes = [len(r) for r in rows]
     together = np.repeat(part, sizes) if max(sizes) > 1 else None
-    row_weights = np.repeat(1 / (len(part) * units.pairs[part]), sizes) if by_prompt else None
-    return MicroBatch(np.concatenate(rows), float(weight), together, row_weights)
+    shares = [units.sizes_of(unit) / (units.size[unit] if by_prompt else 1) for unit in part]
+    return MicroBatch(np.concatenate(rows), float(weight), together, np.concatenate(shares))
 
 
 def _deal(chosen: np.ndarray, units: Units, rule: Rule, world_size: int) -> list[np.ndarray]:
@@ -274,7 +320,7 @@ def _deal(chosen: np.ndarray, units: Units, rule: Rule, world_size: int) -> list
     is_packed = rule.layout == "packed"
     if not rule.tokens:
         parts = rule.accumulation * world_size
-        return _balance(chosen, width, parts) if is_packed else _slice(chosen, units.pairs, parts)
+        return _balance(chosen, width, parts) if is_packed else _slice(chosen, units.size, parts)
     if not is_packed:
         return _fill_evenly(chosen, units, rule, world_size)
     most = world_size * -(-len(chosen) // world_size)  # more would be empty
@@ -287,7 +333,7 @@ def _deal(chosen: np.ndarray, units: Units, rule: Rule, world_size: int) -> list
 
 
 def _slice(chosen: np.ndarray, sizes: np.ndarray, parts: int) -> list[np.ndarray]:
-    """Units, longest first, into parts of about as many pairs."""
+    """Units, longest first, into parts of about one size."""
     middle = np.cumsum(sizes[chosen]) - sizes[chosen] / 2
     borders = np.searchsorted(middle, np.arange(1, parts) * sizes[chosen].sum() / parts)
     return np.split(chosen, borders)
@@ -318,19 +364,19 @@ def _balance(chosen: np.ndarray, width: np.ndarray, parts: int) -> list[np.ndarr
     return [np.array(dealt[part], dtype=np.int64) for part in np.argsort(-loads, kind="stable")]
 
 
-def _fill(chosen: np.ndarray, units: Units, rule: Rule, tokens: int, most_pairs: int = 0) -> list[np.ndarray]:
-    """Units, longest first, into parts of at most so many tokens, pads included, and pairs; 0: no limit."""
+def _fill(chosen: np.ndarray, units: Units, rule: Rule, tokens: int, most_size: int = 0) -> list[np.ndarray]:
+    """Units, longest first, into parts of at most so many tokens, pads included, and such a size; 0: no limit."""
     width = rule.width(units)
     parts: list[np.ndarray] = []
-    first = total = rows = pairs = 0
+    first = total = rows = size = 0
     for i, unit in enumerate(chosen):
         longest = width[chosen[first]]
         cost = total + width[unit] if rule.layout == "packed" else longest * (rows + rule.height(units, unit))
-        is_full = (tokens and cost > tokens) or (most_pairs and pairs + units.pairs[unit] > most_pairs)
+        is_full = (tokens and cost > tokens) or (most_size and size + units.size[unit] > most_size)
         if i > first and is_full:
             parts.append(chosen[first:i])
-            first, total, rows, pairs = i, 0, 0, 0
-        total, rows, pairs = total + width[unit], rows + rule.height(units, unit), pairs + units.pairs[unit]
+            first, total, rows, size = i, 0, 0, 0
+        total, rows, size = total + width[unit], rows + rule.height(units, unit), size + units.size[unit]
     return [*parts, chosen[first:]]
 
 
@@ -352,7 +398,7 @@ def plan_evaluation(units: Units, rule: Rule, rank: int, world_size: int) -> lis
     Longest first, so that rows of a batch are about equally long, and a batch that does not fit fails at once.
     """
     order = np.argsort(-rule.width(units), kind="stable")
-    parts = _fill(order, units, rule, rule.tokens, most_pairs=rule.micro_batch)
+    parts = _fill(order, units, rule, rule.tokens, most_size=rule.micro_batch)
     mine = [_micro_batch(part, units, 1.0, by_prompt=False) for part in parts[rank::world_size]]
     while len(mine) < -(-len(parts) // world_size):
         mine.append(MicroBatch(units.rows_of(parts[-1][0])[:1], 0.0))

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase
 from reward_model.checkpoint import DSCHAT_WEIGHTS, OWN_CONFIG, OWN_WEIGHTS
 from reward_model.data import close_turn, end_text
 from reward_model.errors import UserError
+from reward_model.losses import ordinal_loss
 from reward_model.model import Scorer, embedding_name, embedding_rows, load_for_training, no_pooler, on_drop_in
 from reward_model.tokenizer import choose_special_tokens, load_tokenizer
 
@@ -31,10 +32,27 @@ class RewardScorer:
         self.scorer = scorer.to(self.device).eval()
         self.tokenizer = tokenizer
         self.special = choose_special_tokens(tokenizer, embedding_rows(scorer))
+        self.mean = getattr(scorer.config, "score_mean", 0.0)  # of a normalised model: its head has no bias to take it
+        self.thresholds = [value - self.mean for value in getattr(scorer.config, "score_thresholds", [])]
+        self.lowest_grade = getattr(scorer.config, "lowest_grade", 0)
+
+    def grades(self, scores: Sequence[float]) -> list[int]:
+        """The likeliest grade of each score, by the thresholds that ``--loss ordinal`` has learned.
+
+        Raises:
+            UserError: a model that was trained with another loss.
+        """
+        if not self.thresholds:
+            raise UserError("this model has no thresholds: it was not trained with --loss ordinal")
+        found = torch.tensor(scores, dtype=torch.float64)[:, None]
+        every = torch.arange(len(self.thresholds) + 1)[None]
+        losses = ordinal_loss(found, every, torch.tensor(self.thresholds, dtype=torch.float64))  # (n, grades)
+        return (losses.argmin(1) + self.lowest_grade).tolist()
 
     def score(self, prompts: Sequence[str], responses: Sequence[str], batch_size: int = 16) -> list[float]:
         """The score of each response to its prompt; the two are joined as they are, and closed with the end token.
 
+        A model that was saved with ``--normalize_scores`` gives its reference rows mean 0 and standard deviation 1.
         Nothing is cut: a text longer than those of the training is scored as it is.
 
         Raises:
@@ -65,7 +83,7 @@ class RewardScorer:
             ends = torch.arange(len(rows)) * input_ids.shape[1] + lengths - 1
             batch = (tensor.to(self.device) for tensor in (input_ids, mask, ends))
             scores[chosen] = self.scorer(*batch).float().cpu()
-        return scores.tolist()
+        return (scores - self.mean).tolist()
 
 
 def load(folder: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> RewardScorer:

@@ -21,6 +21,8 @@ from reward_model.errors import UserError, first_line, say
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 TRAIN_NAMES = ("train",)
 EVAL_NAMES = ("eval", "test", "validation", "valid", "dev")
+NUMBERS = ("margin", "rating", "probability", "score", "label")  # columns that a CSV file writes as text
+NUMBERS += ("chosen_score", "rejected_score", "score_chosen", "score_rejected")
 NO_REJECTED = (  # names that upstream knows for its first step
     "pvduy/sharegpt_alpaca_oa_vicuna_format",
     "wangrui6/Zhihu-KOL",
@@ -42,7 +44,7 @@ class Source:
 
     name: for messages, ``train.jsonl`` or ``Dahoas/rm-static, split train``.
     rows: the rows as read; those of a text file as JSON, in one column ``json``.
-    adapt: row → a dict with ``chosen``, ``rejected`` and perhaps ``prompt`` and ``margin``.
+    adapt: row → a dict with the fields of :mod:`reward_model.data`.
     numbers: each row's number in the file or split, from 1.
     columns: of a text file, the fields of its first row; where a later row lacks one, it is None.
     """
@@ -206,8 +208,7 @@ def _text_rows(path: str, content: str) -> Iterator[dict]:
             try:
                 for number, row in enumerate(reader, 1):
                     row.pop(None, None)  # cells beyond the header
-                    if "margin" in row:
-                        row["margin"] = _number(row["margin"])
+                    row |= {name: _number(row[name]) for name in NUMBERS if name in row}
                     yield {"json": json.dumps(row), "number": number}
             except csv.Error as error:
                 raise UserError(f"row {number + 1} is not CSV: {error}") from error
@@ -240,9 +241,11 @@ def _require_object(row, where: str) -> None:
 
 
 def _number(cell: str | None) -> float | str | None:
-    """A CSV cell that should hold a number; empty: none."""
+    """A CSV cell that should hold a number, or the word true or false; empty: none."""
     if not (cell or "").strip():
         return None
+    if cell.strip().lower() in ("true", "false"):
+        return float(cell.strip().lower() == "true")
     try:
         return float(cell)
     except ValueError:

@@ -11,7 +11,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,22 +22,33 @@ from tqdm import tqdm
 from transformers import AutoConfig, get_scheduler, set_seed
 
 import reward_model
-from reward_model import checkpoint, distributed, report, sharing
+from reward_model import checkpoint, distributed, prior, report, sharing
 from reward_model.batching import Batch, Layout, Loading, loader
-from reward_model.data import Comparisons, Rules, load_comparisons
+from reward_model.data import Comparisons, Rules, load_answers, load_comparisons
 from reward_model.distributed import Place
 from reward_model.ds_config import build_config
 from reward_model.errors import UserError, first_line, say
-from reward_model.metrics import pair_metrics
-from reward_model.model import Scorer, add_lora, count, embedding_rows, load_for_training, resize_embedding
+from reward_model.losses import Thresholds
+from reward_model.metrics import pair_metrics, point_metrics
+from reward_model.model import (
+    Scorer,
+    add_lora,
+    count,
+    divide_head,
+    embedding_rows,
+    gathered,
+    load_for_training,
+    resize_embedding,
+)
+from reward_model.objective import Objective
 from reward_model.options import cache_folder, explain_inherited
-from reward_model.reward_model import pairwise_loss, score_penalty, span_loss
 from reward_model.sampling import (
     EpochPlan,
     MicroBatch,
     Rule,
     Units,
     plan_evaluation,
+    row_sizes,
     rows_by_prompt,
     rows_to_evaluate,
     single_rows,
@@ -47,6 +58,7 @@ from reward_model.tokenizer import choose_special_tokens, load_tokenizer
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BETAS = (0.9, 0.95)  # upstream's
 STEPS_TO_JUDGE_BY = 200  # enough for a share of pads to two digits
+ROWS_TO_NORMALISE_BY = 4_096  # their standard deviation is known to about 1 %; OpenAI took 256
 
 
 def run(options: argparse.Namespace) -> None:
@@ -68,34 +80,54 @@ def run(options: argparse.Namespace) -> None:
 
     tokenizer = load_tokenizer(options.model_name_or_path, options.add_eot_token)
     special = choose_special_tokens(tokenizer, config.get_text_config().vocab_size, int(options.add_eot_token))
+    objective = Objective(options)
     rules = Rules(
         max_seq_len=options.max_seq_len,
         on_bad_row=options.on_bad_row,
         cache=cache_folder(options),
         processes=options.num_proc,
-        need_margin=options.margin == "column",
+        lack=objective.lack,
     )
     train_set, eval_set = load_comparisons(
         options.data_path, options.eval_data_path, tokenizer, special, rules, options.seed, options.data_split
     )
-    require_positions(config.get_text_config(), tokenizer, max(train_set.lengths.max(), eval_set.lengths.max()))
+    objective.require_rows(train_set)
+    thresholds = objective.start_thresholds(train_set)
+    reference = reference_set(options, train_set, eval_set, tokenizer, special, rules)
+    sets = [part for part in (train_set, eval_set, reference) if part is not None]
+    longest = int(max(part.lengths.max() for part in sets))
+    require_positions(config.get_text_config(), tokenizer, longest)
+    if "prior_cosine" in objective.kinds:
+        train_set = prior.with_cosines(train_set, tokenizer, options.prior_model, place)
     keep_zero3_alive = _announce_zero3(ds_config)
     scorer = build_scorer(options, special.rows)
     for part in (scorer.config, scorer.config.get_text_config()):
         part.pad_token_id = special.pad
+    checkpoint.forget_scale(scorer.config)
+    if thresholds is not None:
+        scorer.thresholds = Thresholds(thresholds, DTYPES[options.dtype])
     if folder:
         _open_folder(folder, place, scorer, options)
-    trainer = Trainer(options, place, scorer, ds_config, train_set, eval_set, special.pad, folder)
+    trainer = Trainer(options, place, scorer, ds_config, train_set, eval_set, special.pad, folder, objective, longest)
     del keep_zero3_alive
     trainer.train()
+    trainer.keep_scale(reference)
     trainer.set_attention(sharing.SEPARATE)  # what is saved names no attention of ours
     trainer.engine.empty_partition_cache()  # ZeRO 3 may be fetching ahead, and gathers no weight twice
     if folder:
         checkpoint.save(scorer, tokenizer, folder, options.save_format, is_writer=place.is_first)
         if place.is_first:
-            report.draw(folder / "metrics.jsonl", folder / "report.png", *trainer.last_scores)
+            report.draw(folder / "metrics.jsonl", folder / "report.png", trainer.last_scores)
     trainer.summarise()
     torch.distributed.barrier()
+
+
+def reference_set(options, train_set, eval_set, tokenizer, special, rules: Rules) -> Comparisons | None:
+    """The rows that ``--normalize_scores`` names."""
+    known = {None: None, "train": train_set, "eval": eval_set}
+    if options.normalize_scores in known:
+        return known[options.normalize_scores]
+    return load_answers(options.normalize_scores, tokenizer, special, rules, options.seed)
 
 
 def read_config(name_or_path: str):
@@ -175,18 +207,21 @@ def _write(path: Path, text: str, mode: str = "w") -> None:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
-def parameter_groups(model: torch.nn.Module, weight_decay: float, lora_learning_rate: float) -> list[dict]:
-    """AdamW's groups: matrices decay, biases and norms do not, LoRA's matrices have a learning rate of their own."""
-    groups = [
-        {"params": [], "weight_decay": weight_decay},
-        {"params": [], "weight_decay": weight_decay, "lr": lora_learning_rate},
-        {"params": [], "weight_decay": 0.0},
-    ]
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            is_matrix = len(getattr(parameter, "ds_shape", parameter.shape)) > 1
-            groups[2 if not is_matrix else 1 if "lora_" in name else 0]["params"].append(parameter)
-    return [group for group in groups if group["params"]]
+def parameter_groups(scorer: Scorer, options: argparse.Namespace) -> list[dict]:
+    """AdamW's groups: matrices decay, biases and norms do not; LoRA and what is no backbone have learning rates."""
+    inside = {id(parameter) for parameter in scorer.backbone.parameters()}
+    groups: dict[tuple[float, float], list] = {}
+    for name, parameter in scorer.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        is_matrix = len(getattr(parameter, "ds_shape", parameter.shape)) > 1
+        rate = options.learning_rate
+        if id(parameter) not in inside:
+            rate = options.head_learning_rate or rate
+        elif is_matrix and "lora_" in name:
+            rate = options.lora_learning_rate
+        groups.setdefault((rate, options.weight_decay if is_matrix else 0.0), []).append(parameter)
+    return [{"params": own, "lr": rate, "weight_decay": decay} for (rate, decay), own in groups.items()]
 
 
 class Trainer:
@@ -202,25 +237,23 @@ class Trainer:
         eval_set: Comparisons,
         pad: int,
         folder: Path | None,
+        objective: Objective,
+        longest: int,
     ):
         import deepspeed
 
         self.options, self.place, self.pad, self.folder = options, place, pad, folder
         self.train_set, self.eval_set = train_set, eval_set
-        self.last_scores: tuple[np.ndarray, np.ndarray] = (np.array([]), np.array([]))
+        self.objective, self.longest = objective, longest  # of all texts, in tokens
+        self.thresholds: torch.Tensor | None = None
+        self.last_scores: dict[str, np.ndarray] = {}
         self.last_metrics: dict = {}
         self.way, self.own_attention = sharing.SEPARATE, scorer.backbone.config._attn_implementation
         self.units = self.training_units()
         most = options.eval_iters * options.per_device_eval_batch_size * place.world_size
-        self.eval_units = rows_by_prompt(
-            eval_set,
-            options.max_responses,
-            options.per_device_eval_batch_size,
-            options.seed,
-            rows_to_evaluate(len(eval_set), most, options.seed),
-        )
+        self.eval_units = self.units_to_score(eval_set, most)
         self.total_steps = sum(len(self.plan(epoch)) for epoch in range(options.num_train_epochs))
-        groups = parameter_groups(scorer, options.weight_decay, options.lora_learning_rate)
+        groups = parameter_groups(scorer, options)
         if options.offload:
             from deepspeed.ops.adam import DeepSpeedCPUAdam
 
@@ -253,11 +286,12 @@ class Trainer:
     def describe(self, global_batch: int) -> str:
         """What is going to be done, in a line."""
         options, place = self.options, self.place
-        pairs, held_out = int(self.train_set.pairs.sum()), int(self.eval_set.pairs.sum())
-        elements = "prompts" if options.batch_element == "prompt" else "pairs"
+        sizes = [len(part) if self.objective.by_row else part.pairs.sum() for part in (self.train_set, self.eval_set)]
+        what = "rows" if self.objective.by_row else "pairs"
+        elements = "prompts" if options.batch_element == "prompt" else what
         brought = f" in {len(self.units)} groups" if options.merge == "prompt" else ""
         return (
-            f"{pairs} training pairs{brought}, {held_out} held out; global batch {global_batch} = "
+            f"{sizes[0]} training {what}{brought}, {sizes[1]} held out; global batch {global_batch} = "
             f"{options.per_device_train_batch_size} {elements} × {options.gradient_accumulation_steps} accumulated × "
             f"{place.world_size} {'process' if place.world_size == 1 else 'processes'}; {self.total_steps} steps; "
             f"{place.device.type}, {options.dtype}, ZeRO {options.zero_stage}{', offload' if options.offload else ''}"
@@ -266,15 +300,29 @@ class Trainer:
     def training_units(self) -> Units:
         """The training rows, those of a prompt brought together if that is wanted."""
         options = self.options
+        by_row = self.objective.by_row
         if options.merge == "batch":
-            return single_rows(self.train_set)
-        most_pairs = options.per_device_train_batch_size
+            return single_rows(self.train_set, by_row)
+        most = options.per_device_train_batch_size
         if options.tokens_per_batch:
-            most_pairs *= options.gradient_accumulation_steps
+            most *= options.gradient_accumulation_steps
         if options.batch_element == "prompt":
-            most_pairs = len(self.train_set)
+            most = int(row_sizes(self.train_set, by_row).sum())
         return rows_by_prompt(
-            self.train_set, options.max_responses, most_pairs, options.seed, most_tokens=options.tokens_per_batch
+            self.train_set,
+            options.max_responses,
+            most,
+            options.seed,
+            most_tokens=options.tokens_per_batch,
+            by_row=by_row,
+        )
+
+    def units_to_score(self, comparisons: Comparisons, most: int) -> Units:
+        """Rows to score without training, at most so many (0: all), those of a prompt brought together."""
+        options = self.options
+        chosen = rows_to_evaluate(len(comparisons), most, options.seed)
+        return rows_by_prompt(
+            comparisons, options.max_responses, options.per_device_eval_batch_size, options.seed, chosen
         )
 
     def rule(self, micro_batch: int) -> Rule:
@@ -302,12 +350,11 @@ class Trainer:
     def choose_way(self) -> sharing.Way:
         """The fastest way to share prompts that this model computes rightly; all ranks take the same."""
         scorer, on_gpu = self.engine.module, self.place.device.type == "cuda"
-        longest = int(max(self.train_set.lengths.max(), self.eval_set.lengths.max()))
         way = sharing.SEPARATE
         if scorer.pooling != "last":
             said = "prompts are not shared: only a decoder that is scored at the last token can do that"
-        elif longest > sharing.window(scorer.config):
-            said = f"prompts are not shared: the longest text, {longest} tokens, is longer than the attention's window"
+        elif self.longest > sharing.window(scorer.config):
+            said = f"prompts are not shared: the longest text, {self.longest} tokens, is beyond the attention's window"
         else:
             ways = sharing.ON_CUDA if on_gpu else sharing.ON_CPU
             ids = np.random.default_rng(0).integers(embedding_rows(scorer), size=60).tolist()
@@ -383,67 +430,122 @@ class Trainer:
         """Scores (or hidden states) at tokens of a batch, in the shape of ``at``; float32."""
         shared = self.way is not sharing.SEPARATE
         mask = sharing.attention_mask(batch, self.way, DTYPES[self.options.dtype])
-        return self.engine(
+        found = self.engine(
             batch.input_ids, mask, at, position_ids=batch.position_ids if shared else None, states=states
         )
+        if isinstance(found, tuple):
+            found, self.thresholds = found
+        return found
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The mean loss of a batch (0-d), and the end scores of its winners and losers (p,); float32."""
-        options = self.options
-        margin = batch.margin if options.margin == "column" else options.margin
-        if options.loss_level == "token":
+        every = None
+        if self.options.loss_level == "token":
             every = self.scores(batch, batch.tokens)  # (n, r)
             scores = every[:, -1]  # beyond its end a response repeats its last token
         else:
             scores = self.scores(batch, batch.ends)  # (n,)
-        chosen, rejected = scores[batch.better], scores[batch.worse]
-        if options.loss_level == "token":
-            # to the shorter answer's end: no pad has a score
-            lengths = batch.token_lengths
-            end = torch.minimum(lengths[batch.better], lengths[batch.worse])
-            losses = span_loss(
-                every[batch.better], every[batch.worse], batch.start, end, margin, options.label_smoothing
-            )
-        else:
-            losses = pairwise_loss(chosen, rejected, margin, options.label_smoothing)
-        loss = (losses * batch.pair_weights).sum()
-        if options.score_penalty:
-            penalty = score_penalty(options.score_penalty, chosen, rejected, batch.pair_weights)
-            loss = loss + options.score_penalty_weight * penalty
-        return loss, chosen, rejected
+        loss = self.objective(batch, scores, every, self.thresholds)
+        return loss, scores[batch.better], scores[batch.worse]
+
+    @torch.no_grad()
+    def look(
+        self, comparisons: Comparisons, units: Units, read: Callable[[Batch, torch.Tensor], list[torch.Tensor]]
+    ) -> list[np.ndarray]:
+        """Score rows on all ranks, each row once, and put together what is read of each batch.
+
+        Args:
+            read: a batch and its scores (n,) → tables with a line for each pair, answer or list of it.
+        """
+        place, found = self.place, []
+        rule = self.rule(self.options.per_device_eval_batch_size)
+        plan = plan_evaluation(units, rule, place.rank, place.world_size)
+        self.engine.eval()
+        batches = self.load(comparisons, [[micro_batch] for micro_batch in plan])
+        for (batch,) in progress(batches, desc="evaluating", unit="batch", leave=False, disable=not place.is_first):
+            batch = batch.to(place.device)
+            tables = read(batch, self.scores(batch, batch.ends))
+            found.append([table if batch.weight else table[:0] for table in tables])  # a filler has nothing new
+        return [distributed.gather_rows(torch.cat(parts)).cpu().numpy() for parts in zip(*found)]
+
+    def read_judged(self, batch: Batch, scores: torch.Tensor) -> list[torch.Tensor]:
+        """What an evaluation needs: pairs' scores and lengths, scored answers, and whether a list's best one won."""
+        sides = (batch.better, batch.worse)
+        pairs = torch.stack([v[side].float() for v in (scores, batch.response_lengths) for side in sides], dim=1)
+        scored = batch.point_weights > 0
+        losses = torch.zeros_like(batch.targets)
+        if "points" in self.objective.names:
+            losses = self.objective.point_losses(batch, scores, self.thresholds)
+        points = torch.stack([scores[batch.answers], batch.targets, losses], dim=1)[scored]
+        absent = batch.ranks < 0
+        hits = scores.new_zeros(0, 1)
+        if len(batch.ranks):
+            best = scores[batch.listed].masked_fill(absent, -math.inf).argmax(1, keepdim=True)
+            hits = (batch.ranks.gather(1, best) == 0)[(~absent).sum(1) > 2].float()  # of two answers, the pair tells
+        return [pairs, points, hits]
 
     @torch.no_grad()
     def evaluate(self, step: int, epoch: float) -> None:
-        """Score the evaluation pairs on all ranks, each pair once, and record the metrics of the whole set."""
-        options, place = self.options, self.place
-        rule = self.rule(options.per_device_eval_batch_size)
-        plan = plan_evaluation(self.eval_units, rule, place.rank, place.world_size)
-        size = max(rule.micro_batch, int(self.eval_units.pairs.max()))  # on every rank, for any batch
-        self.engine.eval()
-        rows = []
-        batches = self.load(self.eval_set, [[micro_batch] for micro_batch in plan])
-        for (batch,) in progress(batches, desc="evaluating", unit="batch", leave=False, disable=not place.is_first):
-            batch = batch.to(place.device)
-            scores = self.scores(batch, batch.ends)
-            found = torch.full((size, 4), math.nan, device=place.device)
-            if batch.weight:
-                pair = (scores, batch.response_lengths)
-                columns = [values[side].float() for values in pair for side in (batch.better, batch.worse)]
-                found[: len(batch.better)] = torch.stack(columns, dim=1)
-            rows.append(found)
-        every = distributed.gather_rows(torch.cat(rows)).cpu().numpy()
-        chosen, rejected, *lengths = every[~np.isnan(every[:, 2])].T  # a length is a number where there is a pair
-        if not (np.isfinite(chosen).all() and np.isfinite(rejected).all()):
+        """Score the evaluation rows on all ranks, each once, and record the metrics of the whole set."""
+        pairs, points, hits = self.look(self.eval_set, self.eval_units, self.read_judged)
+        if not (np.isfinite(pairs).all() and np.isfinite(points).all()):
             raise UserError(f"step {step}: a held-out score is not finite; lower --learning_rate, or take --dtype bf16")
-        self.last_scores = (chosen, rejected)
-        self.last_metrics = pair_metrics(chosen, rejected, *lengths)
-        self.record({"split": "eval", "step": step, "epoch": round(epoch, 4)} | self.last_metrics)
-        m = self.last_metrics
-        say(
-            f"step {step}: held-out accuracy {m['accuracy']:.4f}, loss {m['loss']:.4f}, gap {m['gap_mean']:.3f}, "
-            f"chosen {m['chosen_mean']:.3f} ± {m['chosen_std']:.3f}, "
-            f"rejected {m['rejected_mean']:.3f} ± {m['rejected_std']:.3f}"
-        )
+        metrics = {}
+        if len(pairs):
+            self.last_scores = {"chosen": pairs[:, 0], "rejected": pairs[:, 1]}
+            metrics |= pair_metrics(*pairs.T)
+        if len(points):
+            metrics |= point_metrics(*points.T, with_loss="points" in self.objective.names)
+            if not len(pairs):
+                self.last_scores = {"scored answers": points[:, 0]}
+        if len(hits):
+            metrics |= {"lists": len(hits), "best_of_list_accuracy": float(hits.mean())}
+        self.last_metrics = m = metrics
+        self.record({"split": "eval", "step": step, "epoch": round(epoch, 4)} | metrics)
+        said = []
+        if "accuracy" in m:
+            said.append(
+                f"held-out accuracy {m['accuracy']:.4f}, loss {m['loss']:.4f}, gap {m['gap_mean']:.3f}, "
+                f"chosen {m['chosen_mean']:.3f} ± {m['chosen_std']:.3f}, "
+                f"rejected {m['rejected_mean']:.3f} ± {m['rejected_std']:.3f}"
+            )
+        if "rated" in m:
+            own = f", loss {m['point_loss']:.4f}" if "point_loss" in m else ""
+            said.append(f"{m['rated']} scored answers: correlation {m['pearson']:.4f}{own}")
+        say(f"step {step}: {'; '.join(said)}")
+
+    def keep_scale(self, reference: Comparisons | None) -> None:
+        """Write what scores mean to the config that is saved; with reference rows, give them standard deviation 1.
+
+        The mean stays where it is, since a head has no bias to take it: it goes to the config, and our scoring
+        subtracts it. It is measured after the head was divided, so that it is that of the head as it is stored.
+        """
+        scorer = self.engine.module
+        scale = 1.0
+        if reference is not None:
+            units = self.units_to_score(reference, ROWS_TO_NORMALISE_BY)
+            before = self.spread(reference, units)
+            if not before["std"] > 0:
+                raise UserError("--normalize_scores: all scores of these rows are equal")
+            scale = before["std"]
+            divide_head(scorer, scale)
+            after = self.spread(reference, units)
+            scorer.config.score_mean = after["mean"]
+            self.record({"split": "normalise", "step": self.total_steps} | before | {"std_after": after["std"]})
+            say(
+                f"scores of {before['answers']} answers had mean {before['mean']:.4f} and standard deviation "
+                f"{scale:.4f}; the saved head gives {after['std']:.4f}, its mean {after['mean']:.4f} is in config.json"
+            )
+        if scorer.thresholds is not None:
+            with gathered(list(scorer.thresholds.parameters())), torch.no_grad():
+                scorer.config.score_thresholds = (scorer.thresholds().double() / scale).tolist()
+            scorer.config.lowest_grade = int(self.objective.lowest_grade)
+
+    def spread(self, comparisons: Comparisons, units: Units) -> dict[str, float | int]:
+        """Number, mean and (population) standard deviation of the scores of rows' answers."""
+        (scores,) = self.look(comparisons, units, lambda batch, scores: [scores[batch.answers]])
+        scores = scores.astype(np.float64)
+        return {"answers": len(scores), "mean": float(scores.mean()), "std": float(scores.std())}
 
     def record(self, values: dict) -> None:
         """Append a line to ``metrics.jsonl``, and hand its numbers to TensorBoard."""
@@ -460,10 +562,11 @@ class Trainer:
     def summarise(self) -> None:
         """What a user wants to know at the end."""
         m = self.last_metrics
-        say(
-            f"\nheld-out accuracy {m['accuracy']:.4f} on {m['pairs']} pairs "
-            f"(always the longer answer: {m['longer_wins_accuracy']:.4f})"
-        )
+        if "accuracy" in m:
+            pairs, longer = m["pairs"], m["longer_wins_accuracy"]
+            say(f"\nheld-out accuracy {m['accuracy']:.4f} on {pairs} pairs (always the longer answer: {longer:.4f})")
+        else:
+            say(f"\ncorrelation of scores with {m['rated']} held-out targets: {m['pearson']:.4f}")
         if self.folder:
             say(f"model:   {self.folder}\npicture: {self.folder / 'report.png'}")
         else:
@@ -480,8 +583,8 @@ class StepLog:
         self.clock = time.perf_counter()
 
     def _zeros(self) -> torch.Tensor:
-        # loss, pairs, correct, chosen scores, rejected scores, tokens, those and pads, ranks' forward passes
-        return torch.zeros(8, dtype=torch.float64, device=self.trainer.place.device)
+        # loss, pairs, correct, chosen scores, rejected scores, tokens, those and pads, ranks' forward passes, rows
+        return torch.zeros(9, dtype=torch.float64, device=self.trainer.place.device)
 
     def add(self, loss: torch.Tensor, chosen: torch.Tensor, rejected: torch.Tensor, batch: Batch) -> None:
         """Count a micro-batch: its weighted loss (0-d) and the scores of its winners and losers (p,)."""
@@ -493,6 +596,7 @@ class StepLog:
             parts = (torch.ones_like(correct), correct, chosen, rejected)
             self.sums[1:5] += torch.stack([part.sum(dtype=torch.float64) for part in parts])
             self.sums[5] += batch.attention_mask.sum()
+            self.sums[8] += len(batch.row_weights)
 
     def end_step(self, step: int, epoch: float) -> None:
         """Begin to add up the ranks, and report the step before."""
@@ -512,7 +616,7 @@ class StepLog:
         step, epoch, seconds, sums, work, learning_rate, grad_norm = self.pending
         self.pending = None
         work.wait()
-        loss, pairs, correct, chosen, rejected, tokens, computed, passes = sums.tolist()
+        loss, pairs, correct, chosen, rejected, tokens, computed, passes, rows = sums.tolist()
         if not math.isfinite(loss):
             raise UserError(f"step {step}: the loss is {loss}; lower --learning_rate, or take --dtype bf16")
         values = {
@@ -520,28 +624,28 @@ class StepLog:
             "step": step,
             "epoch": round(epoch, 4),
             "loss": loss,
-            "accuracy": correct / pairs,
-            "gap": (chosen - rejected) / pairs,
-            "chosen_mean": chosen / pairs,
-            "rejected_mean": rejected / pairs,
             "learning_rate": learning_rate,
+            "rows": int(rows),
             "pairs": int(pairs),
             "tokens": int(tokens),
             "padding": round(1 - tokens / computed, 4),
             "micro_batches": int(passes) // self.trainer.place.world_size,
+            "rows_per_second": rows / seconds,
             "pairs_per_second": pairs / seconds,
             "tokens_per_second": tokens / seconds,
         }
+        if pairs:
+            values["accuracy"] = correct / pairs
+            values["gap"] = (chosen - rejected) / pairs
+            values["chosen_mean"], values["rejected_mean"] = chosen / pairs, rejected / pairs
         if grad_norm is not None:  # DeepSpeed keeps none at stage 0 in float32
             values["grad_norm"] = float(grad_norm)
         self.trainer.record(values)
-        self.bar.set_postfix(
-            loss=f"{loss:.3f}",
-            acc=f"{values['accuracy']:.2f}",
-            gap=f"{values['gap']:.2f}",
-            pairs_s=f"{values['pairs_per_second']:.0f}",
-            refresh=False,
-        )
+        shown = {"loss": f"{loss:.3f}"}
+        if pairs:
+            shown |= {"acc": f"{values['accuracy']:.2f}", "gap": f"{values['gap']:.2f}"}
+        shown |= {"pairs_s": f"{pairs / seconds:.0f}"} if pairs else {"rows_s": f"{rows / seconds:.0f}"}
+        self.bar.set_postfix(shown, refresh=False)
         self.bar.update(step - self.bar.n)
 
     def restart_clock(self) -> None:

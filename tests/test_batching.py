@@ -9,9 +9,9 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
-from comparisons import pair, table
+from comparisons import answer, pair, table
 
-from reward_model.batching import Batch, Layout, Loading, collate, loader, merge
+from reward_model.batching import Batch, Layout, Loading, Merged, collate, loader, merge
 from reward_model.data import Comparison
 from reward_model.sampling import EpochPlan, MicroBatch, Rule, single_rows
 
@@ -52,6 +52,10 @@ def rows_of_prompts(seed, count=12):
         margin = float(rng.normal()) if rng.random() < 0.5 else math.nan
         found.append(pair(prompts[prompt], responses[a], responses[b], prompt - 1, margin))
     return found
+
+
+def whole_texts(c):
+    return [(*c.prompt, *response) for response in c.responses]
 
 
 def judged(comparisons):
@@ -194,28 +198,31 @@ def test_a_text_that_begins_with_all_of_the_other_keeps_a_token_to_compare(kind)
 @kinds
 def test_dtypes(kind):
     batch = collate(random_comparisons(0), Layout(kind, PAD), weight=0.25, row_weights=np.full(5, 0.2))
-    types = {"comparison": torch.int32, "response": torch.int32, "margin": torch.float32, "pair_weights": torch.float32}
+    weights = ("pair_weights", "list_weights", "answer_weights", "point_weights", "row_weights")
+    real = dict.fromkeys(("margin", "rating", "probability", "similarity", "targets", *weights), torch.float32)
+    types = {"comparison": torch.int32, "response": torch.int32} | real
     for name in {f.name for f in fields(Batch)} - {"weight"}:
         assert getattr(batch, name).dtype == types.get(name, torch.int64), name
     assert batch.weight == 0.25
 
 
 @kinds
-def test_row_weights_are_of_each_pair(kind):
-    # 1 + 3 · 2 = 7 in all
+def test_the_pairs_of_a_row_share_its_weight(kind):
+    # 1/3, and 2/3 for three pairs
     comparisons = [pair([1], [2], [3]), Comparison([4], [[5], [6], [7]], [0, 0, 1], [1, 2, 2], [0.0] * 3)]
     batch = collate(comparisons, Layout(kind, PAD), row_weights=[1.0, 2.0])
-    torch.testing.assert_close(batch.pair_weights, torch.tensor([1.0, 2.0, 2.0, 2.0]) / 7)
+    torch.testing.assert_close(batch.pair_weights, torch.tensor([3.0, 2.0, 2.0, 2.0]) / 9)
 
 
 def test_merging_by_hand():
     rows = [pair([1, 2], [3], [4], 0, 0.5), pair([1, 2], [4], [5, 6], 0), pair([1, 2], [5, 6], [3], 0, 2.0)]
-    ((merged, origins),) = merge(rows, Layout("packed", PAD, 3))
-    assert (merged.prompt, merged.responses) == ([1, 2], [[3], [4], [5, 6]])
-    assert (merged.better, merged.worse) == ([0, 1, 2], [1, 2, 0])
-    assert (merged.margin[0], merged.margin[2]) == (0.5, 2.0)
-    assert math.isnan(merged.margin[1])
-    assert (merged.prompt_hash, origins) == (0, [0, 1, 2])
+    (merged,) = merge(rows, Layout("packed", PAD, 3))
+    assert merged.texts == Comparison([1, 2], [[3], [4], [5, 6]], prompt_hash=0)
+    assert merged.rows == [(0, [0, 1]), (1, [1, 2]), (2, [2, 0])]
+    batch = collate(rows, Layout("packed", PAD, 3))
+    assert (batch.better.tolist(), batch.worse.tolist()) == ([0, 1, 2], [1, 2, 0])
+    assert (batch.margin[0], batch.margin[2]) == (0.5, 2.0)
+    assert batch.margin[1].isnan()
 
 
 @seeds
@@ -223,13 +230,17 @@ def test_merging_by_hand():
 def test_merging_keeps_what_was_judged(seed, most_responses):
     rows = rows_of_prompts(seed)
     merged = merge(rows, Layout("packed", PAD, most_responses))
-    for comparison, origins in merged:
-        texts = [(*comparison.prompt, *response) for response in comparison.responses]
+    for part in merged:
+        texts = whole_texts(part.texts)
         assert 2 <= len(set(texts)) == len(texts) <= most_responses
-        assert all(comparison.responses)
-        assert {rows[i].prompt_hash for i in origins} == {comparison.prompt_hash}
-        assert list(judged([comparison])) == list(judged([rows[i] for i in origins]))
-    assert sorted(i for _, origins in merged for i in origins) == list(range(len(rows)))
+        assert all(part.texts.responses)
+        assert {rows[i].prompt_hash for i, _ in part.rows} == {part.texts.prompt_hash}
+        for i, places in part.rows:
+            assert [texts[place] for place in places] == whole_texts(rows[i])
+    order = [i for part in merged for i, _ in part.rows]
+    assert sorted(order) == list(range(len(rows)))
+    batch = collate(rows, Layout("packed", PAD, most_responses))
+    assert list(judged_in(batch)) == list(judged([rows[i] for i in order]))
     if most_responses == 16:
         assert len(merged) == len({row.prompt_hash for row in rows})
 
@@ -237,45 +248,54 @@ def test_merging_keeps_what_was_judged(seed, most_responses):
 def test_rows_of_several_pairs_merge():
     first = Comparison([1], [[2], [3], [4]], [0, 1], [1, 2], [0.0, 1.0], 5)
     second = Comparison([1], [[4], [6], [2]], [0, 2], [1, 1], [2.0, 3.0], 5)
-    ((merged, origins),) = merge([first, second], Layout("packed", PAD, 16))
-    assert merged == Comparison([1], [[2], [3], [4], [6]], [0, 1, 2, 0], [1, 2, 3, 3], [0.0, 1.0, 2.0, 3.0], 5)
-    assert origins == [0, 0, 1, 1]
+    (merged,) = merge([first, second], Layout("packed", PAD, 16))
+    assert merged.texts == Comparison([1], [[2], [3], [4], [6]], prompt_hash=5)
+    assert merged.rows == [(0, [0, 1, 2]), (1, [2, 3, 0])]
+    batch = collate([first, second], Layout("packed", PAD, 16))
+    assert (batch.better.tolist(), batch.worse.tolist()) == ([0, 1, 2, 0], [1, 2, 3, 3])
+    assert batch.margin.tolist() == [0.0, 1.0, 2.0, 3.0]
 
 
 def test_beyond_the_limit_another_one_begins():
     # the first has 3 texts; the third pair would be a fourth and fifth, and what comes later joins that one
     rows = [pair([1], [k], [k + 1], 0) for k in (2, 3, 5, 6)]
-    assert [(c.responses, origins) for c, origins in merge(rows, Layout("packed", PAD, 3))] == [
+    assert [(m.texts.responses, [i for i, _ in m.rows]) for m in merge(rows, Layout("packed", PAD, 3))] == [
         ([[2], [3], [4]], [0, 1]),
         ([[5], [6], [7]], [2, 3]),
+    ]
+
+
+def unmerged(pairs):
+    return [
+        Merged(Comparison(c.prompt, c.responses, prompt_hash=c.prompt_hash), [(i, [0, 1])]) for i, c in enumerate(pairs)
     ]
 
 
 @pytest.mark.parametrize("hashes", [(0, 1), (None, None), (None, 0), (0, None)], ids=str)
 def test_only_rows_known_to_have_one_prompt_merge(hashes):
     rows = [pair([1, 2], [3], [4], prompt_hash) for prompt_hash in hashes]
-    assert merge(rows, Layout("packed", PAD, 16)) == [(rows[0], [0]), (rows[1], [1])]
+    assert merge(rows, Layout("packed", PAD, 16)) == unmerged(rows)
 
 
 def test_prompts_that_were_cut_differently_stay_apart():
     # nothing is shared: 4 + 4 + 3 + 3 tokens together, 5 + 4 apart
     rows = [pair([1, 2, 3], [4], [5], 0), pair([2, 3], [4], [5], 0)]
-    assert merge(rows, Layout("packed", PAD, 16)) == [(rows[0], [0]), (rows[1], [1])]
+    assert merge(rows, Layout("packed", PAD, 16)) == unmerged(rows)
 
 
 def test_a_shorter_prompt_moves_tokens_to_the_responses():
     # the first pair's answers begin alike: 1 + 2 + 2 + 3 + 1 tokens together, 4 + 5 apart
     rows = [pair([1, 2], [3], [4], 0), pair([1], [2, 3], [5, 6], 0)]
-    ((merged, _),) = merge(rows, Layout("packed", PAD, 16))
-    assert (merged.prompt, merged.responses) == ([1], [[2, 3], [2, 4], [5, 6]])
-    assert list(judged([merged])) == list(judged(rows))
+    (merged,) = merge(rows, Layout("packed", PAD, 16))
+    assert (merged.texts.prompt, merged.texts.responses) == ([1], [[2, 3], [2, 4], [5, 6]])
+    assert list(judged_in(collate(rows, Layout("packed", PAD, 16)))) == list(judged(rows))
 
 
 def test_a_merged_response_that_begins_another_keeps_a_token():
     # texts 1 2, 1 2 3 and 1 2 4; as data.compare writes them
     rows = [pair([1, 2], [3], [4], 0), pair([1], [2], [2, 3], 0)]
-    ((merged, _),) = merge(rows, Layout("packed", PAD, 16))
-    assert (merged.prompt, merged.responses) == ([1], [[2, 3], [2, 4], [2]])
+    (merged,) = merge(rows, Layout("packed", PAD, 16))
+    assert (merged.texts.prompt, merged.texts.responses) == ([1], [[2, 3], [2, 4], [2]])
     batch = collate(rows, Layout("packed", PAD))
     assert batch.token_lengths.tolist() == [2, 2, 1]
     assert batch.start.tolist() == [1, 0]
@@ -305,6 +325,166 @@ def test_a_merged_batch_holds_the_same_pairs_and_weights(kind, seed, most_respon
         assert sorted(judged_in(merged)) == sorted(judged_in(apart)) == sorted(judged(rows))
 
 
+FACTS = ("margin", "rating", "probability", "similarity")
+
+
+def random_mixture(seed, count=14):
+    """Pairs, lists of 3 to 5 and single answers, of a few texts of three prompts; what is not said is NaN or absent."""
+    rng = np.random.default_rng(seed)
+    prompts, responses = [[p, 7, *ids(rng, 0, 4)] for p in range(3)], [[k, *ids(rng, 0, 5)] for k in range(6)]
+    found = []
+    for size in [1, 2, 3, 5, *rng.choice([1, 2, 3, 4, 5], count - 4)]:
+        which, ranks = int(rng.integers(3)), (rng.integers(0, 3, size) if size > 2 else np.arange(size)).tolist()
+        pairs = [(a, b) for a, b in itertools.permutations(range(size), 2) if ranks[a] < ranks[b]]
+
+        def some(length):
+            return np.where(rng.random(length) < 0.3, np.nan, rng.normal(size=length)).tolist()
+
+        c = Comparison(prompts[which], [responses[k] for k in rng.permutation(6)[:size]], prompt_hash=which - 1)
+        facts = {name: some(len(pairs)) if rng.random() < 0.7 else [] for name in FACTS}
+        better, worse = [a for a, _ in pairs], [b for _, b in pairs]
+        targets = some(size) if rng.random() < 0.7 or size == 1 else []
+        asked = [None, len(c.prompt), len(c.prompt) - 1][which]
+        more = {"ranks": ranks if size > 1 else [], "targets": targets, "prompt_tokens": asked}
+        found.append(replace(c, better=better, worse=worse, **facts, **more))
+    return found
+
+
+def words(*values):
+    return tuple(f"{float(value):.5f}" for value in values)
+
+
+def slow_judged(comparisons, row_weights, kind):
+    """What was judged, one Comparison after the other: pairs, lists, rows with their answers."""
+    given = [max(len(c.better), 1) for c in comparisons] if row_weights is None else row_weights
+    pairs, lists, rows = [], [], []
+    for c, weight in zip(comparisons, given):
+        share, texts = weight / sum(given), whole_texts(c)
+        for i, (a, b) in enumerate(zip(c.better, c.worse)):
+            facts = [getattr(c, name)[i] if getattr(c, name) else math.nan for name in FACTS]
+            start = first_difference(texts[a], texts[b]) - (0 if kind == "separate" else len(c.prompt))
+            pairs.append((texts[a], texts[b], start, *words(*facts, share / len(c.better))))
+        if c.ranks:
+            lists.append(([*zip(texts, c.ranks)], *words(share)))
+        scored = sum(not math.isnan(target) for target in c.targets)
+        asked = len(c.prompt) if c.prompt_tokens is None else c.prompt_tokens
+        answers = []
+        for text, target in zip(texts, c.targets or [math.nan] * len(texts)):
+            point = (0, 0) if math.isnan(target) else (target, share / scored)
+            answers.append((text, len(text) - asked, *words(share / len(texts), *point)))
+        rows.append((answers, *words(share)))
+    return pairs, lists, rows
+
+
+def fast_judged(batch):
+    texts = texts_in(batch)
+    facts = zip(*(getattr(batch, name).tolist() for name in (*FACTS, "pair_weights")))
+    sides = zip(batch.better.tolist(), batch.worse.tolist(), batch.start.tolist())
+    pairs = [(texts[a], texts[b], start, *words(*fact)) for (a, b, start), fact in zip(sides, facts)]
+    lists = []
+    for at, ranks, weight in zip(batch.listed.tolist(), batch.ranks.tolist(), batch.list_weights):
+        size = sum(rank >= 0 for rank in ranks)
+        assert ranks[size:] == [-1] * (len(ranks) - size)
+        assert all(0 <= i < len(texts) for i in at)  # what stands where there is none can be looked up
+        lists.append(([*zip([texts[i] for i in at[:size]], ranks)], *words(weight)))
+    rows = [([], *words(weight)) for weight in batch.row_weights]
+    numbers = zip(batch.answers.tolist(), batch.answer_rows.tolist())
+    facts = zip(*(getattr(batch, name).tolist() for name in ("answer_weights", "targets", "point_weights")))
+    for (at, row), fact in zip(numbers, facts):
+        rows[row][0].append((texts[at], batch.response_lengths[at].item(), *words(*fact)))
+    return pairs, lists, rows
+
+
+def in_any_order(found):
+    return [sorted(part) for part in found]
+
+
+@kinds
+@seeds
+@pytest.mark.parametrize("weighted", [False, True])
+def test_what_was_judged_agrees_with_a_slow_reference(kind, seed, weighted):
+    rows = random_mixture(seed)
+    row_weights = np.random.default_rng(seed).random(len(rows)) if weighted else None
+    units = [row.prompt_hash for row in rows]
+    merged = collate(rows, Layout(kind, PAD), units=units, row_weights=row_weights)
+    apart = collate([replace(row, prompt_hash=None) for row in rows], Layout(kind, PAD), row_weights=row_weights)
+    slow = slow_judged(rows, row_weights, kind)
+    assert fast_judged(apart) == slow
+    assert in_any_order(fast_judged(merged)) == in_any_order(slow)  # it lists the rows of a prompt together
+    for batch in (merged, apart):
+        assert batch.listed.shape == batch.ranks.shape == (len(slow[1]), 5)
+        assert batch.answer_rows.tolist() == sorted(batch.answer_rows.tolist())
+        assert batch.row_weights.sum().item() == pytest.approx(1)
+        assert batch.answer_weights.sum().item() == pytest.approx(1)
+    texts = texts_in(merged)
+    assert len(texts) == len(set(texts)) < len(texts_in(apart)) == len(merged.answers)
+
+
+@kinds
+def test_weights_by_hand(kind):
+    pairs = {"better": [0, 0, 1], "worse": [1, 2, 2], "margin": [0.0] * 3}
+    ranked = Comparison([4], [[5], [6], [7]], **pairs, ranks=[0, 1, 2], targets=[0.5, math.nan, -2.0])
+    rows = [pair([1], [2], [3]), ranked, answer([8], [8], 3.0)]
+    batch = collate(rows, Layout(kind, PAD), row_weights=[1, 2, 1])
+    assert batch.row_weights.tolist() == [1 / 4, 1 / 2, 1 / 4]
+    assert batch.pair_weights.tolist() == pytest.approx([1 / 4, 1 / 6, 1 / 6, 1 / 6])
+    assert batch.list_weights.tolist() == [1 / 2]
+    assert batch.answer_rows.tolist() == [0, 0, 1, 1, 1, 2]
+    assert batch.answer_weights.tolist() == pytest.approx([1 / 8, 1 / 8, 1 / 6, 1 / 6, 1 / 6, 1 / 4])
+    assert batch.targets.tolist() == [0, 0, 0.5, 0, -2, 3]
+    assert batch.point_weights.tolist() == [0, 0, 1 / 4, 0, 1 / 4, 1 / 4]
+    # none given: 1 for each pair, and for a row without one
+    assert collate(rows, Layout(kind, PAD)).row_weights.tolist() == pytest.approx([1 / 5, 3 / 5, 1 / 5])
+
+
+def test_lists_are_padded_to_the_longest():
+    two, three = (Comparison([1], [[2], [3], [4]][:k], ranks=[1, 0, 1][:k]) for k in (2, 3))
+    batch = collate([two, three], Layout("packed", PAD))
+    assert batch.ranks.tolist() == [[1, 0, -1], [1, 0, 1]]
+    assert (batch.listed[0, :2].tolist(), batch.listed[1].tolist()) == ([0, 1], [2, 3, 4])
+
+
+@kinds
+def test_a_batch_may_lack_pairs_lists_or_scores(kind):
+    points = collate([answer([1], [2], 0.5), answer([1, 3], [4], 1.0)], Layout(kind, PAD))
+    for name in ("better", "worse", "start", *FACTS, "pair_weights", "list_weights"):
+        assert getattr(points, name).shape == (0,), name
+    assert points.listed.shape == points.ranks.shape == (0, 0)
+    assert points.point_weights.tolist() == points.row_weights.tolist() == [0.5, 0.5]
+    pairs = collate([pair([1], [2], [3])], Layout(kind, PAD))
+    assert pairs.listed.shape == (0, 0)
+    assert (pairs.targets.tolist(), pairs.point_weights.tolist()) == ([0, 0], [0, 0])
+    assert (pairs.answers.tolist(), pairs.answer_weights.tolist()) == ([0, 1], [0.5, 0.5])
+
+
+@kinds
+@pytest.mark.parametrize(("asked", "lengths"), [(None, [1, 2]), (3, [1, 2]), (1, [3, 4]), (0, [4, 5])])
+def test_lengths_are_of_what_follows_what_was_asked(kind, asked, lengths):
+    row = replace(pair([1, 2, 3], [4], [5, 6]), prompt_tokens=asked)
+    assert collate([row], Layout(kind, PAD)).response_lengths.tolist() == lengths
+
+
+@pytest.mark.parametrize("kind", ["packed", "shared"])
+def test_single_answers_of_a_prompt_share_it(kind):
+    rows = [answer([1, 2, 3], [k, k + 1], k / 2, prompt_hash=0) for k in (4, 6, 8)]
+    batch = collate(rows, Layout(kind, PAD), units=[0, 0, 0])
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 4, 3, 4]]
+    assert batch.ends.tolist() == [4, 6, 8]
+    assert batch.answer_rows.tolist() == [0, 1, 2]
+    assert batch.targets.tolist() == [2, 3, 4]
+
+
+@kinds
+def test_an_answer_that_was_scored_twice_is_there_once(kind):
+    rows = [answer([1], [2], 0.25, 0), pair([1], [3], [2], 0), answer([1], [2], 0.75, 0)]
+    batch = collate(rows, Layout(kind, PAD), units=[0] * 3)
+    assert texts_in(batch) == [(1, 2), (1, 3)]
+    assert (batch.answers.tolist(), batch.answer_rows.tolist()) == ([0, 1, 0, 0], [0, 1, 1, 2])
+    assert batch.targets.tolist() == [0.25, 0, 0, 0.75]
+    assert (batch.better.tolist(), batch.worse.tolist()) == ([1], [0])
+
+
 def assert_same(one, other):
     assert one.weight == other.weight
     for f in fields(Batch):
@@ -323,33 +503,35 @@ def test_to_moves_every_tensor_and_keeps_the_rest():
 
 
 @kinds
-def test_the_loader_gives_the_batches_of_the_plan_in_order(kind):
-    rows = rows_of_prompts(0)
-    plan = EpochPlan(single_rows(table(rows)), Rule(2, 2, layout=kind), 1, 2, 0, 0)
+@pytest.mark.parametrize("make", [rows_of_prompts, lambda seed: random_mixture(seed, 12)], ids=["pairs", "mixture"])
+def test_the_loader_gives_the_batches_of_the_plan_in_order(kind, make):
+    rows = [replace(row, similarity=[]) for row in make(0)]  # the file has none
+    plan = EpochPlan(single_rows(table(rows), by_row=True), Rule(2, 2, layout=kind), 1, 2, 0, 0)
     layout = Layout(kind, PAD)
     batches = list(loader(Loading(table(rows), plan, layout), on_gpu=False))
     assert [len(step) for step in batches] == [2, 2]  # of 8 rows and 4: half of them this rank's
     for step, micro_batches in zip(batches, plan):
         for batch, m in zip(step, micro_batches):
-            assert_same(batch, collate([rows[row] for row in m.rows], layout, m.weight))
-            assert sorted(judged_in(batch)) == sorted(judged([rows[row] for row in m.rows]))
+            chosen, ones = [rows[row] for row in m.rows], [1] * len(m.rows)
+            assert_same(batch, collate(chosen, layout, m.weight, row_weights=ones))
+            assert in_any_order(fast_judged(batch)) == in_any_order(slow_judged(chosen, ones, kind))
 
 
 def test_padded_rows_merge_across_units_only_below_the_longest():
     """Two rows of one prompt would make a row of 6 where the longest has 5; as one unit they do."""
     rows = [pair([1, 2], [3], [4], 7), pair([1, 2], [5], [6], 7), pair([9], [8, 8], [7, 7], 8)]
-    assert [len(c.responses) for c, _ in merge(rows, Layout("shared", PAD))] == [2, 2, 2]
-    assert [len(c.responses) for c, _ in merge(rows, Layout("packed", PAD))] == [4, 2]
-    assert [len(c.responses) for c, _ in merge(rows, Layout("shared", PAD), units=[0, 0, 1])] == [4, 2]
+    assert [len(m.texts.responses) for m in merge(rows, Layout("shared", PAD))] == [2, 2, 2]
+    assert [len(m.texts.responses) for m in merge(rows, Layout("packed", PAD))] == [4, 2]
+    assert [len(m.texts.responses) for m in merge(rows, Layout("shared", PAD), units=[0, 0, 1])] == [4, 2]
     longer = [*rows[:2], pair([9], [8, 8, 8], [7, 7, 7], 8)]
-    assert [len(c.responses) for c, _ in merge(longer, Layout("shared", PAD))] == [4, 2]
+    assert [len(m.texts.responses) for m in merge(longer, Layout("shared", PAD))] == [4, 2]
 
 
 def test_a_unit_stays_whole_beside_another_of_its_prompt():
     """Two stars with three rays, limit 6: joined ray by ray, the second centre would be encoded twice."""
     stars = [pair([1], [centre], [centre + ray], 7) for centre in (10, 20) for ray in (1, 2, 3)]
     merged = merge(stars, Layout("packed", PAD, most_responses=6), units=[0] * 3 + [1] * 3)
-    assert [len(c.responses) for c, _ in merged] == [4, 4]
+    assert [len(m.texts.responses) for m in merged] == [4, 4]
 
 
 def test_loading_hands_on_weights():

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows to Comparisons: what each form of row is read as, what is refused, what is cut, cached and held out."""
 
+import itertools
 import json
 import math
 import os
@@ -8,19 +9,38 @@ import random
 import re
 
 import datasets
+import numpy as np
 import pyarrow
 import pytest
 import tiny
 
 from reward_model import data
-from reward_model.data import BadRow, Rules, close_turn, compare, load_comparisons, read_row, tokenise
+from reward_model.data import (
+    BadRow,
+    Comparison,
+    Rules,
+    close_turn,
+    compare,
+    judge_answer,
+    judge_list,
+    judge_pair,
+    load_answers,
+    load_comparisons,
+    nothing_judged,
+    read_row,
+    tokenise,
+)
 from reward_model.errors import UserError
+from reward_model.objective import Objective
+from reward_model.options import parse
 from reward_model.sources import Source, read_sources
 from reward_model.tokenizer import SpecialTokens, choose_special_tokens
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 TEXT = {"prompt": "question: what does the cat eat? answer:", "chosen": " fish", "rejected": " the mat"}
+LIST = {"prompt": TEXT["prompt"], "responses": [" fish", " the mat", " the other cat"], "scores": [3, 0.5, 1]}
+ANSWER = {"prompt": TEXT["prompt"], "response": " fish", "score": 0.25}
 
 
 def rules(tmp_path, **changes):
@@ -34,6 +54,11 @@ def write(path, rows):
     return str(path)
 
 
+def lack(flags):
+    """What training rows lack for the loss of some flags."""
+    return Objective(parse(["--model_name_or_path", "none", *flags.split()])).lack
+
+
 def special_tokens(tokenizer):
     return choose_special_tokens(tokenizer, len(tokenizer))
 
@@ -42,7 +67,8 @@ def tokenise_rows(rows, tmp_path, tokenizer=None, **changes):
     """Comparisons of a file of these rows."""
     tokenizer = tokenizer or tiny.tokenizer()
     (source,), _ = read_sources(write(tmp_path / "rows.jsonl", rows), seed=0)
-    return tokenise(source, tokenizer, special_tokens(tokenizer), rules(tmp_path, **changes))
+    made = rules(tmp_path, **changes)
+    return tokenise(source, tokenizer, special_tokens(tokenizer), made, made.lack)
 
 
 def load(train, tmp_path, evaluation=(), tokenizer=None, seed=0, **changes):
@@ -57,31 +83,44 @@ def whole(comparison):
 
 
 def texts(comparisons, tokenizer=None):
-    """Each row's two texts, without special tokens."""
+    """Each row's texts, without special tokens."""
     tokenizer = tokenizer or tiny.tokenizer()
     return [[tokenizer.decode(ids, skip_special_tokens=True) for ids in whole(row)] for row in comparisons]
 
 
+def said(values):
+    """Numbers, None where they are NaN: it equals itself."""
+    return [None if math.isnan(value) else value for value in values]
+
+
 def everything(comparisons):
     return [
-        (row.prompt, row.responses, row.better, row.worse, [None if math.isnan(m) else m for m in row.margin])
+        (row.prompt, row.responses, row.better, row.worse, row.ranks, row.prompt_tokens)
+        + tuple(said(values) for values in (row.margin, row.rating, row.probability, row.targets))
         for row in comparisons
     ]
 
 
-# The three forms of a row.
+# The forms of a row: text, text with the prompt inside, chat messages; of pairs, lists and single answers.
 
 
 def test_prompt_and_answers_are_joined_as_they_are():
     text = read_row({**TEXT, "margin": 2}, tiny.tokenizer())
-    assert (text.prompt, text.chosen) == (TEXT["prompt"], "question: what does the cat eat? answer: fish")
-    assert text.rejected == "question: what does the cat eat? answer: the mat"
-    assert (text.margin, text.templated) == (2.0, False)
-    assert math.isnan(read_row(TEXT, tiny.tokenizer()).margin)
+    fish, mat = "question: what does the cat eat? answer: fish", "question: what does the cat eat? answer: the mat"
+    assert (text.prompt, text.whole, text.templated) == (TEXT["prompt"], [fish, mat], False)
+    assert text.judged["margin"] == [2.0]
+    assert said(read_row(TEXT, tiny.tokenizer()).judged["margin"]) == [None]
+    text = read_row(LIST, tiny.tokenizer())
+    assert (text.prompt, text.templated) == (TEXT["prompt"], False)
+    assert text.whole == [fish, mat, "question: what does the cat eat? answer: the other cat"]
+    text = read_row(ANSWER, tiny.tokenizer())
+    assert (text.prompt, text.whole, text.templated) == (TEXT["prompt"], [fish], False)
 
 
-def test_empty_prompt_is_a_prompt():
-    assert read_row({**TEXT, "prompt": ""}, tiny.tokenizer()).chosen == " fish"
+@pytest.mark.parametrize("answers", [{}, {"responses": [" fish"]}, {"response": " fish"}])
+def test_empty_prompt_is_a_prompt(answers):
+    row = {"prompt": ""} | (answers or {"chosen": " fish", "rejected": " the mat"})
+    assert read_row(row, tiny.tokenizer()).whole[0] == " fish"
 
 
 @pytest.mark.parametrize(
@@ -96,8 +135,27 @@ def test_empty_prompt_is_a_prompt():
     ],
 )
 def test_prompt_inside_the_answers(prompt, chosen, rejected):
-    text = read_row({"chosen": prompt + chosen, "rejected": prompt + rejected}, tiny.tokenizer())
-    assert (text.prompt, text.chosen, text.rejected) == (prompt, prompt + chosen, prompt + rejected)
+    whole = [prompt + chosen, prompt + rejected]
+    for row in (dict(zip(("chosen", "rejected"), whole)), {"responses": whole}):
+        text = read_row(row, tiny.tokenizer())
+        assert (text.prompt, text.whole) == (prompt, whole)
+
+
+@pytest.mark.parametrize(
+    "whole, prompt",
+    [
+        (["the cat sat", "the cat sits", "the catch", "the cat is"], "the "),
+        (["the cat sat", "the cat sits", "a cat"], ""),
+        (["\n\nHuman: Hi\n\nAssistant: same A", "\n\nHuman: Hi\n\nAssistant: same B", "\n\nHuman: Hi\n\nAssistant: C"],
+         "\n\nHuman: Hi\n\nAssistant:"),
+        (["\n\nHuman: Hi\n\nAssistant: alone"], ""),  # nothing says where its prompt ends
+    ],
+)  # fmt: skip
+def test_prompt_inside_the_answers_of_a_list_is_what_all_of_them_share(whole, prompt):
+    text = read_row({"responses": whole}, tiny.tokenizer())
+    assert (text.prompt, text.whole) == (prompt, whole)
+    single = read_row({"response": whole[0]}, tiny.tokenizer())
+    assert (single.prompt, single.whole) == ("", whole[:1])
 
 
 def message(role, content):
@@ -126,22 +184,39 @@ CHATS = [
 
 @pytest.mark.parametrize("row, prompt", CHATS)
 def test_chat_messages_go_through_the_template(row, prompt):
-    text = read_row(row, tiny.chatml())
-    assert (text.prompt, text.templated) == (prompt, True)
-    assert (text.chosen, text.rejected) == (f"{prompt}Hello<|im_end|>", f"{prompt}Hey<|im_end|>")
+    tokenizer = tiny.chatml()
+    rest = {"prompt": row["prompt"]} if "prompt" in row else {}
+    hello, hey = f"{prompt}Hello<|im_end|>", f"{prompt}Hey<|im_end|>"
+    for form, whole in (
+        (row, [hello, hey]),
+        (rest | {"responses": [row["chosen"], row["rejected"]]}, [hello, hey]),
+        (rest | {"responses": [row["chosen"]]}, [hello]),
+        (rest | {"response": row["rejected"]}, [hey]),
+    ):
+        text = read_row(form, tokenizer)
+        assert (text.prompt, text.whole, text.templated) == (prompt, whole, True)
+
+
+def test_chats_of_a_list_share_the_turns_that_all_of_them_have():
+    chats = [[HI, HELLO, HI, HELLO], [HI, HELLO, HI, HEY], [HI, HELLO, HI, HELLO, HI, HEY], [HI, HEY]]
+    assert read_row({"responses": chats}, tiny.chatml()).prompt == OPEN
+    three = read_row({"responses": chats[:3]}, tiny.chatml())
+    assert three.prompt == f"{OPEN}Hello<|im_end|>\n{OPEN}"
+    assert three.whole[2] == f"{OPEN}Hello<|im_end|>\n{OPEN}Hello<|im_end|>\n{OPEN}Hey<|im_end|>"
+    assert read_row({"response": [HELLO]}, tiny.chatml()).prompt == ""  # no turn comes before it
 
 
 def test_dialogues_that_differ_from_the_start_share_no_prompt():
     chosen, rejected = [HI, HELLO], [message("user", "Ho"), HEY]
     text = read_row({"chosen": chosen, "rejected": rejected}, tiny.chatml())
     assert text.prompt == ""
-    assert text.rejected == "<|im_start|>user\nHo<|im_end|>\n<|im_start|>assistant\nHey<|im_end|>"
+    assert text.whole[1] == "<|im_start|>user\nHo<|im_end|>\n<|im_start|>assistant\nHey<|im_end|>"
 
 
 def test_answers_of_several_turns_begin_where_they_differ():
     text = read_row({"chosen": [HI, HELLO, HI, HELLO], "rejected": [HI, HEY]}, tiny.chatml())
     assert text.prompt == OPEN
-    assert text.chosen == f"{OPEN}Hello<|im_end|>\n{OPEN}Hello<|im_end|>"
+    assert text.whole[0] == f"{OPEN}Hello<|im_end|>\n{OPEN}Hello<|im_end|>"
 
 
 def test_template_that_ignores_the_generation_prompt_keeps_what_is_shared():
@@ -149,7 +224,179 @@ def test_template_that_ignores_the_generation_prompt_keeps_what_is_shared():
         "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if messages|length < 2 %}!{% endif %}"
     )
     text = read_row({"chosen": [HI, HELLO], "rejected": [HI, HEY]}, tiny.tokenizer(chat_template=template))
-    assert (text.prompt, text.chosen) == ("[user]Hi", "[user]Hi[assistant]Hello")
+    assert (text.prompt, text.whole[0]) == ("[user]Hi", "[user]Hi[assistant]Hello")
+
+
+@pytest.mark.parametrize("more", [{"response": " fish"}, {"responses": ["a"], "scores": "none"}, LIST | {"score": 3}])
+def test_a_row_with_chosen_and_rejected_stays_a_pair(more):
+    row = {**TEXT, "margin": 1, "rating": 2, "probability": 0.5, "chosen_score": 3, "rejected_score": 1}  # no NaN
+    text = read_row({**more, **row}, None)  # text needs no tokenizer
+    assert text == read_row(row, None)
+    assert text.names == ("chosen", "rejected")
+
+
+# What was judged of the answers.
+
+
+def test_a_list_comes_before_a_single_answer():
+    assert read_row({**ANSWER, **LIST}, None).whole == read_row(LIST, None).whole
+
+
+NONE = [None, None]
+PAIRS = [
+    ({}, None, NONE),
+    ({"chosen_score": 3, "rejected_score": 1}, 2.0, [3.0, 1.0]),
+    ({"score_chosen": 3, "score_rejected": 1.5}, 1.5, [3.0, 1.5]),
+    ({"chosen_score": 1, "rejected_score": 3}, -2.0, [1.0, 3.0]),  # names decide, not scores
+    ({"chosen_score": 3, "rejected_score": 1, "margin": 0}, 0.0, [3.0, 1.0]),  # a margin of its own, be it 0
+    ({"chosen_score": 3}, None, [3.0, None]),
+    ({"chosen_score": None, "score_chosen": 3, "rejected_score": 1, "margin": None}, 2.0, [3.0, 1.0]),  # Arrow's nulls
+]
+
+
+@pytest.mark.parametrize("row, margin, targets", PAIRS)
+def test_scores_of_a_pair_are_targets_and_make_a_margin(row, margin, targets):
+    judged = judge_pair(row)
+    assert (judged["better"], judged["worse"], judged["ranks"]) == ([0], [1], [0, 1])
+    assert (said(judged["margin"]), said(judged["targets"])) == ([margin], targets)
+    assert (said(judged["rating"]), said(judged["probability"])) == ([None], [None])
+
+
+RATINGS = [("significantly better", 3.0), ("Better", 2.0), ("  SLIGHTLY\t better ", 1.0), ("negligibly better", 0.0)]
+RATINGS += [("Negligibly Better / Unsure", 0.0), ("unsure", 0.0), (3, 3.0), (0, 0.0), (1.5, 1.5), (None, None)]
+
+
+@pytest.mark.parametrize("rating, grade", RATINGS)
+def test_ratings_are_words_or_numbers(rating, grade):
+    assert said(judge_pair({"rating": rating})["rating"]) == [grade]
+
+
+@pytest.mark.parametrize("probability", [0, 0.3, 1])
+def test_a_probability_may_be_certain_or_favour_the_rejected_answer(probability):
+    assert judge_pair({"probability": probability})["probability"] == [probability]
+
+
+LISTS = [  # scores, ranks → (better, worse) of each pair, their margins, dense ranks, targets
+    ([5.0], None, [], [], [0], [5.0]),
+    (None, [7], [], [], [0], [None]),
+    (None, None, [], [], [], NONE),
+    ([1.0, 3.0], None, [(1, 0)], [2.0], [1, 0], [1.0, 3.0]),
+    (None, [1, 2], [(0, 1)], [None], [0, 1], NONE),
+    ([2.0, 2.0], None, [], [], [0, 0], [2.0, 2.0]),
+    ([3.0, 1.0], [2, 1], [(1, 0)], [-2.0], [1, 0], [3.0, 1.0]),  # ranks decide
+    ([3.0, 1.0], [1, 1], [], [], [0, 0], [3.0, 1.0]),
+    ([1.0, 4.0, 2.0, 4.0], None, [(1, 0), (1, 2), (2, 0), (3, 0), (3, 2)], [3.0, 2.0, 1.0, 3.0, 2.0], [2, 0, 1, 0],
+     [1.0, 4.0, 2.0, 4.0]),
+    (None, [10, -2, 7.5, 7.5], [(1, 0), (1, 2), (1, 3), (2, 0), (3, 0)], [None] * 5, [2, 0, 1, 1], [None] * 4),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("scores, ranks, pairs, margins, dense, targets", LISTS)
+def test_numbers_of_a_list_give_pairs_margins_ranks_and_targets(scores, ranks, pairs, margins, dense, targets):
+    size = len(targets)
+    numbers = {name: values for name, values in (("scores", scores), ("ranks", ranks)) if values is not None}
+    read = read_row({"prompt": "p", "responses": [f"r{i}" for i in range(size)], **numbers}, None).judged
+    for judged in (read, judge_list(size, **numbers)):
+        assert list(zip(judged["better"], judged["worse"])) == pairs
+        assert (said(judged["margin"]), judged["ranks"], said(judged["targets"])) == (margins, dense, targets)
+        assert said(judged["rating"]) == said(judged["probability"]) == [None] * len(pairs)
+
+
+def test_every_untied_pair_of_a_list_is_judged_once():
+    scores = [float(random.Random(k).randrange(3)) for k in range(6)]
+    pairs = {(i, j) for i, j in itertools.permutations(range(6), 2) if scores[i] > scores[j]}
+    judged = judge_list(6, scores)
+    found = list(zip(judged["better"], judged["worse"]))
+    assert 0 < len(pairs) < 15  # some are tied
+    assert (len(found), set(found)) == (len(pairs), pairs)
+
+
+SINGLE = [({"score": 2}, 2.0), ({"label": 0.5}, 0.5), ({"label": True}, 1.0), ({"label": False}, 0.0), ({}, None)]
+SINGLE += [({"score": None, "label": 0}, 0.0), ({"score": 0, "label": None}, 0.0)]
+
+
+@pytest.mark.parametrize("row, target", SINGLE)
+def test_a_single_answer_has_a_score_or_a_label(row, target):
+    judged = judge_answer(row)
+    assert said(judged.pop("targets")) == [target]
+    assert set(map(tuple, judged.values())) == {()}
+
+
+WORDS = "give 0 to 3, or one of significantly better, better, slightly better, negligibly better"
+FIELDS = "and needs prompt, chosen, rejected (or responses, or response)"
+BAD_JUDGEMENTS = [
+    (TEXT, {"rating": "best"}, f"rating is 'best': {WORDS}"),
+    (TEXT, {"rating": "2"}, f"rating is '2': {WORDS}"),
+    (TEXT, {"rating": 3.5}, f"rating is 3.5: {WORDS}"),
+    (TEXT, {"rating": -1}, f"rating is -1: {WORDS}"),
+    (TEXT, {"rating": math.nan}, "rating is nan"),
+    (TEXT, {"rating": True}, "rating is a truth value, not a number"),
+    (TEXT, {"rating": [2]}, "rating is a list, not a number"),
+    (TEXT, {"probability": 1.01}, "probability is 1.01, not in [0, 1]"),
+    (TEXT, {"probability": -0.5}, "probability is -0.5, not in [0, 1]"),
+    (TEXT, {"probability": math.nan}, "probability is nan"),
+    (TEXT, {"probability": "even"}, "probability is text, not a number"),
+    (TEXT, {"chosen_score": "high"}, "chosen_score is text, not a number"),
+    (TEXT, {"score_rejected": True}, "score_rejected is a truth value, not a number"),
+    (TEXT, {"rejected_score": -math.inf}, "rejected_score is -inf"),
+    (LIST, {"responses": []}, "responses is empty, not a list of answers"),
+    (LIST, {"responses": "fish"}, "responses is text, not a list of answers"),
+    (LIST, {"responses": {"a": "fish"}}, "responses is an object, not a list of answers"),
+    (LIST, {"responses": [" a", None, " b"]}, "response 2 is missing"),
+    (LIST, {"responses": [" a", " b", 5]}, "response 3 is a number, not text or chat messages"),
+    (LIST, {"responses": [HI, HELLO, HEY]}, "response 1 is an object, not text or chat messages"),  # one dialogue
+    (LIST, {"responses": [" a", " b", " a"]}, "response 1 and response 3 are equal"),
+    (LIST, {"responses": [" a", "\n ", " b"]}, "response 2 is empty"),
+    (LIST, {"scores": [1, 2]}, "scores has 2 numbers, and there are 3 responses"),
+    (LIST, {"scores": 5}, "scores is a number, and there are 3 responses"),
+    (LIST, {"scores": [1, None, 2]}, "number 2 of scores is missing"),
+    (LIST, {"scores": [1, 2, "good"]}, "number 3 of scores is text, not a number"),
+    (LIST, {"scores": [True, 1, 2]}, "number 1 of scores is a truth value, not a number"),
+    (LIST, {"scores": [1, math.nan, 2]}, "number 2 of scores is nan"),
+    (LIST, {"ranks": [1, 2, 3, 4]}, "ranks has 4 numbers, and there are 3 responses"),
+    (LIST, {"ranks": "1 2 3"}, "ranks is text, and there are 3 responses"),
+    (LIST, {"ranks": [None, 1, 2]}, "number 1 of ranks is missing"),
+    (LIST, {"prompt": None}, "prompt is missing"),
+    (LIST, {"prompt": 5}, "prompt is a number, not text or chat messages"),
+    (ANSWER, {"label": 1}, "the row has a score and a label: keep one of them"),
+    (ANSWER, {"score": "good"}, "score is text, not a number"),
+    (ANSWER, {"score": True}, "score is a truth value, not a number"),
+    (ANSWER, {"score": None, "label": math.inf}, "label is inf"),
+    (ANSWER, {"response": " "}, "response is empty"),
+    (ANSWER, {"response": ["fish"]}, "response is a list, not text or chat messages"),
+    (ANSWER, {"prompt": None}, "prompt is missing"),
+    (ANSWER, {"response": None}, f"chosen is missing; the row has prompt, response, score, {FIELDS}"),
+    ({"text": "fish"}, {}, f"chosen is missing; the row has text, {FIELDS}"),
+    (ANSWER, {"chosen": None, "rejected": None, "response": None}, "chosen is missing"),  # the columns are there
+]
+
+
+@pytest.mark.parametrize("row, change, reason", BAD_JUDGEMENTS)
+def test_a_bad_judgement_is_refused(row, change, reason):
+    with pytest.raises(BadRow) as caught:
+        read_row({**row, **change}, None)
+    assert str(caught.value) == reason
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.parquet"])
+@pytest.mark.parametrize("backwards", [False, True])
+def test_rows_of_all_forms_in_one_file(name, backwards, tmp_path):
+    rows = [{**TEXT, "rating": "better"}, LIST, ANSWER, {"prompt": "p", "response": " r", "label": 1}, TEXT]
+    rows = rows[::-1] if backwards else rows
+    if name.endswith("parquet"):  # one schema: null where a row has no such column
+        names = dict.fromkeys(name for row in rows for name in row)
+        datasets.Dataset.from_dict({n: [row.get(n) for row in rows] for n in names}).to_parquet(tmp_path / name)
+    else:
+        lines = [json.dumps(row) for row in rows]
+        (tmp_path / name).write_text("\n".join(lines) if name.endswith("l") else f"[{','.join(lines)}]")
+    (source,), _ = read_sources(str(tmp_path / name), seed=0)
+    found = tokenise(source, tiny.tokenizer(), special_tokens(tiny.tokenizer()), rules(tmp_path))
+    order = slice(None, None, -1 if backwards else 1)
+    assert [said(row.targets) for row in found][order] == [NONE, [3.0, 0.5, 1.0], [0.25], [1.0], NONE]
+    assert [said(row.rating) for row in found][order] == [[2.0], [None] * 3, [], [], [None]]
+    assert found.pairs.tolist()[order] == [1, 3, 0, 0, 1]
+    written = [[TEXT["prompt"] + answer for answer in LIST["responses"]], [TEXT["prompt"] + " fish"], ["p r"]]
+    assert texts(found)[order][1:4] == written
 
 
 # Tokens.
@@ -254,9 +501,55 @@ def test_prompt_and_responses_reassemble_the_joint_ids(make, tmp_path, capsys):
 
 def test_response_that_begins_with_the_other_keeps_its_end_token():
     special = SpecialTokens(end=9, pad=8, endings=frozenset({9}), starts=frozenset(), rows=10)
-    record = compare([1, 2], [1, 2, 3], [1, 2, 3, 9, 4], math.nan, special, max_seq_len=20)
+    record = compare([1, 2], [[1, 2, 3], [1, 2, 3, 9, 4]], special, max_seq_len=20)
     assert record["prompt"] == [1, 2, 3]
     assert record["responses"] == [[9], [9, 4, 9]]
+
+
+FORMS = [  # prompt alone, whole texts → prompt, responses, tokens of what was asked; 9 ends a text
+    ([1, 2], [[1, 2, 3, 4], [1, 2, 3, 5], [1, 2, 3, 4, 6]], [1, 2, 3], [[4, 9], [5, 9], [4, 6, 9]], 2),
+    ([1, 2], [[1, 2, 3, 4], [1, 2, 3, 4, 6], [1, 5]], [1], [[2, 3, 4, 9], [2, 3, 4, 6, 9], [5, 9]], 1),
+    ([1], [[1, 2], [1, 2, 9, 3], [1, 2, 9, 3, 9, 4]], [1, 2], [[9], [9, 3, 9], [9, 3, 9, 4, 9]], 1),
+    ([1, 2, 3], [[1, 2, 3, 4, 5]], [1, 2, 3], [[4, 5, 9]], 3),
+    ([1, 2], [[1, 7, 8]], [1], [[7, 8, 9]], 1),  # the prompt's last token merged with the answer's first
+    ([1, 2, 9], [[1, 2, 9]], [1, 2], [[9]], 2),  # nothing but the token that the score is read at
+    ([], [[4]], [], [[4, 9]], 0),
+]
+
+
+@pytest.mark.parametrize("prompt, whole, shared, responses, asked", FORMS)
+def test_prompt_is_what_all_texts_share_and_each_response_keeps_a_token(prompt, whole, shared, responses, asked):
+    special = SpecialTokens(end=9, pad=8, endings=frozenset({9}), starts=frozenset(), rows=10)
+    record = compare(prompt, whole, special, max_seq_len=20, names=[f"response {i}" for i in range(1, 4)])
+    assert (record["prompt"], record["responses"], record["prompt_tokens"]) == (shared, responses, asked)
+    assert record["length"] == max(len(shared + response) for response in responses)
+    assert record["tokens"] == len(shared) + sum(map(len, responses))
+    assert record["text_lengths"] == [len(shared + response) for response in responses]
+    assert record["cut"] is False
+
+
+@pytest.mark.parametrize("make", [tiny.tokenizer, tiny.bert])
+def test_lists_and_single_answers_reassemble_the_joint_ids(make, tmp_path):
+    rng = random.Random(1)
+    tokenizer = make()
+    end = special_tokens(tokenizer).end
+    rows = []
+    for i in range(60):
+        prompt = random_text(rng, 0)
+        answers = [f"{random_text(rng, 0)} cat{n}" for n in range(i % 4 + 1)]  # no two are equal
+        rows.append({"prompt": prompt} | ({"responses": answers} if i % 3 else {"response": answers[0]}))
+    comparisons = tokenise_rows(rows, tmp_path, tokenizer, max_seq_len=10_000)
+    assert len(comparisons) == 60
+    for row, comparison, tokens, length in zip(rows, comparisons, comparisons.tokens, comparisons.lengths):
+        answers = row.get("responses") or [row["response"]]
+        joint = [tokenizer(row["prompt"] + answer)["input_ids"] for answer in answers]
+        joint = [ids if ids[-1] == end else [*ids, end] for ids in joint]
+        assert whole(comparison) == joint
+        others = joint[1:] or [tokenizer(row["prompt"])["input_ids"]]
+        shared = min(slow_common_prefix(joint[0], other) for other in others)
+        assert len(comparison.prompt) == min([shared, *(len(ids) - 1 for ids in joint)])
+        assert tokens == comparison.tokens == sum(map(len, joint)) - (len(joint) - 1) * len(comparison.prompt)
+        assert length == max(map(len, joint))
 
 
 # Cutting.
@@ -282,14 +575,21 @@ def test_prompt_is_cut_from_the_left(make, start, tmp_path, capsys):
 
 def test_longer_answer_decides_how_much_is_cut():
     special = SpecialTokens(end=9, pad=8, endings=frozenset({9}), starts=frozenset({0}), rows=10)
-    record = compare([0, 1, 2, 3], [0, 1, 2, 3, 5], [0, 1, 2, 3, 6, 7, 6], math.nan, special, max_seq_len=6)
+    whole = [[0, 1, 2, 3, 5], [0, 1, 2, 3, 6, 7, 6]]
+    record = compare([0, 1, 2, 3], whole, special, max_seq_len=6)
     assert (record["prompt"], record["responses"]) == ([0, 3], [[5, 9], [6, 7, 6, 9]])
     assert (record["length"], record["cut"]) == (6, True)
+    names = [f"response {i}" for i in range(1, 4)]
+    record = compare([0, 1, 2, 3], [*whole, [0, 1, 2, 3, 4, 4]], special, max_seq_len=6, names=names)
+    assert (record["prompt"], record["responses"]) == ([0, 3], [[5, 9], [6, 7, 6, 9], [4, 4, 9]])
+    assert (record["length"], record["tokens"], record["prompt_tokens"], record["cut"]) == (6, 11, 2, True)
+    record = compare([0, 1, 2, 3], whole[1:], special, max_seq_len=6)
+    assert (record["prompt"], record["responses"], record["prompt_tokens"]) == ([0, 3], [[6, 7, 6, 9]], 2)
 
 
 def test_whole_prompt_may_go_but_no_token_of_an_answer():
     special = SpecialTokens(end=9, pad=8, endings=frozenset({9}), starts=frozenset({0}), rows=10)
-    row = ([0, 1, 2], [0, 1, 2, 5], [0, 1, 2, 6, 7], math.nan, special)
+    row = ([0, 1, 2], [[0, 1, 2, 5], [0, 1, 2, 6, 7]], special)
     assert compare(*row, max_seq_len=6)["cut"] is False
     assert compare(*row, max_seq_len=4)["prompt"] == [0]  # the start token, two of the answer, the end token
     with pytest.raises(BadRow, match="an answer alone is longer than --max_seq_len 3"):
@@ -376,11 +676,46 @@ def test_answers_that_the_template_makes_equal():
 
 def test_margin_may_be_needed(tmp_path):
     rows = [{**TEXT, "margin": 1.5}, TEXT]
-    assert everything(tokenise_rows(rows, tmp_path))[1][-1] == [None]
+    assert said(tokenise_rows(rows, tmp_path)[1].margin) == [None]
     with pytest.raises(UserError, match="row 2: margin is missing"):
-        tokenise_rows(rows, tmp_path, need_margin=True)
-    kept = tokenise_rows(rows, tmp_path, need_margin=True, on_bad_row="skip")
+        tokenise_rows(rows, tmp_path, lack=lack("--margin column"))
+    kept = tokenise_rows(rows, tmp_path, lack=lack("--margin column"), on_bad_row="skip")
     assert [row.margin for row in kept] == [[1.5]]
+
+
+def test_what_a_row_lacks_for_the_loss_is_said_after_what_is_wrong_with_it(tmp_path, capsys):
+    rows = [ANSWER, {**TEXT, "chosen": ""}, TEXT]
+    with pytest.raises(UserError, match=r"row 1: --loss logistic needs a preferred answer, .* \(2 of 3 rows cannot"):
+        tokenise_rows(rows, tmp_path, lack=lack(""))
+    with pytest.raises(UserError, match=r"row 1: .* \(none of the 3 rows can be used\)"):
+        tokenise_rows(rows, tmp_path, lack=lack("--margin column"))
+    assert len(tokenise_rows(rows, tmp_path, lack=lack(""), on_bad_row="skip")) == 1
+    out = capsys.readouterr().out
+    assert "skipped 1 of 3 rows: chosen is empty\n" in out
+    assert "skipped 1 of 3 rows: --loss logistic needs a preferred answer, and the row has one answer\n" in out
+
+
+def test_bad_list_and_answer_stop_or_are_counted(tmp_path, capsys):
+    """As in BAD_ROWS; what only the ids show carries the response's number too."""
+    rows = [LIST, {**LIST, "responses": [" a", " b<|endoftext|>", " b"]}, {**ANSWER, "label": 1}, ANSWER]
+    reason = "response 2 and response 3 are equal once tokenised"
+    with pytest.raises(UserError, match=f"rows.jsonl, row 2: {reason} .2 of 4 rows cannot be used"):
+        tokenise_rows(rows, tmp_path)
+    kept = tokenise_rows(rows, tmp_path, on_bad_row="skip")
+    assert [row.targets for row in kept] == [[3.0, 0.5, 1.0], [0.25]]
+    out = capsys.readouterr().out
+    assert f"skipped 1 of 4 rows: {reason}\n" in out
+    assert "skipped 1 of 4 rows: the row has a score and a label: keep one of them\n" in out
+    assert "rows.jsonl: 2 rows\n" in out
+
+
+def test_numbers_and_words_of_a_csv(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,chosen,rejected,rating,chosen_score,rejected_score\np,a,b,Better,2,1\nq,a,b,3,,1\n")
+    (source,), _ = read_sources(str(path), seed=0)
+    found = tokenise(source, tiny.tokenizer(), special_tokens(tiny.tokenizer()), rules(tmp_path))
+    assert [row.rating for row in found] == [[2.0], [3.0]]
+    assert [said(row.margin) for row in found] == [[1.0], [None]]
 
 
 def test_nan_margin_of_a_csv_is_no_missing_one(tmp_path):
@@ -468,7 +803,6 @@ CHANGES = {
     "tokenizer": {"tokenizer": lambda: tiny.tokenizer(sentences=["fish fish fish"])},
     "special tokens around a text": {"tokenizer": tiny.llama},
     "limit": {"max_seq_len": 10},
-    "needed margin": {"need_margin": True, "on_bad_row": "skip"},
 }
 
 
@@ -482,6 +816,18 @@ def test_change_is_not_answered_from_the_cache(name, tmp_path, encoded):
     assert after != before
     assert after == everything(tokenise_rows(rows, tmp_path, tokenizer, cache=tmp_path / "other", **change))
     assert len(encoded) == 3
+
+
+def test_losses_share_the_cache(tmp_path, encoded, capsys):
+    """What a row lacks for a loss is found after tokenising: the rows are tokenised once for all losses."""
+    rows = [{**TEXT, "margin": 1.5}, TEXT, ANSWER]
+    files = []
+    for flags, kept in (("--margin column", 1), ("", 2), ("--loss mse", 1), ("--loss logistic mse", 3)):
+        assert len(tokenise_rows(rows, tmp_path, lack=lack(flags), on_bad_row="skip")) == kept
+        files.append(sorted((tmp_path / "cache").glob("*.arrow")))
+    assert files == [files[0]] * 4
+    assert (len(files[0]), len(encoded)) == (1, 1)
+    assert "skipped 1 of 3 rows: margin is missing" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -629,3 +975,119 @@ def test_known_data_set_too_small_for_its_split(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.DatasetDict(train=rows))
     with pytest.raises(UserError, match="eval_data_path"):  # a tenth of three rounds to none
         load(["Dahoas/synthetic-instruct-gptj-pairwise"], tmp_path)
+
+
+def unjudged(count):
+    """A list without numbers."""
+    return {"prompt": "question: ", "responses": [f"a{i}" for i in range(count)]}
+
+
+@pytest.mark.parametrize("folder", [True, False])
+@pytest.mark.parametrize(
+    "row, count",
+    [({"prompt": "p", "response": "r"}, "one answer"), (unjudged(1), "one answer"), (unjudged(2), "two answers")],
+)
+def test_evaluation_row_with_nothing_judged_is_refused(row, count, folder, tmp_path):
+    """Whether --eval_data_path or a folder of --data_path brings it."""
+    (tmp_path / "set").mkdir()
+    train = write(tmp_path / "set" / "train.jsonl", questions(range(3)))
+    held = write(tmp_path / "set" / "eval.jsonl", [LIST, row])
+    reason = f"{held}, row 2: the row has {count} and no order, score or label: nothing to evaluate (1 of 2 rows"
+    data = ([str(tmp_path / "set")], tmp_path) if folder else ([train], tmp_path, [held])
+    with pytest.raises(UserError, match=re.escape(reason)):
+        load(*data)
+    _, evaluation = load(*data, on_bad_row="skip")
+    assert texts(evaluation)[0][0].endswith(" fish")
+    assert len(evaluation) == 1
+
+
+@pytest.mark.parametrize(
+    "count, words", [(1, "one answer"), (3, "three answers"), (4, "four answers"), (12, "12 answers")]
+)
+def test_nothing_judged_counts_the_answers(count, words):
+    row = Comparison([], [], **judge_list(count))
+    assert nothing_judged(row) == f"the row has {words} and no order, score or label: nothing to evaluate"
+
+
+@pytest.mark.parametrize(
+    "judged", [judge_pair({}), judge_list(2, ranks=[2, 1]), judge_list(2, [1.0, 1.0]), judge_answer({"label": 0})]
+)
+def test_an_order_a_score_or_a_label_is_something_to_evaluate(judged):
+    assert nothing_judged(Comparison([], [], **judged)) is None
+
+
+def test_evaluation_rows_need_not_have_what_the_loss_needs(tmp_path):
+    train = write(tmp_path / "train.jsonl", [{**TEXT, "margin": 1}])
+    held = write(tmp_path / "held.jsonl", [TEXT, LIST, ANSWER])
+    needs = {"lack": lack("--margin column")}
+    assert [len(part) for part in load([train], tmp_path, [held], **needs)] == [1, 3]
+    with pytest.raises(UserError, match=r"held\.jsonl, row 1: margin is missing"):
+        load([held], tmp_path, [train], **needs)
+
+
+def test_rows_that_lack_something_are_held_out_no_more_than_trained_on(tmp_path, capsys):
+    """Held-out rows are the training file's, and what is needed there they have."""
+    rows = [row | ({"margin": i % 7} if i % 4 else {}) for i, row in enumerate(questions(range(40)))]
+    path = write(tmp_path / "pairs.jsonl", rows)
+    needs = {"lack": lack("--margin column")}
+    with pytest.raises(UserError, match=r"row 1: margin is missing, and --margin column needs one .20 of 80 rows"):
+        load([path], tmp_path, **needs)
+    train, evaluation = load([path], tmp_path, on_bad_row="skip", **needs)
+    assert not any(math.isnan(row.margin[0]) for part in (train, evaluation) for row in part)
+    assert (len(train) + len(evaluation), len(set(asked(evaluation)))) == (60, 4)
+    assert not set(asked(train)) & set(asked(evaluation))
+    assert "held out 4 of 40 prompts" in capsys.readouterr().out
+
+
+def test_lists_and_answers_are_held_out_by_prompt(tmp_path):
+    """A prompt's pair, list and single answer go to one side."""
+    rows = []
+    for i in range(20):
+        prompt = {"prompt": f"question {i}: "}
+        rows += [prompt | {"chosen": "a", "rejected": "b"}, prompt | {"responses": ["a", "b"], "ranks": [1, 2]}]
+        rows += [prompt | {"response": "c", "score": i}]
+    train, evaluation = load([write(tmp_path / "rows.jsonl", rows)], tmp_path)
+    sides = [[int(whole[0].split()[1][:-1]) for whole in texts(part)] for part in (train, evaluation)]
+    assert not set(sides[0]) & set(sides[1])
+    assert [len(set(side)) * 3 for side in sides] == [len(side) for side in sides] == [54, 6]
+
+
+def test_load_answers_takes_rows_that_judge_nothing(tmp_path):
+    tokenizer = tiny.tokenizer()
+    rows = [{"prompt": "p", "response": " r"}, unjudged(3), TEXT]
+
+    def answers(path, **changes):
+        made = rules(tmp_path, lack=lack("--loss mse"), **changes)  # of training rows alone
+        return load_answers(str(path), tokenizer, special_tokens(tokenizer), made, seed=0)
+
+    found = answers(write(tmp_path / "rows.jsonl", rows))
+    assert [len(row.responses) for row in found] == [1, 3, 2]
+    (tmp_path / "set").mkdir()
+    write(tmp_path / "set" / "train.jsonl", [TEXT])
+    write(tmp_path / "set" / "eval.jsonl", rows[:2])
+    assert everything(answers(tmp_path / "set")) == everything(found)[:2]  # a folder stands for its evaluation rows
+    with pytest.raises(UserError, match=r"bad\.jsonl, row 2: response is empty"):
+        answers(write(tmp_path / "bad.jsonl", [ANSWER, {**ANSWER, "response": ""}]))
+
+
+# Columns of Comparisons.
+
+
+def test_targets_are_those_of_every_response_in_turn(tmp_path):
+    rows = [LIST, TEXT, ANSWER, {**TEXT, "score_chosen": 2}]
+    found = tokenise_rows(rows, tmp_path)
+    assert said(found.targets()) == [3.0, 0.5, 1.0, None, None, 0.25, 2.0, None]
+    assert said(found.select(np.array([2, 0])).targets()) == [0.25, 3.0, 0.5, 1.0]
+
+
+def test_similarity_goes_to_the_judged_pairs_in_turn(tmp_path):
+    found = tokenise_rows([ANSWER, TEXT, LIST, ANSWER, TEXT], tmp_path)
+    assert found.pairs.tolist() == [0, 1, 3, 0, 1]
+    assert found[1].similarity == []
+    with_them = found.with_similarity(np.array([0.5, 0.25, -1.0, 0.0, 0.75]))
+    expected = [[], [0.5], [0.25, -1.0, 0.0], [], [0.75]]
+    assert [row.similarity for row in with_them] == expected
+    assert everything(with_them) == everything(found)
+    assert [row.similarity for row in with_them.select(np.array([4, 2, 0]))] == [expected[i] for i in (4, 2, 0)]
+    picked = found.select(np.array([2, 1])).with_similarity(np.array([0.25, -1.0, 0.0, 0.5]))
+    assert [row.similarity for row in picked] == [expected[2], expected[1]]

@@ -2,12 +2,14 @@
 """The flags: upstream's all known, launch lines unchanged, one clear line for what is wrong."""
 
 import shlex
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from reward_model.errors import UserError
-from reward_model.options import SCHEDULERS, build_parser, cache_folder, explain_inherited, parse
+from reward_model.options import LOSSES, SCHEDULERS, build_parser, cache_folder, explain_inherited, parse
 
 MODEL = ["--model_name_or_path", "facebook/opt-350m"]
 
@@ -103,8 +105,19 @@ WRONG = [
     ("--dropout 1.5", ["--dropout", "1.5"]),
     ("--label_smoothing 0.6", ["--label_smoothing", "0.6"]),
     ("--label_smoothing -0.1", ["--label_smoothing", "-0.1"]),
-    ("--margin wide", ["--margin", "wide", "column"]),
+    ("--label_smoothing half", ["--label_smoothing", "half", "column"]),
+    ("--label_smoothing nan", ["--label_smoothing", "nan"]),
+    ("--margin wide", ["--margin", "wide", "column", "small", "large"]),
     ("--margin nan", ["--margin", "nan"]),
+    ("--loss square", ["--loss", "square", "logistic", "rank_list", "mse", "bradley_terry"]),
+    ("--loss", ["--loss"]),
+    ("--loss_weight 0", ["--loss_weight", "0"]),
+    ("--loss_weight nan", ["--loss_weight", "nan"]),
+    ("--loss focal --focal_gamma -1", ["--focal_gamma", "-1"]),
+    ("--loss huber --huber_delta 0", ["--huber_delta", "0"]),
+    ("--loss prior_length --prior_beta 20", ["--prior_beta"]),
+    ("--loss prior_length --prior_beta 20 low", ["--prior_beta", "low"]),
+    ("--length_penalty -1", ["--length_penalty", "-1"]),
     ("--score_penalty fine", ["--score_penalty", "fine"]),
     ("--loss_level word", ["--loss_level", "word"]),
     ("--pooling max", ["--pooling", "max"]),
@@ -122,6 +135,30 @@ CONTRADICTIONS = [
     ("--loss_level token --pooling mean", ["--loss_level", "--pooling", "mean"]),
     ("--score_penalty_weight 0.1", ["--score_penalty_weight", "--score_penalty:"]),
     ("--lora_alpha 16", ["--lora_alpha", "--lora_dim"]),
+    ("--normalize_scores train", ["--normalize_scores", "--output_dir"]),
+    ("--loss logistic focal", ["--loss logistic focal", "one loss at most"]),
+    ("--loss logistic pairwise", ["--loss logistic logistic", "one loss at most"]),  # two names of one loss
+    ("--loss rank_list mse best_of_k", ["--loss rank_list mse best_of_k", "one loss at most"]),
+    ("--loss mse ordinal", ["--loss mse ordinal", "one loss at most"]),
+    ("--loss logistic mse --loss_weight 1", ["--loss_weight: 1 numbers for 2 losses"]),
+    ("--loss_weight 1 2", ["--loss_weight: 2 numbers for 1 losses"]),
+    ("--loss focal --margin 1", ["--margin", "logistic, scaled, hinge", "focal"]),
+    ("--loss focal --margin 0", ["--margin", "focal"]),  # the default, but it was asked for
+    ("--loss plackett_luce mse --margin column", ["--margin", "plackett_luce mse"]),
+    ("--loss scaled", ["--loss scaled", "--margin column, small or large"]),
+    ("--loss scaled --margin 2", ["--loss scaled", "--margin column, small or large"]),
+    ("--loss hinge --label_smoothing 0.1", ["--label_smoothing", "logistic", "hinge"]),
+    ("--loss mse --label_smoothing column", ["--label_smoothing", "logistic", "mse"]),
+    ("--focal_gamma 2", ["--focal_gamma", "--loss focal", "logistic"]),
+    ("--loss mse --huber_delta 1", ["--huber_delta", "--loss huber", "mse"]),
+    ("--prior_beta 20 -15", ["--prior_beta", "--loss prior_length or prior_cosine", "logistic"]),
+    ("--loss prior_length --prior_model x", ["--prior_model", "--loss prior_cosine", "prior_length"]),
+    ("--loss prior_cosine", ["--loss prior_cosine", "--prior_model"]),
+    ("--loss prior_length --prior_beta 20 -20", ["--prior_beta 20 -20", "more than 0"]),  # 20/1.001 - 20 = -0.02
+    ("--loss prior_length --prior_beta 0 1", ["--prior_beta 0 1", "more than 0"]),
+    ("--loss prior_length --prior_beta -1 15", ["--prior_beta -1 15", "more than 0"]),
+    ("--loss_level token --loss rank_list", ["--loss_level token", "--loss rank_list"]),
+    ("--loss_level token --loss logistic mse", ["--loss_level token", "--loss logistic mse"]),
 ]
 
 INHERITED = [
@@ -179,6 +216,7 @@ def test_defaults_are_upstreams_where_they_do_not_surprise():
     same |= {"lora_learning_rate": 5e-4, "dropout": None, "output_dir": None, "local_rank": -1, "eval_interval": 0}
     same |= {"data_path": ["Dahoas/rm-static"], "tensorboard_path": "step2_tensorboard"}
     ours = {"data_split": None, "dtype": None, "eval_iters": 0, "margin": 0.0, "score_penalty": None}
+    ours |= {"loss": ["logistic"], "loss_weight": [1.0], "label_smoothing": 0.0, "length_penalty": 0.0}
     assert {name: getattr(parsed, name) for name in same | ours} == same | ours
 
 
@@ -214,10 +252,63 @@ def test_offload_without_a_stage_is_left_to_the_file_where_there_is_one():
 
 
 @pytest.mark.parametrize(
-    ("line", "value"), [("--margin 1.5", 1.5), ("--margin=-1", -1.0), ("--margin column", "column")]
+    ("line", "value"),
+    [
+        ("--margin 1.5", 1.5),
+        ("--margin=-1", -1.0),
+        ("--margin column", "column"),
+        ("--margin small", "small"),
+        ("--loss scaled --margin large", "large"),
+        ("--loss hinge", 1.0),  # at 0 equal scores would satisfy it
+        ("--loss hinge mse", 1.0),
+        ("--loss hinge --margin 0", 0.0),
+        ("--loss logistic mse --margin 2", 2.0),
+        ("--loss focal", 0.0),
+    ],
 )
-def test_margin_is_a_number_or_the_column(line, value):
+def test_margin_is_a_number_or_of_the_data(line, value):
     assert options(line).margin == value
+
+
+@pytest.mark.parametrize(
+    ("line", "names", "weights"),
+    [
+        ("", ["logistic"], [1.0]),
+        ("--loss pairwise", ["logistic"], [1.0]),
+        ("--loss log_exp", ["logistic"], [1.0]),
+        ("--loss mse bradley_terry", ["mse", "logistic"], [1.0, 1.0]),
+        ("--loss logistic plackett_luce bce --loss_weight 1 0.5 2", ["logistic", "plackett_luce", "bce"], [1, 0.5, 2]),
+    ],
+)
+def test_losses_and_their_weights(line, names, weights):
+    assert (options(line).loss, options(line).loss_weight) == (names, weights)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_can_be_named_alone(name):
+    needs = {"scaled": "--margin column", "prior_cosine": "--prior_model encoder"}
+    assert options(f"--loss {name} {needs.get(name, '')}").loss == [name]
+
+
+@pytest.mark.parametrize(("value", "read"), [("0", 0.0), ("0.5", 0.5), ("column", "column")])
+def test_label_smoothing_is_a_number_or_the_column(value, read):
+    assert options(f"--label_smoothing {value}").label_smoothing == read
+    assert options(f"--loss mse pairwise --label_smoothing {value}").label_smoothing == read
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "value"),
+    [
+        ("--loss focal --focal_gamma 0", "focal_gamma", 0.0),
+        ("--loss huber logistic --huber_delta 2", "huber_delta", 2.0),
+        ("--loss prior_length --prior_beta 10 -9", "prior_beta", [10.0, -9.0]),
+        ("--loss prior_cosine --prior_model encoder --prior_beta 1 0", "prior_beta", [1.0, 0.0]),
+        ("--normalize_scores eval --output_dir out", "normalize_scores", "eval"),
+        ("--loss focal --loss_level token", "loss_level", "token"),
+    ],
+)
+def test_a_flag_of_one_loss_goes_with_it(line, name, value):
+    assert getattr(options(line), name) == value
 
 
 @pytest.mark.parametrize(
@@ -286,3 +377,12 @@ def test_the_cache_is_the_users_own_unless_named(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert cache_folder(options()) == tmp_path / "home" / ".cache" / "dschat-reward"
+
+
+def test_a_wrong_flag_is_told_before_anything_heavy_is_imported():
+    code = (
+        "import sys, reward_model.options; print({'datasets', 'transformers', 'reward_model.trainer'} & {*sys.modules})"
+    )
+    top = Path(__file__).resolve().parent.parent
+    words = [sys.executable, "-c", code]
+    assert subprocess.run(words, cwd=top, capture_output=True, text=True, check=True).stdout == "set()\n"

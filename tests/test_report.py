@@ -7,7 +7,7 @@ import struct
 import numpy as np
 import pytest
 
-from reward_model.metrics import pair_metrics
+from reward_model.metrics import pair_metrics, point_metrics
 from reward_model.report import draw, read_metrics
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -29,6 +29,19 @@ def eval_record(step):
     return {"split": "eval", "step": step} | pair_metrics(chosen, rejected, np.array([3, 4]), np.array([4, 3]))
 
 
+def point_record(step, **more):
+    targets = np.array([1.0, 0.0, 3.0])
+    return {"split": "eval", "step": step} | point_metrics(targets * step + [0.0, 0.1, 0.0], targets, targets, **more)
+
+
+PAIR_SCORES = {"chosen": np.array([0.5, 1.0, 2.0]), "rejected": np.array([0.0, -1.0, 0.5])}
+POINT_SCORES = {"scored answers": np.array([0.5, 1.0, 2.0, -3.0])}
+
+
+def without_pairs(record):
+    return {name: record[name] for name in ("split", "step", "loss")}
+
+
 @pytest.fixture
 def metrics(tmp_path):
     def write(records):
@@ -48,31 +61,37 @@ def size_of(picture):
 
 
 @pytest.mark.parametrize(
-    "records",
+    ("records", "scores"),
     [
-        [train_record(1), eval_record(1)],
-        [eval_record(0), *map(train_record, range(1, 31)), eval_record(15), eval_record(30)],
+        ([train_record(1), eval_record(1)], PAIR_SCORES),
+        ([eval_record(0), *map(train_record, range(1, 31)), eval_record(15), eval_record(30)], PAIR_SCORES),
+        ([point_record(0), without_pairs(train_record(1)), point_record(1)], POINT_SCORES),
+        # scores beside a loss of pairs, and pairs beside a loss of scores
+        ([train_record(1), point_record(1, with_loss=False)], POINT_SCORES),
+        ([without_pairs(train_record(1)), eval_record(1) | point_record(1)], PAIR_SCORES),
     ],
-    ids=["one evaluation", "several evaluations"],
+    ids=["one evaluation", "several evaluations", "points", "points without a loss", "pairs and points"],
 )
-def test_draw_writes_a_png(metrics, tmp_path, records):
+@pytest.mark.filterwarnings("error::UserWarning")  # a legend of nothing, an axis without a range
+def test_draw_writes_a_png(metrics, tmp_path, records, scores):
     picture = tmp_path / "report.png"
-    draw(metrics(records), picture, np.array([0.5, 1.0, 2.0]), np.array([0.0, -1.0, 0.5]))
-    width, height = size_of(picture)
-    assert width > 600
-    assert height > 400
+    draw(metrics(records), picture, scores)
+    assert size_of(picture) == (1210, 770)  # 11 by 7 inches of 110 dots
 
 
 def test_equal_scores_can_be_drawn(metrics, tmp_path):
-    draw(metrics([train_record(1), eval_record(1)]), tmp_path / "report.png", np.zeros(3), np.zeros(3))
+    draw(
+        metrics([train_record(1), eval_record(1)]),
+        tmp_path / "report.png",
+        {"chosen": np.zeros(3), "rejected": np.zeros(3)},
+    )
     assert size_of(tmp_path / "report.png")
 
 
 def test_the_picture_follows_the_records(metrics, tmp_path):
-    scores = np.array([1.0, 2.0]), np.array([0.0, 1.0])
     first, same, other = (tmp_path / f"{name}.png" for name in ("first", "same", "other"))
     for picture, step in ((first, 1), (same, 1), (other, 2)):
-        draw(metrics([train_record(step), eval_record(step)]), picture, *scores)
+        draw(metrics([train_record(step), eval_record(step)]), picture, PAIR_SCORES)
     assert first.read_bytes() == same.read_bytes()
     assert first.read_bytes() != other.read_bytes()
 
@@ -81,7 +100,7 @@ def test_draw_leaves_no_figure_open(metrics, tmp_path):
     from matplotlib import pyplot as plt
 
     before = plt.get_fignums()
-    draw(metrics([train_record(1), eval_record(1)]), tmp_path / "report.png", np.ones(2), np.zeros(2))
+    draw(metrics([train_record(1), eval_record(1)]), tmp_path / "report.png", PAIR_SCORES)
     assert plt.get_fignums() == before
 
 

@@ -221,11 +221,15 @@ def test_pairwise_loss_is_linear_in_a_lost_gap(dtype):
     assert gradient[GAPS.index(0.0)] == -0.5
 
 
+def with_(margin, label_smoothing=0.0):
+    return lambda chosen, rejected: pairwise_loss(chosen, rejected, margin, label_smoothing)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_span_loss_is_finite_at_any_gap(dtype):
     chosen, rejected = gap_scores(dtype)
     tokens = len(GAPS)
-    loss = span_loss(chosen[None], rejected[None], torch.tensor([0]), torch.tensor([tokens]), 1.0, 0.1)
+    loss = span_loss(chosen[None], rejected[None], torch.tensor([0]), torch.tensor([tokens]), with_(1.0, 0.1))
     assert loss.dtype == at_least_float32(dtype)
     assert loss.shape == (1,)
     assert_finite_gradients(loss, chosen, rejected)
@@ -302,6 +306,7 @@ def test_label_smoothing_by_hand():
         -0.8 * math.log(1 / 4) - 0.2 * math.log(3 / 4),
     )
     torch.testing.assert_close(pairwise_loss(gap + 2, double(2, 2, 2), label_smoothing=0.2), expected)
+    torch.testing.assert_close(pairwise_loss(gap + 2, double(2, 2, 2), label_smoothing=double(0.2, 0.2, 0.2)), expected)
 
 
 def test_margin_by_hand():
@@ -334,7 +339,7 @@ def test_span_loss_by_hand():
 def test_span_loss_takes_a_margin_per_pair():
     chosen, rejected = double(1, 1, 1).expand(2, 3), double(0, 0, 0).expand(2, 3)
     start, end = torch.tensor([0, 1]), torch.tensor([3, 2])
-    loss = span_loss(chosen, rejected, start, end, double(1, 1 + math.log(3)))
+    loss = span_loss(chosen, rejected, start, end, with_(double(1, 1 + math.log(3))[:, None]))
     torch.testing.assert_close(loss, double(math.log(2), math.log(4)))
 
 
@@ -354,7 +359,7 @@ def test_gradcheck_pairwise_loss(smoothing):
 
 def test_gradcheck_span_loss():
     start, end = torch.tensor([0, 2, 4]), torch.tensor([5, 4, 4])
-    assert torch.autograd.gradcheck(lambda c, r: span_loss(c, r, start, end, 0.5, 0.1), random_scores(3, 5))
+    assert torch.autograd.gradcheck(lambda c, r: span_loss(c, r, start, end, with_(0.5, 0.1)), random_scores(3, 5))
 
 
 @pytest.mark.parametrize("kind", SCORE_PENALTIES)
@@ -406,7 +411,7 @@ def test_nan_outside_the_span_reaches_neither_loss_nor_gradient(smoothing):
     inside = torch.tensor([[0, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]], dtype=torch.bool)
     clean = random_scores(3, 4)
     poisoned = [scores.detach().where(inside, math.nan).requires_grad_() for scores in clean]
-    losses = [span_loss(*scores, start, end, 0.5, smoothing) for scores in (clean, poisoned)]
+    losses = [span_loss(*scores, start, end, with_(0.5, smoothing)) for scores in (clean, poisoned)]
     torch.testing.assert_close(losses[1], losses[0])
     assert losses[0][2] == 0
     expected, found = (torch.autograd.grad(loss.sum(), scores) for loss, scores in zip(losses, (clean, poisoned)))

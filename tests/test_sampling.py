@@ -8,7 +8,7 @@ from dataclasses import replace
 import datasets
 import numpy as np
 import pytest
-from comparisons import pair, table
+from comparisons import answer, pair, table
 
 from reward_model.batching import Layout, Loading, merge
 from reward_model.data import FEATURES, Comparison, Comparisons
@@ -29,15 +29,16 @@ LAYOUTS = ("packed", "shared", "separate")
 SPLITS = [(24, 2, 3, 2), (23, 2, 3, 2), (25, 2, 3, 2), (7, 4, 1, 1), (3, 2, 2, 8), (1, 1, 1, 4), (100, 3, 4, 5)]
 
 
-def random_units(size, most_rows=1, seed=0):
+def random_units(size, most_rows=1, seed=0, by_row=False):
     """Units of 1 to so many rows each; with more than one, a row has 1 or 2 pairs."""
     rng = np.random.default_rng(seed)
     rows = rng.integers(1, most_rows + 1, size)
     starts = np.concatenate([[0], np.cumsum(rows)])
-    pairs = np.add.reduceat(pairs_of_rows(starts[-1], most_rows), starts[:-1]) if size else np.zeros(0, np.int64)
+    sizes = np.ones(starts[-1], np.int64) if by_row else pairs_of_rows(starts[-1], most_rows)
+    total = np.add.reduceat(sizes, starts[:-1]) if size else np.zeros(0, np.int64)
     length = rng.integers(5, 50, size)
     tokens = length + rows * rng.integers(1, 20, size)
-    return Units(np.arange(starts[-1]), starts, pairs, rows + 1, length, tokens)
+    return Units(np.arange(starts[-1]), sizes, starts, total, rows + 1, length, tokens)
 
 
 def pairs_of_rows(rows, most_rows):
@@ -47,7 +48,7 @@ def pairs_of_rows(rows, most_rows):
 def units_of(tokens, texts=2):
     """One row and one pair in each; its longest text has as many tokens as the unit."""
     tokens, ones = np.array(tokens), np.ones(len(tokens), np.int64)
-    return Units(np.arange(len(tokens)), np.arange(len(tokens) + 1), ones, texts * ones, tokens, tokens)
+    return Units(np.arange(len(tokens)), ones, np.arange(len(tokens) + 1), ones, texts * ones, tokens, tokens)
 
 
 def steps_of(units, rule, world_size, seed=1, epoch=0):
@@ -120,20 +121,20 @@ def test_every_rank_takes_part_in_every_micro_batch(split, most_rows):
 
 def gradient(micro_batch, gradients):
     """Of its weighted mean loss. gradients: of each row's pairs, (p, 3)."""
-    pairs = np.concatenate([gradients[row] for row in micro_batch.rows])
-    if micro_batch.row_weights is None:
-        return micro_batch.weight * pairs.mean(axis=0)
-    weights = [w for row, w in zip(micro_batch.rows, micro_batch.row_weights) for _ in gradients[row]]
-    assert sum(weights) == pytest.approx(1)
-    return micro_batch.weight * np.dot(weights, pairs)
+    if not micro_batch.weight:
+        return 0.0
+    means = [gradients[row].mean(axis=0) for row in micro_batch.rows]  # a row's pairs share its weight
+    return micro_batch.weight * np.average(means, axis=0, weights=micro_batch.row_weights)
 
 
 @splits
 @unit_rows
 @pytest.mark.parametrize("by_prompt", [False, True])
-def test_the_weights_make_the_mean_over_the_global_batch(split, most_rows, by_prompt):
+@pytest.mark.parametrize("by_row", [False, True])
+def test_the_weights_make_the_mean_over_the_global_batch(split, most_rows, by_prompt, by_row):
+    """Of its pairs, of its rows, or of its prompts, which are means of the one or of the other."""
     size, micro_batch, accumulation, world_size = split
-    units = random_units(size, most_rows)
+    units = random_units(size, most_rows, by_row=by_row)
     rng = np.random.default_rng(0)
     gradients = [rng.normal(size=(pairs, 3)) for pairs in pairs_of_rows(len(units.rows), most_rows)]
     for rule in rules(micro_batch, accumulation, by_prompt=by_prompt):
@@ -141,7 +142,11 @@ def test_the_weights_make_the_mean_over_the_global_batch(split, most_rows, by_pr
             every = [*itertools.chain(*step)]
             rows = set(counted(step))
             groups = [units.rows_of(u) for u in range(size) if units.rows_of(u)[0] in rows] if by_prompt else [[*rows]]
-            means = [np.concatenate([gradients[row] for row in group]).mean(axis=0) for group in groups]
+            parts = [
+                [gradients[row].mean(axis=0, keepdims=by_row) if by_row else gradients[row] for row in group]
+                for group in groups
+            ]
+            means = [np.concatenate(part).mean(axis=0) for part in parts]
             assert sum(m.weight for m in every) == pytest.approx(1)
             np.testing.assert_allclose(sum(gradient(m, gradients) for m in every), np.mean(means, axis=0), atol=1e-12)
 
@@ -154,13 +159,20 @@ def test_weights_by_hand():
         (2, pytest.approx(2 / 3)),
     ]
     # two prompts of 1 and 3 pairs
-    units = Units(np.arange(4), np.array([0, 1, 4]), np.array([1, 3]), np.array([2, 3]), *np.array([[5, 5], [8, 9]]))
+    more = np.array([2, 3]), *np.array([[5, 5], [8, 9]])
+    units = Units(np.arange(4), np.ones(4, np.int64), np.array([0, 1, 4]), np.array([1, 3]), *more)
     (((m,),),) = steps_of(units, Rule(2, by_prompt=True), 1)
-    weights = dict(zip(m.rows.tolist(), m.row_weights.tolist()))
+    weights = dict(zip(m.rows.tolist(), (m.row_weights / m.row_weights.sum()).tolist()))
     assert weights == pytest.approx({0: 1 / 2, 1: 1 / 6, 2: 1 / 6, 3: 1 / 6})
     assert m.weight == 1
     # pairs of 1, 3: shares of 4 on two ranks
     assert sorted(m.weight for (m,) in steps_of(units, Rule(2), 2)[0]) == [1 / 4, 3 / 4]
+    # one prompt with rows of 1 and 3 pairs beside one with a row of 4: pairs weigh 1/8 each, in a prompt as in none
+    units = Units(np.arange(3), np.array([1, 3, 4]), np.array([0, 2, 3]), np.array([4, 4]), *more)
+    for by_prompt in (False, True):
+        (((m,),),) = steps_of(units, Rule(8, by_prompt=by_prompt), 1)
+        weights = dict(zip(m.rows.tolist(), (m.row_weights / m.row_weights.sum()).tolist()))
+        assert weights == pytest.approx({0: 1 / 8, 1: 3 / 8, 2: 1 / 2})
 
 
 @unit_rows
@@ -183,7 +195,7 @@ def test_a_unit_of_many_pairs_goes_where_most_of_it_lies():
     numbers = [pairs[counted(step)].sum() for step in steps_of(units, Rule(20), 1)]
     borders = 20 * np.arange(1, len(numbers))
     assert len(numbers) > 20
-    assert (np.abs(np.cumsum(numbers)[:-1] - borders) <= (units.pairs.max() + 1) / 2).all()
+    assert (np.abs(np.cumsum(numbers)[:-1] - borders) <= (units.size.max() + 1) / 2).all()
 
 
 @pytest.mark.parametrize("by_length", [False, True])
@@ -329,7 +341,8 @@ def test_single_rows_are_units():
     rows = [*random_rows(0, rows=5), Comparison([1], [[2], [3, 4], [5]], [0, 1], [1, 2], [0.0, 0.0], 0)]
     units = single_rows(table(rows))
     assert [units.rows_of(u).tolist() for u in range(len(units))] == [[i] for i in range(6)]
-    assert units.pairs.tolist() == [1] * 5 + [2]
+    assert units.size.tolist() == units.sizes.tolist() == [1] * 5 + [2]
+    assert single_rows(table(rows), by_row=True).size.tolist() == [1] * 6
     assert units.texts.tolist() == [2] * 5 + [3]
     assert units.length.tolist() == [len(c.prompt) + max(map(len, c.responses)) for c in rows]
     assert units.tokens.tolist() == [c.tokens for c in rows]
@@ -347,12 +360,12 @@ def test_rows_come_together_by_prompt(limits, seed):
         unit = [rows[row] for row in units.rows_of(u)]
         texts = {(*c.prompt, *response) for c in unit for response in c.responses}
         assert len({c.prompt_hash for c in unit}) == 1
-        assert 1 <= len(unit) == units.pairs[u] <= most_pairs
+        assert 1 <= len(unit) == units.size[u] == units.sizes_of(u).sum() <= most_pairs
         assert len(texts) == units.texts[u] <= most_responses
         assert units.length[u] == max(map(len, texts))
         assert units.tokens[u] == sum(map(len, texts)) - (len(texts) - 1) * len(unit[0].prompt)
-        ((merged, _),) = merge(unit, Layout("packed", 0, most_responses))
-        assert units.tokens[u] == merged.tokens
+        (merged,) = merge(unit, Layout("packed", 0, most_responses))
+        assert units.tokens[u] == merged.texts.tokens
 
 
 def test_wide_limits_leave_one_unit_a_prompt():
@@ -393,17 +406,17 @@ def test_blocks_by_hand(edges, most_responses, most_pairs, expected):
 def test_a_complete_graph_is_encoded_once():
     # prompt 2 tokens, responses 1, 2, 3 and 4
     units = rows_by_prompt(table(graph(COMPLETE)), 4, 6, 0)
-    assert (units.pairs.tolist(), units.texts.tolist()) == ([6], [4])
+    assert (units.size.tolist(), units.texts.tolist()) == ([6], [4])
     assert (units.length.tolist(), units.tokens.tolist()) == ([6], [12])
 
 
-def test_more_than_two_responses_stay_alone():
+def test_more_than_two_responses_stay_apart_from_pairs():
     three = Comparison([1, 2], [[10], [11, 11], [12]], [0, 1], [1, 2], [0.0, 0.0], 0)
     units = rows_by_prompt(table([*graph(COMPLETE[:2]), three]), 16, 100, 0)
     found = {tuple(sorted(units.rows_of(u).tolist())): u for u in range(2)}
     assert set(found) == {(0, 1), (2,)}
     alone = found[2,]
-    assert (units.pairs[alone], units.texts[alone], units.length[alone], units.tokens[alone]) == (2, 3, 4, 6)
+    assert (units.size[alone], units.texts[alone], units.length[alone], units.tokens[alone]) == (2, 3, 4, 6)
 
 
 def test_equal_texts_of_two_prompts_stay_apart():
@@ -414,7 +427,7 @@ def test_a_prompt_cut_in_two_places_is_counted_apart():
     # together 3 + 3 + 9 + 9 tokens, less what they share: nothing
     rows = [pair([1, 2], [3], [4], 0), pair([2] * 8, [3], [4], 0)]
     units = rows_by_prompt(table(rows), 16, 100, 0)
-    assert sum(c.tokens for c, _ in merge(rows, Layout("packed", 0, 16))) == 14
+    assert sum(m.texts.tokens for m in merge(rows, Layout("packed", 0, 16))) == 14
     assert units.tokens.tolist() == [14]
 
 
@@ -450,6 +463,158 @@ def test_many_rows_of_one_prompt():
     units = rows_by_prompt(Comparisons(datasets.Dataset.from_dict(columns, features=features)), 16, 100, 0)
     assert sorted(units.rows) == list(range(size))
     assert sizes(units) == [8] * (size // 8)
+
+
+def answers_to(lengths, prompt_hash=0):
+    """Single scored answers to a prompt of five tokens; equal lengths, equal texts."""
+    return [answer([1] * 5, [10 + n] * n, 0.0, prompt_hash) for n in lengths]
+
+
+def ranked(responses, prompt_hash=0):
+    """A list, best first, all of its pairs judged."""
+    better, worse = map(list, zip(*itertools.combinations(range(len(responses)), 2)))
+    texts = [[10 + k] * 3 for k in responses]
+    return Comparison([1] * 5, texts, better, worse, [0.0] * len(better), prompt_hash, ranks=[*range(len(responses))])
+
+
+def mixture(seed, prompts=4, rows=60):
+    """Pairs, lists of 3 to 5 and single answers, of a few texts of a few prompts."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for size in rng.choice([1, 1, 2, 2, 3, 4, 5], rows):
+        prompt, responses = int(rng.integers(prompts)), rng.permutation(7)[:size].tolist()
+        found.append(ranked(responses, prompt) if size > 1 else answer([1] * 5, [10 + responses[0]] * 3, 1.0, prompt))
+    return [replace(c, prompt=[c.prompt_hash] * (c.prompt_hash + 1)) for c in found]
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize("limits", [(2, 1, 0), (5, 4, 0), (8, 12, 14), (16, 100, 0), (16, 100, 25)], ids=str)
+def test_a_mixture_comes_together_by_prompt(limits, by_row):
+    most_responses, most_size, most_tokens = limits
+    rows = mixture(0)
+    units = rows_by_prompt(table(rows), most_responses, most_size, 0, most_tokens=most_tokens, by_row=by_row)
+    assert sorted(units.rows) == list(range(len(rows)))
+    size_of = [1 if by_row else max(len(c.better), 1) for c in rows]
+    assert units.sizes.tolist() == [size_of[row] for row in units.rows]
+    for u in range(len(units)):
+        unit = [rows[row] for row in units.rows_of(u)]
+        texts = {(*c.prompt, *response) for c in unit for response in c.responses}
+        assert len({c.prompt_hash for c in unit}) == 1
+        assert units.size[u] == sum(units.sizes_of(u)) == sum(size_of[row] for row in units.rows_of(u))
+        assert units.texts[u] == len(texts)
+        assert units.length[u] == max(map(len, texts))
+        (merged,) = merge(unit, Layout("packed", 0))
+        assert units.tokens[u] == merged.texts.tokens
+        if len(unit) > 1:
+            assert units.size[u] <= most_size
+            assert units.texts[u] <= most_responses
+            assert not most_tokens or units.tokens[u] <= most_tokens
+    if most_responses == 16 and not most_tokens:  # the pairs of each prompt, and the rest
+        kinds = {(c.prompt_hash, len(c.responses) == 2) for c in rows}
+        assert len(units) == len(kinds) == 8
+
+
+@pytest.mark.parametrize(
+    ("lengths", "most_responses", "most_size", "most_tokens", "expected"),
+    [
+        (range(1, 11), 4, 100, 0, [4, 4, 2]),
+        (range(1, 11), 16, 3, 0, [3, 3, 3, 1]),
+        (range(1, 11), 16, 100, 0, [10]),
+        ([7] * 5, 1, 100, 0, [5]),  # one answer, scored five times
+        ([7] * 5, 1, 2, 0, [2, 2, 1]),
+        ([10, 10, 10], 16, 100, 15, [3]),  # once, after its prompt
+        ([8, 8, 9, 9], 16, 100, 22, [4]),  # 5 + 8 + 9
+        ([8, 9, 10], 16, 100, 21, [1, 1, 1]),  # any two: 22 at least
+        ([8, 9, 10], 16, 100, 1, [1, 1, 1]),
+    ],
+)
+def test_single_answers_by_hand(lengths, most_responses, most_size, most_tokens, expected):
+    comparisons, limits = table(answers_to(lengths)), (most_responses, most_size)
+    for seed, by_row in enumerate((False, True)):
+        units = rows_by_prompt(comparisons, *limits, seed, most_tokens=most_tokens, by_row=by_row)
+        assert sizes(units) == expected
+        assert units.size.tolist() == np.diff(units.starts).tolist()
+
+
+def test_single_answers_of_one_prompt_have_its_tokens_once():
+    units = rows_by_prompt(table([*answers_to([1, 2, 4]), *answers_to([3], 1)]), 16, 100, 0)
+    assert units.texts.tolist() == [3, 1]
+    assert units.length.tolist() == [9, 8]
+    assert units.tokens.tolist() == [5 + 7, 5 + 3]
+
+
+@pytest.mark.parametrize(
+    ("most_responses", "most_size", "by_row", "expected"),
+    [
+        (5, 100, False, [2]),  # 0 to 4
+        (4, 100, False, [1, 1]),
+        (16, 12, False, [2]),  # six pairs each
+        (16, 11, False, [1, 1]),
+        (16, 5, False, [1, 1]),  # a row is a unit at least
+        (16, 2, True, [2]),
+        (16, 1, True, [1, 1]),
+    ],
+)
+def test_lists_with_texts_in_common_by_hand(most_responses, most_size, by_row, expected):
+    comparisons = table([ranked([0, 1, 2, 3]), ranked([4, 3, 2, 1])])
+    units = rows_by_prompt(comparisons, most_responses, most_size, 0, by_row=by_row)
+    assert sizes(units) == expected
+    assert sorted(units.size.tolist()) == sorted(n * (1 if by_row else 6) for n in expected)
+    assert units.texts.tolist() == ([5] if expected == [2] else [4, 4])
+
+
+def test_pairs_among_lists_fill_blocks_of_their_own():
+    rows = [*[ranked([a, b]) for a, b in COMPLETE], ranked([0, 1, 2, 3]), *answers_to([3, 4])]
+    units = rows_by_prompt(table(rows), 16, 100, 0)
+    assert {frozenset(units.rows_of(u).tolist()) for u in range(len(units))} == {
+        frozenset(range(6)),
+        frozenset({6, 7, 8}),
+    }
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize("by_prompt", [False, True])
+def test_without_a_judged_pair_every_row_counts_one(by_row, by_prompt):
+    comparisons = table([*answers_to(range(1, 5)), *answers_to(range(1, 4), 1), *answers_to([1], 2)])
+    with np.errstate(all="raise"):
+        units = rows_by_prompt(comparisons, 16, 100, 0, by_row=by_row)
+        ((micro_batches,),) = steps_of(units, Rule(100, 2, by_prompt=by_prompt), 1)
+        assert single_rows(comparisons, by_row).size.tolist() == [1] * 8
+    assert sum(m.weight for m in micro_batches) == pytest.approx(1)
+    found = {}
+    for m in micro_batches:
+        found |= dict(zip(m.rows.tolist(), (m.weight * m.row_weights / m.row_weights.sum()).tolist()))
+    each = [1 / 12] * 4 + [1 / 9] * 3 + [1 / 3] if by_prompt else [1 / 8] * 8
+    assert found == pytest.approx(dict(enumerate(each)))
+
+
+@layouts
+def test_each_row_weighs_the_same_in_the_batches_of_a_step(layout):
+    rows = mixture(0)
+    units = rows_by_prompt(table(rows), 8, 4, 0, by_row=True)
+    plans = [EpochPlan(units, Rule(4, 2, layout=layout), rank, 3, 0, 0) for rank in range(3)]
+    loaded = [Loading(rows, plan, Layout(layout, 0)) for plan in plans]
+    assert len(plans[0]) == 3  # of 24 or so
+    for step in range(3):
+        batches = [batch for rank in loaded for batch in rank[step]]
+        every = np.concatenate([batch.weight * batch.row_weights.numpy() for batch in batches if batch.weight])
+        np.testing.assert_allclose(every, 1 / len(every), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("most", "expected"),
+    [
+        (2, [[0, 0], [0, 0], [0], [1, 1], [2]]),
+        (4, [[0] * 4, [0, 1, 1, 2]]),
+        (8, [[0] * 5 + [1, 1, 2]]),
+    ],
+)
+def test_single_answers_are_evaluated_by_prompt(most, expected):
+    comparisons = table([*answers_to([9] * 4 + [8]), *answers_to([3, 2], 1), *answers_to([1], 2)])
+    plan = plan_evaluation(rows_by_prompt(comparisons, 16, most, 0), Rule(most), 0, 1)
+    assert counted([plan]) == list(range(8))
+    assert [comparisons.prompt_hashes()[m.rows].tolist() for m in plan] == expected
+    assert [(m.weight, m.row_weights.tolist()) for m in plan] == [(1, [1] * len(part)) for part in expected]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -497,9 +662,9 @@ def test_padded_rows_fill_every_rank(layout):
 @pytest.mark.parametrize("layout", ["shared", "separate"])
 def test_padded_units_of_many_pairs_are_spread(layout):
     """Three units of 8 pairs and eight of one, in four micro-batches of 8 pairs."""
-    units = replace(units_of(np.arange(11, 0, -1)), pairs=np.array([8] * 3 + [1] * 8))
+    units = replace(units_of(np.arange(11, 0, -1)), size=np.array([8] * 3 + [1] * 8))
     ((micro_batches,),) = steps_of(units, Rule(8, 4, layout=layout), 1)
-    assert [sum(units.pairs[m.rows]) for m in micro_batches] == [8, 8, 8, 8]
+    assert [sum(units.size[m.rows]) for m in micro_batches] == [8, 8, 8, 8]
 
 
 EVALUATIONS = [(12, 2, 3), (13, 2, 3), (17, 4, 2), (3, 2, 4), (1, 8, 2), (10, 3, 1)]
@@ -528,12 +693,13 @@ def test_an_evaluation_keeps_its_limits(size, micro_batch, world_size, most_rows
     for rule in rules(micro_batch, 1):
         ranks = [plan_evaluation(units, rule, rank, world_size) for rank in range(world_size)]
         parts = [m for together in zip(*ranks) for m in together if m.weight]
-        assert {(m.weight, m.row_weights) for m in parts} == {(1.0, None)}
+        assert {m.weight for m in parts} == {1.0}
+        assert all(m.row_weights.tolist() == units.sizes[m.rows].tolist() for m in parts)
         widths = []
         for found in (units_in(m, units) for m in parts):
             widths += sorted((rule.width(units)[u] for u in found), reverse=True)
             if len(found) > 1:
-                assert sum(units.pairs[u] for u in found) <= micro_batch
+                assert sum(units.size[u] for u in found) <= micro_batch
                 assert not rule.tokens or cost(found, units, rule.layout) <= rule.tokens
         assert widths == sorted(widths, reverse=True)
 
@@ -546,7 +712,8 @@ def test_the_longest_come_first():
 
 @layouts
 def test_a_row_is_as_wide_as_its_unit_or_its_longest_text(layout):
-    units = Units(np.arange(2), np.arange(3), np.ones(2), np.array([2, 5]), np.array([9, 4]), np.array([10, 12]))
+    texts, length, tokens = np.array([[2, 5], [9, 4], [10, 12]])
+    units = Units(np.arange(2), np.ones(2), np.arange(3), np.ones(2), texts, length, tokens)
     (first, second) = plan_evaluation(units, Rule(1, layout=layout), 0, 1)
     assert [*first.rows, *second.rows] == ([0, 1] if layout == "separate" else [1, 0])
 

@@ -118,6 +118,18 @@ def test_csv_margin_that_is_whole_for_many_rows(tmp_path):
     assert rows_of(source)[10_000]["margin"] == 1.5
 
 
+@pytest.mark.parametrize("name", ["margin", "rating", "probability", "score", "label", "chosen_score", "rejected_score",
+                                  "score_chosen", "score_rejected"])  # fmt: skip
+def test_csv_columns_of_numbers(name, tmp_path):
+    """Words are left to what reads the row, which refuses them or, of a rating, knows them; answers stay text."""
+    path = tmp_path / "a.csv"
+    path.write_text(f"prompt,response,{name}\n1,2,3\n1,2, -0.5 \n1,2, \n1,2,better\n1,2\n")
+    (source,), _ = read(path)
+    assert rows_of(source) == [
+        {"prompt": "1", "response": "2", name: value} for value in (3.0, -0.5, None, "better", None)
+    ]
+
+
 LAYOUTS = [
     (["train.jsonl", "eval.jsonl"], ["train.jsonl"], ["eval.jsonl"]),
     (["train.csv", "test.csv"], ["train.csv"], ["test.csv"]),
