@@ -323,8 +323,9 @@ def _without_bad_rows(source: Source, table: datasets.Dataset, rules: Rules, lac
     problems = np.array(table["problem"][:], dtype=object)
     if lack is not None:
         judged = ("better", "worse", "margin", "rating", "probability", "ranks", "targets")
-        for i, row in enumerate(table.select_columns(list(judged))):
-            problems[i] = problems[i] or _lacking(lack, Comparison([], [], **row))
+        columns = table.select_columns(list(judged)).with_format("arrow")[:].to_pydict()
+        for i, row in enumerate(zip(*columns.values())):
+            problems[i] = problems[i] or _lacking(lack, Comparison([], [], **dict(zip(columns, row))))
     bad = np.flatnonzero(problems != None)  # noqa: E711  (elementwise)
     if len(bad) and rules.on_bad_row == "stop":
         advice = f"{len(bad)} of {len(problems)} rows cannot be used; --on_bad_row skip leaves them out"
@@ -448,20 +449,20 @@ def _require_different(found: list, names: Sequence[str], how: str = "") -> None
 def judge_pair(row: dict) -> dict:
     """What a row says of its chosen and rejected answer; a margin that it does not name is that of its scores.
 
+    A rating or probability that is none is left out, since other data sets use these words for other things: whoever
+    needs one will miss it.
+
     Raises:
-        BadRow: a margin, rating, probability or score that is none.
+        BadRow: a margin or score that is no number.
     """
     scores = [_number(row, f"{name}_score", f"score_{name}") for name in PAIR]
     margin = _number(row, "margin")
-    probability = _number(row, "probability")
-    if not (math.isnan(probability) or 0 <= probability <= 1):
-        raise BadRow(f"probability is {probability:g}, not in [0, 1]")
     return {
         "better": [0],
         "worse": [1],
         "margin": [scores[0] - scores[1] if math.isnan(margin) else margin],
-        "rating": [_grade(row.get("rating"))],
-        "probability": [probability],
+        "rating": [_within(row.get("rating"), 3, GRADES)],
+        "probability": [_within(row.get("probability"), 1)],
         "ranks": [0, 1],
         "targets": scores,
     }
@@ -534,15 +535,12 @@ def _number(row: dict, *names: str) -> float:
     return float(value)
 
 
-def _grade(rating) -> float:
-    """Llama 2's grades: their words, or 3 (significantly better) to 0; NaN: none."""
-    if isinstance(rating, str):
-        grade = GRADES.get(" ".join(rating.lower().split()))
-    else:
-        grade = _number({"rating": rating}, "rating")
-    if grade is None or not (math.isnan(grade) or 0 <= grade <= 3):
-        raise BadRow(f"rating is {rating!r}: give 0 to 3, or one of {', '.join(list(GRADES)[:4])}")
-    return grade
+def _within(value, most: float, words: dict[str, float] | None = None) -> float:
+    """A number from 0 to ``most``, or what a word stands for; NaN: neither."""
+    if isinstance(value, str):
+        value = (words or {}).get(" ".join(value.lower().split()))
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if is_number and 0 <= value <= most else math.nan
 
 
 def _type(value) -> str:

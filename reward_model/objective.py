@@ -17,7 +17,7 @@ import torch
 
 from reward_model import losses
 from reward_model.batching import Batch
-from reward_model.data import BadRow, Comparison, Comparisons, answers
+from reward_model.data import GRADES, BadRow, Comparison, Comparisons, answers
 from reward_model.errors import UserError
 from reward_model.losses import LIST_LOSSES, PAIR_LOSSES, kind_of
 from reward_model.reward_model import pairwise_loss, score_penalty, span_loss
@@ -183,11 +183,12 @@ class Objective:
         if margin == "column" and any(map(math.isnan, row.margin)):
             raise BadRow("margin is missing, and --margin column needs one")
         if margin in ("small", "large") and any(map(math.isnan, row.rating)):
-            raise BadRow(f"rating is missing, and --margin {margin} needs one")
+            grades = ", ".join(list(GRADES)[:4])
+            raise BadRow(f"the row has no rating that --margin {margin} knows: 0 to 3, or {grades}")
         if "scaled" in self.kinds and margin == "column" and min(row.margin) < 0:
             raise BadRow(f"margin is {min(row.margin):g}, and --loss scaled weighs a pair by it: give 0 or more")
         if self.options.label_smoothing == "column" and any(map(math.isnan, row.probability)):
-            raise BadRow("probability is missing, and --label_smoothing column needs one")
+            raise BadRow("the row has no probability from 0 to 1, and --label_smoothing column needs one")
         return None
 
     def _lack_lists(self, row: Comparison, loss: str) -> str | None:

@@ -531,7 +531,11 @@ class Trainer:
             divide_head(scorer, scale)
             after = self.spread(reference, units)
             scorer.config.score_mean = after["mean"]
-            self.record({"split": "normalise", "step": self.total_steps} | before | {"std_after": after["std"]})
+            self.record(
+                {"split": "normalise", "step": self.total_steps}
+                | before
+                | {f"{k}_after": after[k] for k in ("mean", "std")}
+            )
             say(
                 f"scores of {before['answers']} answers had mean {before['mean']:.4f} and standard deviation "
                 f"{scale:.4f}; the saved head gives {after['std']:.4f}, its mean {after['mean']:.4f} is in config.json"

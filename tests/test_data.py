@@ -271,6 +271,17 @@ def test_ratings_are_words_or_numbers(rating, grade):
     assert said(judge_pair({"rating": rating})["rating"]) == [grade]
 
 
+@pytest.mark.parametrize("rating", ["best", "2", 3.5, -1, math.nan, True, [2], {"a": 1}])
+def test_a_rating_of_another_kind_is_none(rating):
+    """Other data sets call other things so: whoever needs the grades of Llama 2 misses them."""
+    assert said(judge_pair({"rating": rating})["rating"]) == [None]
+
+
+@pytest.mark.parametrize("probability", [1.01, -0.5, math.nan, "even", True, 73])
+def test_a_probability_of_another_kind_is_none(probability):
+    assert said(judge_pair({"probability": probability})["probability"]) == [None]
+
+
 @pytest.mark.parametrize("probability", [0, 0.3, 1])
 def test_a_probability_may_be_certain_or_favour_the_rejected_answer(probability):
     assert judge_pair({"probability": probability})["probability"] == [probability]
@@ -322,20 +333,8 @@ def test_a_single_answer_has_a_score_or_a_label(row, target):
     assert set(map(tuple, judged.values())) == {()}
 
 
-WORDS = "give 0 to 3, or one of significantly better, better, slightly better, negligibly better"
 FIELDS = "and needs prompt, chosen, rejected (or responses, or response)"
 BAD_JUDGEMENTS = [
-    (TEXT, {"rating": "best"}, f"rating is 'best': {WORDS}"),
-    (TEXT, {"rating": "2"}, f"rating is '2': {WORDS}"),
-    (TEXT, {"rating": 3.5}, f"rating is 3.5: {WORDS}"),
-    (TEXT, {"rating": -1}, f"rating is -1: {WORDS}"),
-    (TEXT, {"rating": math.nan}, "rating is nan"),
-    (TEXT, {"rating": True}, "rating is a truth value, not a number"),
-    (TEXT, {"rating": [2]}, "rating is a list, not a number"),
-    (TEXT, {"probability": 1.01}, "probability is 1.01, not in [0, 1]"),
-    (TEXT, {"probability": -0.5}, "probability is -0.5, not in [0, 1]"),
-    (TEXT, {"probability": math.nan}, "probability is nan"),
-    (TEXT, {"probability": "even"}, "probability is text, not a number"),
     (TEXT, {"chosen_score": "high"}, "chosen_score is text, not a number"),
     (TEXT, {"score_rejected": True}, "score_rejected is a truth value, not a number"),
     (TEXT, {"rejected_score": -math.inf}, "rejected_score is -inf"),

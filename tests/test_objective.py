@@ -45,6 +45,11 @@ PAIR, RANKED, SINGLE = pair(), ranked(ranks=[2, 1, 3]), single(score=1)
 NO_TARGET = "needs a score or label, and the row has none"
 
 
+def no_rating(margin):
+    words = "significantly better, better, slightly better, negligibly better"
+    return f"the row has no rating that --margin {margin} knows: 0 to 3, or {words}"
+
+
 def test_every_loss_is_of_one_kind():
     kinds = {name: kind_of(name) for name in (*PAIR_LOSSES, *LIST_LOSSES, *POINT_LOSSES)}
     assert [*kinds.values()] == ["pairs"] * 7 + ["lists"] * 3 + ["points"] * 5
@@ -119,13 +124,14 @@ def test_a_row_with_nothing_to_learn_from_says_what_it_lacks(flags, row, reason)
 WRONG = [
     ("--margin column", PAIR, "margin is missing, and --margin column needs one"),
     ("--margin column", RANKED, "margin is missing, and --margin column needs one"),
-    ("--margin small", pair(margin=1), "rating is missing, and --margin small needs one"),
-    ("--loss hinge --margin large", ranked(1.0, 2.0), "rating is missing, and --margin large needs one"),
+    ("--margin small", pair(margin=1), no_rating("small")),
+    ("--loss hinge --margin large", ranked(1.0, 2.0), no_rating("large")),
     ("--loss scaled --margin column", pair(margin=-0.5),
      "margin is -0.5, and --loss scaled weighs a pair by it: give 0 or more"),
     ("--loss scaled --margin column", ranked(1.0, 3.0, ranks=[1, 2]),
      "margin is -2, and --loss scaled weighs a pair by it: give 0 or more"),
-    ("--label_smoothing column", PAIR, "probability is missing, and --label_smoothing column needs one"),
+    ("--label_smoothing column", PAIR,
+     "the row has no probability from 0 to 1, and --label_smoothing column needs one"),
     ("--loss plackett_luce", ranked(1.0, 3.0, 1.0),
      "responses 1 and 3 are tied, and --loss plackett_luce needs a strict order; rank_list takes ties"),
     ("--loss plackett_luce", ranked(ranks=[1, 2, 3, 3, 3]),
@@ -140,7 +146,7 @@ WRONG = [
     # what suits the one does not excuse what is wrong for the other
     ("--loss logistic bce", pair(chosen_score=7, rejected_score=1),
      "the label 7 is not in [0, 1], as --loss bce needs it"),
-    ("--loss logistic mse --margin large", pair(chosen_score=7), "rating is missing, and --margin large needs one"),
+    ("--loss logistic mse --margin large", pair(chosen_score=7), no_rating("large")),
     ("--loss mse plackett_luce", ranked(1.0, 1.0, 2.0),
      "responses 1 and 2 are tied, and --loss plackett_luce needs a strict order; rank_list takes ties"),
 ]  # fmt: skip
