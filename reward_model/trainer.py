@@ -286,8 +286,9 @@ class Trainer:
     def describe(self, global_batch: int) -> str:
         """What is going to be done, in a line."""
         options, place = self.options, self.place
-        sizes = [len(part) if self.objective.by_row else part.pairs.sum() for part in (self.train_set, self.eval_set)]
-        what = "rows" if self.objective.by_row else "pairs"
+        by_row = self.objective.by_row
+        sizes = [(0 if by_row else part.pairs.sum()) or len(part) for part in (self.train_set, self.eval_set)]
+        what = "rows" if by_row else "pairs"
         elements = "prompts" if options.batch_element == "prompt" else what
         brought = f" in {len(self.units)} groups" if options.merge == "prompt" else ""
         return (
@@ -525,9 +526,7 @@ class Trainer:
         if reference is not None:
             units = self.units_to_score(reference, ROWS_TO_NORMALISE_BY)
             before = self.spread(reference, units)
-            if not before["std"] > 0:
-                raise UserError("--normalize_scores: all scores of these rows are equal")
-            scale = before["std"]
+            scale = before["std"] or 1.0  # equal scores have no spread to be given
             divide_head(scorer, scale)
             after = self.spread(reference, units)
             scorer.config.score_mean = after["mean"]
