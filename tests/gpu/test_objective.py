@@ -21,9 +21,10 @@ FLAGS += [f"--loss logistic mse --length_penalty 1 --score_penalty {kind}" for k
 @pytest.mark.parametrize("flags", FLAGS)
 def test_a_gpu_computes_what_a_cpu_does(flags):
     pair = judge_pair({"rating": 2, "probability": 0.75, "chosen_score": 1, "rejected_score": 0})
+    ranked = judge_list(3, [1.0, 0.0, 2.0]) | {"rating": [2.0] * 3, "probability": [0.75] * 3}
     rows = [
         Comparison([1], [[2, 8], [3, 9, 8]], similarity=[0.5], **pair),
-        Comparison([4], [[5], [6], [7, 8]], similarity=[0.1, 0.2, 0.3], **judge_list(3, [1.0, 0.0, 2.0])),
+        Comparison([4], [[5], [6], [7, 8]], similarity=[0.1, 0.2, 0.3], **ranked),
         Comparison([4], [[9, 9]], **judge_answer({"label": 1})),
     ]
     batch = collate(rows, Layout("packed", 0), row_weights=[1, 1, 1])
