@@ -42,7 +42,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 def build_parser() -> Parser:
     """Every flag of upstream's ``step2_reward_model_finetuning/main.py``, and what this trainer adds."""
     parser = Parser(
-        description="Train a reward model on preference pairs with DeepSpeed.",
+        description="Train a reward model on preference pairs, ranked lists or scores with DeepSpeed.",
         epilog=f"example: {EXAMPLE}",
         allow_abbrev=False,
         formatter_class=Help,

@@ -129,7 +129,7 @@ def slow_length_penalty(scores, lengths, weights):
     r, length = ([value - mean(values) for value in values] for values in (scores, lengths))
     covariance = mean([a * b for a, b in zip(r, length)])
     variances = mean([a * a for a in r]), mean([b * b for b in length])
-    return covariance**2 / ((variances[0] + 0.1**2) * variances[1])
+    return covariance**2 / (max(variances[0], 1e-8) * variances[1])
 
 
 # name: (fast, slow) of chosen, rejected and a third number, which is the scale, the margin or the bound
@@ -632,30 +632,41 @@ def random_answers(seed, n=12, scale=2.0):
 
 def test_length_penalty_equals_slow_reference():
     for seed in range(10):
-        for scale in (0.01, 0.1, 2.0):
+        for scale in (1e-5, 1e-4, 0.01, 2.0):
             answers = random_answers(seed, scale=scale)
             slow = slow_length_penalty(*(values.tolist() for values in answers))
             assert length_penalty(*answers).item() == pytest.approx(slow)
 
 
-def test_length_penalty_of_wide_scores_is_numpys_squared_correlation():
+def test_length_penalty_is_numpys_squared_correlation_at_any_scale():
     for seed in range(10):
-        scores, lengths, weights = random_answers(seed, scale=1000.0)
-        covariance = np.cov(scores, lengths, aweights=weights)
-        squared = covariance[0, 1] ** 2 / (covariance[0, 0] * covariance[1, 1])
-        assert length_penalty(scores, lengths, weights).item() == pytest.approx(squared, rel=1e-6)
+        for scale in (0.001, 1.0, 1000.0):
+            scores, lengths, weights = random_answers(seed, scale=scale)
+            covariance = np.cov(scores, lengths, aweights=weights)
+            squared = covariance[0, 1] ** 2 / (covariance[0, 0] * covariance[1, 1])
+            assert length_penalty(scores, lengths, weights).item() == pytest.approx(squared, rel=1e-6)
 
 
 def test_length_penalty_by_hand():
-    """Variance 0.01 of the scores, as much as is added: half of the correlation of 1."""
+    """Two answers correlate fully; with a tenth of the least spread, a hundredth of the square is left."""
     half = double(0.5, 0.5)
     for lengths in ((1, 2), (2, 1), (100, 900)):
-        penalty = length_penalty(double(0.4, 0.6), torch.tensor(lengths), half)
-        assert penalty.shape == ()
-        assert penalty.item() == pytest.approx(0.5)
+        for gap, expected in ((0.2, 1.0), (2 * SPREAD_FLOOR, 1.0), (0.2 * SPREAD_FLOOR, 0.01)):
+            penalty = length_penalty(double(0.4, 0.4 + gap), torch.tensor(lengths), half)
+            assert penalty.shape == ()
+            assert penalty.item() == pytest.approx(expected, rel=1e-6)
     # deviations (−1, 0, 1) and (−1/4, 3/4, −1/4): covariance 0
     zero = length_penalty(double(1, 2, 3), torch.tensor([5, 6, 5]), double(0.375, 0.25, 0.375))
     assert zero.item() == pytest.approx(0, abs=1e-12)
+
+
+def test_smaller_scores_do_not_pay_less():
+    """Along the scale of the scores there is no slope: a penalty with one made them all shrink."""
+    scores, lengths, weights = random_answers(3, scale=0.005)  # as a new head's
+    (slope,) = gradient(length_penalty(scores.requires_grad_(), lengths, weights), scores)
+    centred = scores - (weights * scores).sum()
+    assert (slope * centred).sum().item() == pytest.approx(0, abs=1e-10)
+    assert slope.abs().max() > 1
 
 
 def test_gradcheck_length_penalty():
@@ -684,12 +695,12 @@ def test_length_penalty_is_0_without_a_spread(n, dtype):
         torch.testing.assert_close(gradient(penalty, scores)[0], torch.zeros_like(scores), rtol=0, atol=1e-5)
 
 
-def test_length_penalty_lies_below_1():
+def test_length_penalty_lies_in_0_to_1():
     scores = torch.linspace(-9, 9, 7, dtype=torch.float64)
     weights = torch.full((7,), 1 / 7, dtype=torch.float64)
     for lengths in (scores + 10, 10 - scores):
-        assert 0.999 < length_penalty(scores, lengths, weights) < 1
-    assert all(0 <= length_penalty(*random_answers(seed)) < 1 for seed in range(20))
+        assert length_penalty(scores, lengths, weights).item() == pytest.approx(1)
+    assert all(0 < length_penalty(*random_answers(seed)) < 1 for seed in range(20))
 
 
 def test_a_step_down_lowers_the_length_penalty():
@@ -702,18 +713,14 @@ def test_a_step_down_lowers_the_length_penalty():
 
 
 def test_gradient_of_the_length_penalty_is_bounded():
-    """With s the spread, √Σ g²/w ≤ 2s/(s² + 0.1²) ≤ 1/0.1; Pearson's has 1/s in its place."""
-    worst = []
+    """With s the spread, √Σ g²/w ≤ 1/s; below the least spread f, 2s/f²."""
     for spread in 10 ** torch.linspace(-8, 2, 41, dtype=torch.float64):
-        sizes = []
         for seed in range(5):
             scores, lengths, weights = random_answers(seed, scale=spread.item())
             (slope,) = gradient(length_penalty(scores.requires_grad_(), lengths, weights), scores)
-            sizes.append((slope.square() / weights).sum().sqrt().item())
-        worst.append(max(sizes))
-    assert max(worst) <= 1 / SPREAD_FLOOR
-    assert max(worst) > 1
-    assert worst[0] < 1e-4
+            size = (slope.square() / weights).sum().sqrt().item()
+            own = (weights * (scores - (weights * scores).sum()).square()).sum().sqrt().item()
+            assert size <= 1.001 * (1 / own if own > SPREAD_FLOOR else 2 * own / SPREAD_FLOOR**2)
 
 
 # --- the same numbers as TRL and OpenRLHF, where they are ---
