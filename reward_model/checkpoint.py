@@ -31,7 +31,7 @@ from reward_model.reward_model import RewardModel
 OWN_WEIGHTS = "reward_model{suffix}.safetensors"
 OWN_CONFIG = "reward_model.json"
 DSCHAT_WEIGHTS = "pytorch_model.bin"
-SCALE = ("score_mean", "score_thresholds", "lowest_grade")  # fields of config.json
+SCALE = ("score_mean", "score_std", "score_thresholds", "lowest_grade")  # fields of config.json
 TRACES = ("config.json", "metrics.jsonl", "run.json", "model.safetensors", DSCHAT_WEIGHTS, "checkpoints")
 
 

@@ -34,6 +34,7 @@ EVAL_SHARE = 0.1  # of the prompts, where a data set brings no evaluation rows: 
 ROWS_PER_PROCESS = 2_000  # below this a fast tokenizer's own threads beat starting a process
 ASSISTANT = "\n\nAssistant:"  # Anthropic's mark of the last turn
 PAIR = ("chosen", "rejected")
+OTHER_ROWS = "responses with scores or ranks, or response with a score or label"
 GRADES = {  # Llama 2's, arXiv 2307.09288, table 27; as numbers they are its large margins, a third of them its small
     "significantly better": 3.0,
     "better": 2.0,
@@ -420,7 +421,7 @@ def read_row(row: dict, tokenizer: PreTrainedTokenizerBase) -> Texts:
         if value is None:
             others = ", ".join(row)
             is_absent = names is PAIR and name not in row
-            needs = f"; the row has {others}, and needs prompt, chosen, rejected (or responses, or response)"
+            needs = f"; the row has {others}, and needs prompt, chosen, rejected (or {OTHER_ROWS})"
             raise BadRow(f"{name} is missing" + (needs if is_absent else ""))
         if not isinstance(value, str) and not _is_chat(value):
             raise BadRow(f"{name} is {_type(value)}, not text or chat messages")

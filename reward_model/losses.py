@@ -245,6 +245,12 @@ def ordinal_loss(scores: torch.Tensor, grade: torch.Tensor, thresholds: torch.Te
     return -F.logsigmoid(-above) - F.logsigmoid(below) + widths[grade]
 
 
+def likeliest_grade(scores: torch.Tensor, thresholds: torch.Tensor) -> torch.Tensor:
+    """The grade that :func:`ordinal_loss` costs least. Scores (n,), thresholds (C − 1,) → (n,) from 0 to C − 1."""
+    grades = torch.arange(len(thresholds) + 1, device=scores.device)
+    return ordinal_loss(scores[:, None], grades[None], thresholds).argmin(1)
+
+
 class Thresholds(nn.Module):
     """Learned thresholds of :func:`ordinal_loss`, in ascending order whatever an optimizer does to them.
 

@@ -56,13 +56,14 @@ def pair_metrics(
 
 
 def point_metrics(
-    scores: np.ndarray, targets: np.ndarray, losses: np.ndarray, with_loss: bool = True
+    scores: np.ndarray, targets: np.ndarray, losses: np.ndarray, right: np.ndarray
 ) -> dict[str, float | int]:
     """How the scores of n answers go with their targets.
 
     Args:
-        scores, targets, losses: (n,).
-        with_loss: report the mean of ``losses``.
+        scores, targets: (n,).
+        losses: of the objective (n,), NaN where it has none of answers. right: 1 where an answer has its label, 0 where
+            not (n,); NaN where there are no labels. Their means are ``point_loss`` and ``label_accuracy``.
     """
     found = {
         "rated": len(scores),
@@ -71,7 +72,8 @@ def point_metrics(
         "rated_mean": float(scores.mean(dtype=np.float64)),
         "rated_std": float(scores.std(dtype=np.float64)),
     }
-    return found | ({"point_loss": float(losses.mean(dtype=np.float64))} if with_loss else {})
+    means = {"point_loss": losses.mean(dtype=np.float64), "label_accuracy": right.mean(dtype=np.float64)}
+    return found | {name: float(value) for name, value in means.items() if not np.isnan(value)}
 
 
 def calibration_error(gaps: np.ndarray) -> float:

@@ -123,6 +123,15 @@ class Objective:
         grade = (batch.targets - self.lowest_grade).clamp(0, len(thresholds))
         return losses.ordinal_loss(scores, grade, thresholds)
 
+    def right_labels(self, batch: Batch, scores: torch.Tensor, thresholds: torch.Tensor | None) -> torch.Tensor:
+        """Whether each answer (a,) gets its label, 1 or 0: the likeliest grade, or the side of 0; NaN: no such loss."""
+        name, scores = self.names.get("points"), scores[batch.answers]
+        if name == "ordinal":
+            return (losses.likeliest_grade(scores, thresholds) == batch.targets - self.lowest_grade).float()
+        if name == "bce":
+            return ((scores > 0) == (batch.targets > 0.5)).float()
+        return torch.full_like(scores, math.nan)
+
     def penalties(self, batch: Batch, scores: torch.Tensor) -> torch.Tensor | float:
         """What is added for the scores' scale and for what follows length: over rows, and their answers."""
         options, total = self.options, 0.0
@@ -181,9 +190,9 @@ class Objective:
             return f"{loss} needs a preferred answer, and the row has {answers(row)}{_no_order(row)}"
         margin = self.options.margin
         if margin == "column" and any(map(math.isnan, row.margin)):
-            raise BadRow("margin is missing, and --margin column needs one")
+            raise BadRow("margin is missing, and --margin column needs one, or two scores")
         if margin in ("small", "large") and any(map(math.isnan, row.rating)):
-            grades = ", ".join(list(GRADES)[:4])
+            grades = ", ".join(list(GRADES)[:5])
             raise BadRow(f"the row has no rating that --margin {margin} knows: 0 to 3, or {grades}")
         if "scaled" in self.kinds and margin == "column" and min(row.margin) < 0:
             raise BadRow(f"margin is {min(row.margin):g}, and --loss scaled weighs a pair by it: give 0 or more")
@@ -217,7 +226,7 @@ class Objective:
 def _no_order(row: Comparison) -> str:
     if len(row.targets) == 1:
         return ""
-    return " that are all tied" if row.ranks else " and no order"
+    return " that are all tied" if row.ranks else " and no order (scores or ranks)"
 
 
 def _tied(ranks: list[int], rank: int) -> list[int]:

@@ -122,7 +122,7 @@ def build_parser() -> Parser:
         default=16,
         help="pairs; with losses of lists or scores, rows; with --batch_element prompt, prompts",
     )
-    train.add_argument("--per_device_eval_batch_size", type=positive_int, default=16, help="pairs")
+    train.add_argument("--per_device_eval_batch_size", type=positive_int, default=16, help="pairs, or scored answers")
     train.add_argument("--gradient_accumulation_steps", type=positive_int, default=1, help="per step")
     train.add_argument("--num_train_epochs", type=positive_int, default=1, help="passes over the data")
     train.add_argument("--learning_rate", type=positive, default=5e-5, help="highest, after the warm-up")
@@ -208,6 +208,10 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError("--score_penalty_weight without --score_penalty: name the penalty")
     if options.normalize_scores and not options.output_dir:
         raise UserError("--normalize_scores without --output_dir: it changes what is saved")
+    if options.normalize_scores not in (None, "train", "eval"):
+        is_name = "/" in options.normalize_scores or Path(options.normalize_scores).exists()
+        if not is_name:
+            raise UserError(f"--normalize_scores {options.normalize_scores}: give train, eval, or a path or hub name")
     if options.batch_element == "prompt" and options.merge != "prompt":
         raise UserError("--batch_element prompt needs --merge prompt, which brings a prompt's rows together")
     if options.max_responses < 2:

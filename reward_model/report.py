@@ -44,6 +44,10 @@ def draw(metrics: Path, picture: Path, scores: dict[str, np.ndarray]) -> None:
 
     if has_pairs:
         _pair_accuracy(order, train, evaluations)
+        known = [r for r in evaluations if "pearson" in r]
+        if known:
+            values = [r["pearson"] for r in known]
+            order.plot([r["step"] for r in known], values, "s--", color=REJECTED, label="held out, corr. with targets")
         _pair_scores(course, train, evaluations)
     else:
         _held_out(order, evaluations, "pearson", "held out")

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase
 from reward_model.checkpoint import DSCHAT_WEIGHTS, OWN_CONFIG, OWN_WEIGHTS
 from reward_model.data import close_turn, end_text
 from reward_model.errors import UserError
-from reward_model.losses import ordinal_loss
+from reward_model.losses import likeliest_grade
 from reward_model.model import Scorer, embedding_name, embedding_rows, load_for_training, no_pooler, on_drop_in
 from reward_model.tokenizer import choose_special_tokens, load_tokenizer
 
@@ -44,10 +44,8 @@ class RewardScorer:
         """
         if not self.thresholds:
             raise UserError("this model has no thresholds: it was not trained with --loss ordinal")
-        found = torch.tensor(scores, dtype=torch.float64)[:, None]
-        every = torch.arange(len(self.thresholds) + 1)[None]
-        losses = ordinal_loss(found, every, torch.tensor(self.thresholds, dtype=torch.float64))  # (n, grades)
-        return (losses.argmin(1) + self.lowest_grade).tolist()
+        found, thresholds = (torch.tensor(values, dtype=torch.float64) for values in (scores, self.thresholds))
+        return (likeliest_grade(found, thresholds) + self.lowest_grade).tolist()
 
     def score(self, prompts: Sequence[str], responses: Sequence[str], batch_size: int = 16) -> list[float]:
         """The score of each response to its prompt; the two are joined as they are, and closed with the end token.

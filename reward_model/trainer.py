@@ -474,10 +474,11 @@ class Trainer:
         sides = (batch.better, batch.worse)
         pairs = torch.stack([v[side].float() for v in (scores, batch.response_lengths) for side in sides], dim=1)
         scored = batch.point_weights > 0
-        losses = torch.zeros_like(batch.targets)
+        losses = torch.full_like(batch.targets, math.nan)
         if "points" in self.objective.names:
             losses = self.objective.point_losses(batch, scores, self.thresholds)
-        points = torch.stack([scores[batch.answers], batch.targets, losses], dim=1)[scored]
+        right = self.objective.right_labels(batch, scores, self.thresholds)
+        points = torch.stack([scores[batch.answers], batch.targets, losses, right], dim=1)[scored]
         absent = batch.ranks < 0
         hits = scores.new_zeros(0, 1)
         if len(batch.ranks):
@@ -489,30 +490,32 @@ class Trainer:
     def evaluate(self, step: int, epoch: float) -> None:
         """Score the evaluation rows on all ranks, each once, and record the metrics of the whole set."""
         pairs, points, hits = self.look(self.eval_set, self.eval_units, self.read_judged)
-        if not (np.isfinite(pairs).all() and np.isfinite(points).all()):
+        if not (np.isfinite(pairs).all() and np.isfinite(points[:, 0]).all()):
             raise UserError(f"step {step}: a held-out score is not finite; lower --learning_rate, or take --dtype bf16")
         metrics = {}
         if len(pairs):
             self.last_scores = {"chosen": pairs[:, 0], "rejected": pairs[:, 1]}
             metrics |= pair_metrics(*pairs.T)
         if len(points):
-            metrics |= point_metrics(*points.T, with_loss="points" in self.objective.names)
+            metrics |= point_metrics(*points.T)
             if not len(pairs):
                 self.last_scores = {"scored answers": points[:, 0]}
         if len(hits):
             metrics |= {"lists": len(hits), "best_of_list_accuracy": float(hits.mean())}
         self.last_metrics = m = metrics
         self.record({"split": "eval", "step": step, "epoch": round(epoch, 4)} | metrics)
-        said = []
+        said, own = [], self.objective.names
         if "accuracy" in m:
+            kind = "loss" if list(own.values()) == ["logistic"] else "logistic loss"
             said.append(
-                f"held-out accuracy {m['accuracy']:.4f}, loss {m['loss']:.4f}, gap {m['gap_mean']:.3f}, "
+                f"held-out accuracy {m['accuracy']:.4f}, {kind} {m['loss']:.4f}, gap {m['gap_mean']:.3f}, "
                 f"chosen {m['chosen_mean']:.3f} ± {m['chosen_std']:.3f}, "
                 f"rejected {m['rejected_mean']:.3f} ± {m['rejected_std']:.3f}"
             )
         if "rated" in m:
-            own = f", loss {m['point_loss']:.4f}" if "point_loss" in m else ""
-            said.append(f"{m['rated']} scored answers: correlation {m['pearson']:.4f}{own}")
+            loss = f", {own['points']} {m['point_loss']:.4f}" if "point_loss" in m else ""
+            label = f", right label {m['label_accuracy']:.4f}" if "label_accuracy" in m else ""
+            said.append(f"{m['rated']} scored answers: correlation {m['pearson']:.4f}{loss}{label}")
         say(f"step {step}: {'; '.join(said)}")
 
     def keep_scale(self, reference: Comparisons | None) -> None:
@@ -529,7 +532,7 @@ class Trainer:
             scale = before["std"] or 1.0  # equal scores have no spread to be given
             divide_head(scorer, scale)
             after = self.spread(reference, units)
-            scorer.config.score_mean = after["mean"]
+            scorer.config.score_mean, scorer.config.score_std = after["mean"], scale
             self.record(
                 {"split": "normalise", "step": self.total_steps}
                 | before
@@ -568,8 +571,10 @@ class Trainer:
         if "accuracy" in m:
             pairs, longer = m["pairs"], m["longer_wins_accuracy"]
             say(f"\nheld-out accuracy {m['accuracy']:.4f} on {pairs} pairs (always the longer answer: {longer:.4f})")
-        else:
-            say(f"\ncorrelation of scores with {m['rated']} held-out targets: {m['pearson']:.4f}")
+        if "rated" in m and ("points" in self.objective.names or "accuracy" not in m):
+            right = f" (right label: {m['label_accuracy']:.4f})" if "label_accuracy" in m else ""
+            lead = "" if "accuracy" in m else "\n"
+            say(f"{lead}correlation of scores with {m['rated']} held-out targets: {m['pearson']:.4f}{right}")
         if self.folder:
             say(f"model:   {self.folder}\npicture: {self.folder / 'report.png'}")
         else:

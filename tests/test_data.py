@@ -333,7 +333,7 @@ def test_a_single_answer_has_a_score_or_a_label(row, target):
     assert set(map(tuple, judged.values())) == {()}
 
 
-FIELDS = "and needs prompt, chosen, rejected (or responses, or response)"
+FIELDS = "and needs prompt, chosen, rejected (or responses with scores or ranks, or response with a score or label)"
 BAD_JUDGEMENTS = [
     (TEXT, {"chosen_score": "high"}, "chosen_score is text, not a number"),
     (TEXT, {"score_rejected": True}, "score_rejected is a truth value, not a number"),
@@ -1029,7 +1029,9 @@ def test_rows_that_lack_something_are_held_out_no_more_than_trained_on(tmp_path,
     rows = [row | ({"margin": i % 7} if i % 4 else {}) for i, row in enumerate(questions(range(40)))]
     path = write(tmp_path / "pairs.jsonl", rows)
     needs = {"lack": lack("--margin column")}
-    with pytest.raises(UserError, match=r"row 1: margin is missing, and --margin column needs one .20 of 80 rows"):
+    with pytest.raises(
+        UserError, match=r"row 1: margin is missing, and --margin column needs one, or two scores .20 of 80 rows"
+    ):
         load([path], tmp_path, **needs)
     train, evaluation = load([path], tmp_path, on_bad_row="skip", **needs)
     assert not any(math.isnan(row.margin[0]) for part in (train, evaluation) for row in part)

@@ -80,7 +80,7 @@ def test_one_pair_has_no_spread():
 
 
 def test_what_is_reported_can_be_written_as_json():
-    columns = (np.array(column, np.float32) for column in ([1, 2], [2, 1], [0, 0]))
+    columns = (np.array(column, np.float32) for column in ([1, 2], [2, 1], [0, 0], [1, 0]))
     for found in (metrics([1.0, 2.0], [0.5, 3.0]), point_metrics(*columns)):
         assert json.loads(json.dumps(found)) == found
 
@@ -148,20 +148,20 @@ def test_correlation_by_hand(one, other, expected):
     assert correlation(np.array(one, np.float32), np.array(other, np.float32)) == pytest.approx(expected)
 
 
-def points(scores, targets, losses=None, **more):
-    losses = losses or [0.0] * len(scores)
-    return point_metrics(*(np.array(column, np.float32) for column in (scores, targets, losses)), **more)
+def points(scores, targets, losses=None, right=None):
+    columns = (scores, targets, *(column or [math.nan] * len(scores) for column in (losses, right)))
+    return point_metrics(*(np.array(column, np.float32) for column in columns))
 
 
 def test_points_by_hand():
     # ranks 1, 2½, 2½, 4 and 1, 2, 3½, 3½: products of the distances from 2½ are 2¼, 0, 0, 1½; squares 4½ and 4½
-    found = points([1, 2, 2, 7], [10, 20, 30, 30], [0.5, 1, 1.5, 2])
-    assert (found["rated"], found["point_loss"]) == (4, 1.25)
+    found = points([1, 2, 2, 7], [10, 20, 30, 30], [0.5, 1, 1.5, 2], [1, 0, 1, 1])
+    assert (found["rated"], found["point_loss"], found["label_accuracy"]) == (4, 1.25, 0.75)
     assert found["spearman"] == pytest.approx(3.75 / 4.5)
     # -2, -1, -1, 4 and -12.5, -2.5, 7.5, 7.5
     assert found["pearson"] == pytest.approx(50 / math.sqrt(22 * 275))
     assert (found["rated_mean"], found["rated_std"]) == (3, pytest.approx(math.sqrt(5.5)))
-    assert points([1, 2], [1, 2], with_loss=False).keys() == found.keys() - {"point_loss"}
+    assert points([1, 2], [1, 2]).keys() == found.keys() - {"point_loss", "label_accuracy"}
 
 
 def test_spearman_sees_the_order_alone():

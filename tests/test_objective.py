@@ -46,7 +46,7 @@ NO_TARGET = "needs a score or label, and the row has none"
 
 
 def no_rating(margin):
-    words = "significantly better, better, slightly better, negligibly better"
+    words = "significantly better, better, slightly better, negligibly better, unsure"
     return f"the row has no rating that --margin {margin} knows: 0 to 3, or {words}"
 
 
@@ -99,11 +99,11 @@ LISTS = "needs ranked lists, and the row has"
 LACKING = [
     ("", SINGLE, f"--loss logistic {PREFERRED} one answer"),
     ("", ranked(3.0), f"--loss logistic {PREFERRED} one answer"),
-    ("--loss focal", unordered(2), f"--loss focal {PREFERRED} two answers and no order"),
-    ("--loss hinge", unordered(12), f"--loss hinge {PREFERRED} 12 answers and no order"),
+    ("--loss focal", unordered(2), f"--loss focal {PREFERRED} two answers and no order (scores or ranks)"),
+    ("--loss hinge", unordered(12), f"--loss hinge {PREFERRED} 12 answers and no order (scores or ranks)"),
     ("", ranked(2.0, 2.0, 2.0), f"--loss logistic {PREFERRED} three answers that are all tied"),
     ("--margin column", SINGLE, f"--loss logistic {PREFERRED} one answer"),
-    ("--loss plackett_luce", unordered(2), f"--loss plackett_luce {LISTS} two answers and no order"),
+    ("--loss plackett_luce", unordered(2), f"--loss plackett_luce {LISTS} two answers and no order (scores or ranks)"),
     ("--loss rank_list", ranked(ranks=[1, 1, 1, 1]), f"--loss rank_list {LISTS} four answers that are all tied"),
     ("--loss best_of_k", SINGLE, f"--loss best_of_k {LISTS} one answer"),
     ("--loss best_of_k", ranked(ranks=[1]), f"--loss best_of_k {LISTS} one answer"),
@@ -112,7 +112,7 @@ LACKING = [
     ("--loss bce", single(), f"--loss bce {NO_TARGET}"),
     ("--loss logistic mse", single(), f"--loss logistic {PREFERRED} one answer and --loss mse {NO_TARGET}"),
     ("--loss bce rank_list", unordered(3),
-     f"--loss bce {NO_TARGET} and --loss rank_list {LISTS} three answers and no order"),
+     f"--loss bce {NO_TARGET} and --loss rank_list {LISTS} three answers and no order (scores or ranks)"),
 ]  # fmt: skip
 
 
@@ -122,8 +122,8 @@ def test_a_row_with_nothing_to_learn_from_says_what_it_lacks(flags, row, reason)
 
 
 WRONG = [
-    ("--margin column", PAIR, "margin is missing, and --margin column needs one"),
-    ("--margin column", RANKED, "margin is missing, and --margin column needs one"),
+    ("--margin column", PAIR, "margin is missing, and --margin column needs one, or two scores"),
+    ("--margin column", RANKED, "margin is missing, and --margin column needs one, or two scores"),
     ("--margin small", pair(margin=1), no_rating("small")),
     ("--loss hinge --margin large", ranked(1.0, 2.0), no_rating("large")),
     ("--loss scaled --margin column", pair(margin=-0.5),
@@ -357,6 +357,16 @@ def test_ordinal_counts_grades_from_the_lowest_of_the_training_rows():
     # P(grade 1 of 0, 1, 2) = σ(1 − 0) − σ(1 − 2)
     loss = made(batch, torch.tensor([1.0]), thresholds=torch.tensor([0.0, 2.0]))
     assert loss.item() == pytest.approx(-math.log(1 / (1 + math.exp(-1)) - 1 / (1 + math.exp(1))), rel=1e-5)
+
+
+def test_labels_are_told_by_the_side_of_0_and_grades_by_what_is_likeliest():
+    rows = [Comparison([1 + i], [[9]], **judge_answer({"label": label})) for i, label in enumerate((1, 0, 0, 2))]
+    batch, scores = collate(rows, Layout("packed", PAD)), torch.tensor([0.1, 0.1, -3.0, 4.0])
+    assert objective("--loss bce").right_labels(batch, scores, None).tolist() == [1, 0, 1, 1]
+    # P(0), P(1), P(2) at 0.1: 0.27, 0.44, 0.29; at −3: 0.88, …; at 4: …, 0.95
+    ordinal = objective("--loss ordinal").right_labels(batch, scores, torch.tensor([-0.9, 1.0]))
+    assert ordinal.tolist() == [1, 0, 1, 1]
+    assert objective("--loss mse").right_labels(batch, scores, None).isnan().all()
 
 
 @layouts

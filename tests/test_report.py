@@ -29,9 +29,10 @@ def eval_record(step):
     return {"split": "eval", "step": step} | pair_metrics(chosen, rejected, np.array([3, 4]), np.array([4, 3]))
 
 
-def point_record(step, **more):
-    targets = np.array([1.0, 0.0, 3.0])
-    return {"split": "eval", "step": step} | point_metrics(targets * step + [0.0, 0.1, 0.0], targets, targets, **more)
+def point_record(step, with_loss=True):
+    targets, nothing = np.array([1.0, 0.0, 3.0]), np.full(3, np.nan)
+    found = point_metrics(targets * step + [0.0, 0.1, 0.0], targets, targets if with_loss else nothing, nothing)
+    return {"split": "eval", "step": step} | found
 
 
 PAIR_SCORES = {"chosen": np.array([0.5, 1.0, 2.0]), "rejected": np.array([0.0, -1.0, 0.5])}
