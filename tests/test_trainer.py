@@ -251,9 +251,9 @@ def test_an_encoder_trains_through_its_own_head(demo, tmp_path):
     both = torch.cat([chosen, rejected])
     assert both.std(unbiased=False).item() == pytest.approx(1, abs=1e-5)
     assert json.loads((tmp_path / "out/config.json").read_text())["score_mean"] == pytest.approx(both.mean().item())
-    assert (
-        AutoConfig.from_pretrained(tmp_path / "out").score_mean == metrics.scales[0]["mean_after"]
-    )  # to the last digit
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    (scale,) = metrics.scales
+    assert (config.score_mean, config.score_std) == (scale["mean_after"], scale["std"])  # to the last digit
 
 
 def test_lists_of_two_train_as_pairs_do(plain, demo, tmp_path):
@@ -293,6 +293,7 @@ def test_grades_are_learned_and_their_thresholds_kept(graded):
     metrics, folder = graded
     assert metrics.final["rated"] == 100
     assert metrics.final["pearson"] > 0.5
+    assert f"(right label: {metrics.final['label_accuracy']:.4f})" in metrics.output
     assert metrics.final["point_loss"] < metrics.evaluations[0]["point_loss"] - 0.1
     assert "accuracy" not in metrics.final
     assert "correlation of scores with 100 held-out targets" in metrics.output
@@ -303,6 +304,8 @@ def test_grades_are_learned_and_their_thresholds_kept(graded):
     assert reward.grades([reward.thresholds[0] - 9, *between, reward.thresholds[-1] + 9])[::3] == [0, 3]
     rows = [json.loads(line) for line in (folder / "data" / "eval.jsonl").read_text().splitlines()]
     scores = np.array(reward.score([r["prompt"] for r in rows], [r["response"] for r in rows]))
+    right = np.mean(np.array(reward.grades(scores)) == [r["label"] for r in rows])
+    assert right == pytest.approx(metrics.final["label_accuracy"], abs=0.011)  # a score may lie on a border
     assert np.corrcoef(scores, [r["label"] for r in rows])[0, 1] == pytest.approx(metrics.final["pearson"], abs=1e-4)
     assert (folder / "out/report.png").read_bytes().startswith(b"\x89PNG")
 
