@@ -46,9 +46,9 @@ def prepare_environment() -> None:
 
 
 def release_shared_memory() -> None:
-    """Remove the 66 MiB that a run on CPUs holds in /dev/shm and that DeepSpeed leaves there if a process just ends.
+    """Remove the 66 MiB a rank that a run on CPUs holds in /dev/shm, and that DeepSpeed leaves there at its end.
 
-    Those of all local ranks, whom the launcher is about to end: they keep what they have opened.
+    Those of all local ranks: one that has not ended yet keeps what it has opened.
     """
     folder = Path("/dev/shm")
     for path in folder.glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*_{os.environ['MASTER_PORT']}_*"):

@@ -60,6 +60,7 @@ def main() -> int:
     except KeyboardInterrupt:
         return fail("interrupted", debug)
     torch.distributed.destroy_process_group()
+    release_shared_memory()
     return 0
 
 
