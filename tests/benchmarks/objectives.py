@@ -166,8 +166,9 @@ def show(runs: list[dict]) -> None:
         for name in COLUMNS:
             values = [r["evaluations"][-1][name] for r in mine]
             spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
-            between = f" [{min(values):.3f}–{max(values):.3f}]" if name == "accuracy" else spread
-            cells.append(f"{mean(values):.3f}{between}")
+            if spread and name == "accuracy":
+                spread = f" [{min(values):.3f}–{max(values):.3f}]"
+            cells.append(f"{mean(values):.3f}{spread}")
         print(f"| {arm} | {mine[0]['steps']} | {' | '.join(cells)} |")
     first = runs[0]["evaluations"][0]
     print(f"\nalways the longer answer: {first['longer_wins_accuracy']:.3f}")
