@@ -324,9 +324,9 @@ def _without_bad_rows(source: Source, table: datasets.Dataset, rules: Rules, lac
     problems = np.array(table["problem"][:], dtype=object)
     if lack is not None:
         judged = ("better", "worse", "margin", "rating", "probability", "ranks", "targets")
-        columns = table.select_columns(list(judged)).with_format("arrow")[:].to_pydict()
-        for i, row in enumerate(zip(*columns.values())):
-            problems[i] = problems[i] or _lacking(lack, Comparison([], [], **dict(zip(columns, row))))
+        parts = table.select_columns(list(judged)).with_format("arrow").iter(ROWS_PER_PROCESS)
+        rows = (row for part in parts for row in part.to_pylist())
+        problems = np.array([p or _lacking(lack, Comparison([], [], **row)) for p, row in zip(problems, rows)], object)
     bad = np.flatnonzero(problems != None)  # noqa: E711  (elementwise)
     if len(bad) and rules.on_bad_row == "stop":
         advice = f"{len(bad)} of {len(problems)} rows cannot be used; --on_bad_row skip leaves them out"

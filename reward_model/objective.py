@@ -182,12 +182,12 @@ class Objective:
             BadRow: what it has does not suit the loss.
         """
         checks = {"pairs": self._lack_pairs, "lists": self._lack_lists, "points": self._lack_points}
-        missing = [checks[kind](row, f"--loss {name}") for name, kind in self.kinds.items()]
+        missing = [checks[kind](row, name) for name, kind in self.kinds.items()]
         return " and ".join(missing) if all(missing) else None
 
-    def _lack_pairs(self, row: Comparison, loss: str) -> str | None:
+    def _lack_pairs(self, row: Comparison, name: str) -> str | None:
         if not row.better:
-            return f"{loss} needs a preferred answer, and the row has {answers(row)}{_no_order(row)}"
+            return f"--loss {name} needs a preferred answer, and the row has {answers(row)}{_no_order(row)}"
         margin = self.options.margin
         if margin == "column" and any(map(math.isnan, row.margin)):
             raise BadRow("margin is missing, and --margin column needs one, or two scores")
@@ -200,26 +200,30 @@ class Objective:
             raise BadRow("the row has no probability from 0 to 1, and --label_smoothing column needs one")
         return None
 
-    def _lack_lists(self, row: Comparison, loss: str) -> str | None:
+    def _lack_lists(self, row: Comparison, name: str) -> str | None:
         if not row.better:
-            return f"{loss} needs ranked lists, and the row has {answers(row)}{_no_order(row)}"
-        if loss == "--loss plackett_luce" and len(set(row.ranks)) < len(row.ranks):
+            return f"--loss {name} needs ranked lists, and the row has {answers(row)}{_no_order(row)}"
+        if name == "plackett_luce" and len(set(row.ranks)) < len(row.ranks):
             one, other = _tied(row.ranks, max(row.ranks, key=row.ranks.count))
-            raise BadRow(f"responses {one} and {other} are tied, and {loss} needs a strict order; rank_list takes ties")
-        if loss == "--loss best_of_k" and row.ranks.count(0) > 1:
+            raise BadRow(
+                f"responses {one} and {other} are tied, and --loss {name} needs a strict order; rank_list takes ties"
+            )
+        if name == "best_of_k" and row.ranks.count(0) > 1:
             one, other = _tied(row.ranks, 0)
-            raise BadRow(f"responses {one} and {other} are both the best, and {loss} needs one; rank_list takes ties")
+            raise BadRow(
+                f"responses {one} and {other} are both the best, and --loss {name} needs one; rank_list takes ties"
+            )
         return None
 
-    def _lack_points(self, row: Comparison, loss: str) -> str | None:
+    def _lack_points(self, row: Comparison, name: str) -> str | None:
         targets = [target for target in row.targets if not math.isnan(target)]
         if not targets:
-            return f"{loss} needs a score or label, and the row has none"
+            return f"--loss {name} needs a score or label, and the row has none"
         for target in targets:
-            if loss == "--loss bce" and not 0 <= target <= 1:
-                raise BadRow(f"the label {target:g} is not in [0, 1], as {loss} needs it")
-            if loss == "--loss ordinal" and not target.is_integer():
-                raise BadRow(f"the label {target:g} is not a whole number, as {loss} needs it")
+            if name == "bce" and not 0 <= target <= 1:
+                raise BadRow(f"the label {target:g} is not in [0, 1], as --loss {name} needs it")
+            if name == "ordinal" and not target.is_integer():
+                raise BadRow(f"the label {target:g} is not a whole number, as --loss {name} needs it")
         return None
 
 

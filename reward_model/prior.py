@@ -20,7 +20,9 @@ BATCH = 64  # texts that are embedded at a time
 ROWS = 1_000  # whose texts are held at a time
 
 
-def with_cosines(comparisons: Comparisons, tokenizer: PreTrainedTokenizerBase, encoder: str, place: Place):
+def with_cosines(
+    comparisons: Comparisons, tokenizer: PreTrainedTokenizerBase, encoder: str, place: Place
+) -> Comparisons:
     """Comparisons with a cosine for each judged pair. Every rank embeds a part of them.
 
     Args:
