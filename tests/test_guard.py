@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""guard.py: what ends with it, what it passes on."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from runs import SCRIPTS
+
+GUARD = [sys.executable, str(SCRIPTS / "guard.py")]
+# starts a process in a session of its own, says its id, and waits
+PARENT = (
+    "import subprocess, sys, time; "
+    "child = subprocess.Popen(['sleep', '60'], start_new_session=True); print(child.pid, flush=True); {then}"
+)
+
+
+def guarded(then, *flags, **options):
+    """A guard over a parent and its child; the guard's process and the child's id."""
+    words = [*GUARD, *flags, sys.executable, "-c", PARENT.format(then=then)]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, **options)
+    return process, int(process.stdout.readline())
+
+
+def is_gone(pid, seconds=5.0):
+    end = time.monotonic() + seconds
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+@pytest.mark.parametrize(
+    ("then", "status"), [("sys.exit(3)", 3), ("sys.exit(0)", 0), ("import os; os.kill(os.getpid(), 9)", 137)]
+)
+def test_the_command_s_end_is_the_end_of_what_it_started(then, status):
+    process, child = guarded(then)
+    assert process.wait(30) == status
+    assert is_gone(child)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_everything(number):
+    process, child = guarded("time.sleep(60)")
+    process.send_signal(number)
+    assert process.wait(30) == 128 + signal.SIGTERM
+    assert is_gone(child)
+
+
+def test_the_end_of_the_lifeline_ends_everything():
+    process, child = guarded("time.sleep(60)", "--lifeline", stdin=subprocess.PIPE)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.stdin.close()
+    assert process.wait(30) == 128 + signal.SIGTERM
+    assert is_gone(child)
+
+
+def test_without_a_lifeline_standard_input_means_nothing():
+    process = subprocess.run([*GUARD, "sh", "-c", "sleep 0.5; cat; exit 4"], stdin=subprocess.DEVNULL, timeout=30)
+    assert process.returncode == 4
+
+
+def test_a_command_that_ignores_the_request_is_killed():
+    stubborn = "import signal, time; signal.signal(15, signal.SIG_IGN); print('ready', flush=True); time.sleep(60)"
+    code = f"import guard, sys; guard.GRACE = 0.5; sys.argv[1:] = [sys.executable, '-c', {stubborn!r}]; "
+    process = subprocess.Popen(
+        [sys.executable, "-c", code + "sys.exit(guard.main())"], cwd=SCRIPTS, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 128 + signal.SIGKILL
+
+
+def test_the_log_holds_what_the_screen_shows(tmp_path):
+    log = tmp_path / "a log"
+    log.write_text("before\n")
+    words = [*GUARD, "--log", str(log), "sh", "-c", "echo out; echo err >&2; printf end; exit 5"]
+    process = subprocess.run(words, capture_output=True, text=True, timeout=30)
+    assert (process.returncode, process.stdout) == (5, "out\nerr\nend")
+    assert log.read_text() == "before\nout\nerr\nend"
+
+
+def test_a_command_that_is_not_there():
+    process = subprocess.run([*GUARD, "no-such-command"], capture_output=True, text=True, timeout=30)
+    assert (process.returncode, process.stderr) == (127, "error: no-such-command: No such file or directory\n")
+
+
+def interfaces(*flags, **environment):
+    words = [*GUARD, *flags, "sh", "-c", "echo ${GLOO_SOCKET_IFNAME-none} ${NCCL_SOCKET_IFNAME-none}"]
+    values = {name: value for name, value in os.environ.items() if not name.endswith("SOCKET_IFNAME")}
+    return subprocess.run(words, env=values | environment, capture_output=True, text=True, timeout=30)
+
+
+def test_the_interface_that_leads_to_the_first_host():
+    assert interfaces().stdout.split() == ["none", "none"]
+    assert interfaces("--reach", "127.0.0.1").stdout.split() == ["lo", "lo"]
+    assert interfaces("--reach", "127.0.0.1", NCCL_SOCKET_IFNAME="eth7").stdout.split() == ["lo", "eth7"]
+    lost = interfaces("--reach", "no-such-host.invalid")
+    assert lost.returncode == 1
+    assert lost.stderr.startswith("error: no way to no-such-host.invalid from ")
