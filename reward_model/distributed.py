@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import shutil
 import socket
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,6 +90,49 @@ def start(options: argparse.Namespace) -> Place:
         torch.distributed.get_world_size(),
         torch.device(accelerator.current_device_name()),
     )
+
+
+def require_zero(zero: dict, nvme_path: str | None) -> None:
+    """What a filled ZeRO section needs of this node, said before a model is loaded.
+
+    Raises:
+        UserError: no GPU for quantised communication, no libaio, or a folder for NVMe that cannot be used.
+    """
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    device = get_accelerator().device_name()
+    quantised = [key for key, value in zero.items() if key.startswith("zero_quantized_") and value]
+    if quantised and device != "cuda":
+        raise UserError(f"{' and '.join(quantised)}: DeepSpeed's quantiser needs a CUDA GPU, this is a {device}")
+    if not any((zero.get(name) or {}).get("device") == "nvme" for name in ("offload_optimizer", "offload_param")):
+        return
+    _require_compiler()
+    if not AsyncIOBuilder().is_compatible():
+        raise UserError("NVMe: DeepSpeed's async_io op is built on libaio; install it, e.g. apt install libaio-dev")
+    if nvme_path:
+        _require_direct_writes(Path(nvme_path))
+
+
+def _require_direct_writes(folder: Path) -> None:
+    probe = folder / f".probe-{os.getpid()}"
+    try:
+        os.close(os.open(probe, os.O_CREAT | os.O_WRONLY | os.O_DIRECT))
+    except OSError as error:
+        # EINVAL: tmpfs before Linux 6.6, some network disks
+        why = "a file system without direct I/O (O_DIRECT)" if error.errno == errno.EINVAL else error.strerror
+        raise UserError(f"--nvme_path {folder}: {why}") from error
+    finally:
+        with suppress(OSError):
+            probe.unlink()
+
+
+def release_swap_files(zero: dict, nvme_path: str) -> None:
+    """Remove what a run leaves in --nvme_path of this node: some 14 bytes a parameter. The file's own paths stay."""
+    for name in ("offload_optimizer", "offload_param"):
+        folder = Path((zero.get(name) or {}).get("nvme_path", "."))
+        if os.environ["LOCAL_RANK"] == "0" and folder.parent == Path(nvme_path).resolve():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _require_compiler() -> None:

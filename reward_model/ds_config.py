@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 from reward_model.errors import UserError, say
 
 ZERO_FOLDER = Path(__file__).resolve().parent.parent / "training_scripts" / "zero"
+OFFLOADS = ("offload_optimizer", "offload_param")
 OURS = {  # sections that the trainer provides itself
     "optimizer": "--learning_rate and --weight_decay",
     "scheduler": "--lr_scheduler_type and --num_warmup_steps",
 }
 
 
-def build_config(options: argparse.Namespace, world_size: int, hidden_size: int) -> dict:
+def build_config(options: argparse.Namespace, world_size: int, hidden_size: int, vocab_size: int = 0) -> dict:
     """Read the ZeRO file that the flags choose, and fill it in.
 
     Args:
@@ -30,21 +32,21 @@ def build_config(options: argparse.Namespace, world_size: int, hidden_size: int)
         world_size: processes.
         hidden_size: h of the model, from which ZeRO's bucket sizes follow as in Transformers' integration: h² elements
             to reduce at once, 0.9·h² to fetch ahead, 10·h to keep on every rank.
+        vocab_size: rows of the embedding, most often the largest weight: an NVMe buffer holds a rank's part of it.
 
     Raises:
         UserError: no such file, not JSON, a contradiction, an "auto" that nothing fills.
     """
-    name = f"zero{options.zero_stage}{'_offload' if options.offload else ''}.json"
-    path = Path(options.deepspeed_config) if options.deepspeed_config else ZERO_FOLDER / name
+    path = _path(options)
     config = _read(path)
     for section, flags in OURS.items():
         if section in config:
             raise UserError(f"{path}: remove the section {section}; {flags} set it")
     zero = _section(config, "zero_optimization", path)
-    offload = zero.get("offload_optimizer") or {}
-    if not isinstance(offload, dict):
-        raise UserError(f"{path}: zero_optimization.offload_optimizer is not an object")
-    offloads = offload.get("device", "none") != "none"
+    for name in OFFLOADS:
+        if not isinstance(zero.get(name) or {}, dict):
+            raise UserError(f"{path}: zero_optimization.{name} is not an object")
+    offloads = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
     if "offload" in options.explicit and not offloads:
         raise UserError(f"--offload and {path}: the file has no offload_optimizer with a device")
     options.offload = offloads
@@ -68,6 +70,9 @@ def build_config(options: argparse.Namespace, world_size: int, hidden_size: int)
         "stage3_param_persistence_threshold": 10 * hidden_size,
     }
     zero |= {key: size for key, size in sizes.items() if zero.get(key) == "auto"}
+    if zero.get("zero_hpz_partition_size") == "auto":
+        zero["zero_hpz_partition_size"] = _ranks_per_node(world_size, path)
+    _set_nvme(options, zero, world_size, hidden_size, vocab_size, path)
     config.setdefault("steps_per_print", 2**31 - 1)  # our own log says more
     if options.enable_tensorboard:
         if "tensorboard" in config:
@@ -83,6 +88,62 @@ def build_config(options: argparse.Namespace, world_size: int, hidden_size: int)
         }
     _refuse_auto(config, path)
     return config
+
+
+def _path(options: argparse.Namespace) -> Path:
+    """The file that the flags choose; a bare name that is no file here is one of ours."""
+    if not options.deepspeed_config:
+        return ZERO_FOLDER / f"zero{options.zero_stage}{'_offload' if options.offload else ''}.json"
+    path = Path(options.deepspeed_config)
+    if path.exists() or path.name != options.deepspeed_config:
+        return path
+    ours = sorted(file.name for file in ZERO_FOLDER.glob("*.json"))
+    if path.name not in ours:
+        raise UserError(f"--deepspeed_config {path}: No such file here, and {ZERO_FOLDER.name}/ has {', '.join(ours)}")
+    return ZERO_FOLDER / path
+
+
+def _ranks_per_node(world_size: int, path: Path) -> int:
+    """Ranks that hold a whole copy of the weights (hpZ): a node's, or 1, which is none, where there is one node."""
+    # torchrun says LOCAL_WORLD_SIZE, DeepSpeed's launcher LOCAL_SIZE
+    local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or (world_size == 1))
+    if not local:
+        raise UserError(
+            f"{path}: neither LOCAL_WORLD_SIZE nor LOCAL_SIZE says how many processes a node has: write a number in "
+            "place of zero_hpz_partition_size's auto"
+        )
+    if world_size % local:
+        raise UserError(
+            f"{path}: {world_size} processes are not {local} on each node: zero_hpz_partition_size wants nodes alike"
+        )
+    if local == world_size:
+        say(f"{path.name}: one node, so no second copy of the weights (hpZ): it only spares traffic between nodes")
+        return 1
+    return local
+
+
+def _set_nvme(options, zero: dict, world_size: int, hidden_size: int, vocab_size: int, path: Path) -> None:
+    """The folder and the buffers of what goes to NVMe."""
+    auto_paths = 0
+    for name in OFFLOADS:
+        part = zero.get(name) or {}
+        if part.get("device") != "nvme":
+            continue
+        if part.get("nvme_path", "auto") == "auto":
+            if not options.nvme_path:
+                raise UserError(f"{path}: {name} goes to NVMe: name a folder there with --nvme_path")
+            # a folder for each run: DeepSpeed empties what it finds, and two runs may share a disk
+            run = f"zero-{os.environ.get('MASTER_ADDR', 'localhost')}-{os.environ.get('MASTER_PORT', 0)}"
+            part["nvme_path"] = str(Path(options.nvme_path).resolve() / run)
+            auto_paths += 1
+        if part.get("buffer_size") == "auto":
+            # the embedding with some added tokens, or else a wide MLP's matrix
+            part["buffer_size"] = -(-max(vocab_size + 256, 8 * hidden_size) * hidden_size // world_size)
+    if options.nvme_path and not auto_paths:
+        raise UserError(
+            f'--nvme_path {options.nvme_path} and {path}: the file puts nothing on NVMe with nvme_path "auto"; '
+            "--deepspeed_config zero3_nvme.json does"
+        )
 
 
 def _read(path: Path) -> dict:

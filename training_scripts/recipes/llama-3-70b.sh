@@ -10,7 +10,7 @@
 # Warm-up: 77,000 rows (from memory), of which a tenth is held out, / 512 = 135 steps; 3 % of them are 4, so 5.
 # Memory: ZeRO 3, 18Ψ/N = 18 × 69.5 / 32 = 39 GB of states and what is gathered; `reward-model plan` says 55 GiB in all.
 # On 2 nodes it would be 89: add --offload (21, and 650 GiB of each node's memory).
-# A slow network between the nodes: --deepspeed_config zeropp.json sends a quarter and needs 72 GiB.
+# A slow network between the nodes: --deepspeed_config zeropp.json sends half and needs 72 GiB.
 set -euo pipefail
 # shellcheck source=training_scripts/launch.sh
 source "${SCRIPTS:-$(dirname "${BASH_SOURCE[0]}")/..}/launch.sh"
