@@ -149,8 +149,8 @@ def test_sbatch_gets_its_options_and_the_settings(tmp_path):
     said = run(
         [BASH, str(recipe), "--seed", "7"], tmp_path, SBATCH_OPTIONS="--nodes 4", MODEL="a b", **place
     ).splitlines()
-    assert said[:2] == ["--nodes", "4"]
-    assert Path(said[2]).resolve() == SCRIPTS / "slurm.sbatch"
+    assert said[:3] == ["--export=ALL", "--nodes", "4"]  # whatever the site's own --export is
+    assert Path(said[3]).resolve() == SCRIPTS / "slurm.sbatch"
     assert said[-5:-1] == ["--seed", "7", "512", "a b"]
     assert Path(said[-1]).resolve() == SCRIPTS
 

@@ -52,7 +52,8 @@ def look(checkout: str, flags: list[str]) -> dict:
     there = next(folder for folder in (output, *output.parents) if folder.exists())
     count = gpus()
     data = [*options.data_path, *options.eval_data_path]
-    files = [*Path(checkout).glob("reward_model/*.py"), Path(checkout, "training_scripts/main.py")]
+    code = ("reward_model/*.py", "training_scripts/*.py", "training_scripts/zero/*.json")
+    files = [file for pattern in code for file in Path(checkout).glob(pattern)]
     return {
         "time": time.time(),
         "came_in_by": (os.environ.get("SSH_CONNECTION", "").split() or ["", "", ""])[2],

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands of the package: ``reward-model plan …``, or ``python -m reward_model plan …``."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from reward_model.errors import UserError
+from reward_model.quiet import quieten
+
+COMMANDS = {"plan": ("reward_model.planning", "memory and communication of a run, and the line that launches it")}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command and return its exit status; an error that the user can mend is one line."""
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if name in ("-h", "--help"):
+        print("usage: reward-model COMMAND …   (reward-model COMMAND --help lists its flags)\n")
+        for command, (_, does) in COMMANDS.items():
+            print(f"  {command:8}{does}")
+        return 0
+    quieten(debug=False)
+    try:
+        if name not in COMMANDS:
+            raise UserError(f"no command {name}; there is {', '.join(COMMANDS)}")
+        return importlib.import_module(COMMANDS[name][0]).main(rest)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,363 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run needs, before it is paid for: memory of a GPU and of a node, and what a GPU sends in a step.
+
+    reward-model plan --model_name_or_path meta-llama/Llama-2-7b-hf --gpus 8 --gpu_memory 80
+    python -m reward_model.planning         the same by formula for other sizes, as a Markdown table
+
+Only the model's ``config.json`` is read; what DeepSpeed holds is in ``states.py``, activations in ``activations.py``.
+
+Notation: Ψ parameters, N GPUs, b pairs, s tokens. Sizes are bytes unless GiB is said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import math
+import shlex
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from reward_model import options as flags
+from reward_model.activations import activations, build_on_meta, count_parameters
+from reward_model.ds_config import build_config
+from reward_model.errors import UserError
+from reward_model.model import Scorer
+from reward_model.states import (
+    SETTINGS,
+    Cluster,
+    Setting,
+    States,
+    communication,
+    deepspeed_estimate,
+    model_states,
+)
+from reward_model.trainer import DTYPES, read_config
+
+GIB = 2**30
+CONTEXT = 2 * GIB  # allowance: CUDA context and kernels (about ½), cuBLAS's workspace, NCCL's channels (about 1)
+FRAGMENTS = 0.05  # allowance: of all the rest, what the allocator holds and cannot use
+MOST_GPUS = 1024
+SHARED_FLAGS = (  # with main.py
+    "per_device_train_batch_size",
+    "max_seq_len",
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
+    "lora_dim",
+    "lora_module_name",
+    "dtype",
+    "pooling",
+    "dropout",
+)
+NOTES = f"""\
+GiB. GPU: the most at once, activations kept; ckpt: with --gradient_checkpointing. Model states and buckets as DeepSpeed
+0.19 holds them, activations for answers of full length that share no prompt, and an allowance of
+{CONTEXT // GIB} GiB (CUDA, NCCL) and {FRAGMENTS:.0%} (fragments). host: of a node, for offload or while it loads.
+sent: by a GPU in a step. 3 + NVMe and ZeRO++ are by formula alone; the rest agrees with what runs on CPUs hold.
+"""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One line of the plan, in bytes; with and without recomputed activations."""
+
+    setting: Setting
+    checkpointing: bool
+    states: States
+    gpu: float
+    host: float
+    sent: float
+    fits: bool
+
+    @property
+    def cost(self) -> tuple:
+        """Fastest first, as expected: no offload before the host before NVMe; keeping activations before recomputing
+        them, a third more compute; exact sums before ZeRO++, which rounds; then what is sent. Of those that send the
+        same, stage 2 reduces during the backward pass and updates a share; one GPU has nothing to share.
+        """
+        slow = ("none", "cpu", "nvme").index(self.setting.offload)
+        stage = -self.setting.stage if self.sent else self.setting.stage
+        return slow, self.checkpointing, self.setting.plus, self.sent, stage
+
+
+class Plan:
+    """A model and flags; estimates for any cluster and micro-batch."""
+
+    def __init__(self, scorer: Scorer, options: argparse.Namespace):
+        self.scorer, self.options = scorer, options
+        self.counts, self.width = count_parameters(scorer), DTYPES[options.dtype].itemsize
+        self.known: dict[tuple[int, bool], int] = {}
+
+    def activations(self, pairs: int, checkpointing: bool) -> int:
+        """Of b pairs, none of which share a token: 2·b answers of ``--max_seq_len``."""
+        key = (pairs, checkpointing)
+        if key not in self.known:
+            self.known[key] = activations(self.scorer, 2 * pairs, self.options.max_seq_len, checkpointing)
+        return self.known[key]
+
+    def zero(self, setting: Setting, gpus: int) -> dict:
+        """``zero_optimization`` as the trainer would have it; ZeRO++ has stage 3's sizes."""
+        line = "--zero_stage 3" if setting.plus else setting.flags
+        options = copy.copy(_parsed(f"--model_name_or_path - --dtype {self.options.dtype} {line}"))
+        return build_config(options, gpus, self.counts.hidden, self.counts.vocabulary)["zero_optimization"]
+
+    def estimates(self, cluster: Cluster, pairs: int) -> list[Estimate]:
+        """Every setting, first without checkpointing (unless the flag is given), then with it.
+
+        Fewer pairs than the flag says means that much more accumulation.
+        """
+        options, found = self.options, []
+        accumulation = options.gradient_accumulation_steps * options.per_device_train_batch_size // pairs
+        for checkpointing in (True,) if options.gradient_checkpointing else (False, True):
+            size = self.activations(pairs, checkpointing)
+            for setting in SETTINGS:
+                if setting.plus and cluster.gpus <= cluster.per_node:
+                    continue  # its gain is between nodes
+                if setting.stage == 0 and options.dtype == "fp16":
+                    continue  # ds_config takes stage 1 for it
+                zero = self.zero(setting, cluster.gpus)
+                states = model_states(self.counts, setting, cluster, self.width, zero, accumulation > 1)
+                gpu = CONTEXT + (1 + FRAGMENTS) * states.peak(size)
+                # processes that load a model read all of it, under ZeRO 3 only the first
+                load = self.width * self.counts.total * (1 if setting.stage == 3 else cluster.per_node)
+                host = max(load, states.host * cluster.per_node)
+                sent = communication(self.counts, setting, cluster.gpus, self.width, accumulation)
+                fits = gpu <= cluster.gpu_memory * GIB and host <= (cluster.host_memory or math.inf) * GIB
+                found.append(Estimate(setting, checkpointing, states, gpu, host, sent, fits))
+        return found
+
+    def best(self, cluster: Cluster, pairs: int, offload: bool = True) -> Estimate | None:
+        """The first choice of those that fit."""
+        fitting = [e for e in self.estimates(cluster, pairs) if e.fits and (offload or e.setting.offload == "none")]
+        return min(fitting, key=lambda estimate: estimate.cost, default=None)
+
+
+@functools.cache
+def _parsed(line: str) -> argparse.Namespace:
+    return flags.parse(shlex.split(line))
+
+
+def plan_parser() -> flags.Parser:
+    """``plan``'s own flags, and those of main.py that change what a run needs, as main.py has them."""
+    parser = flags.Parser(
+        prog="reward-model plan",
+        description="Estimate memory and communication of a run for every ZeRO setting; prints the line to launch.",
+        epilog="example: reward-model plan --model_name_or_path meta-llama/Llama-2-7b-hf --gpus 8 --gpu_memory 80",
+        allow_abbrev=False,
+        formatter_class=flags.Help,
+    )
+    parser.add_argument("--model_name_or_path", "--model", required=True, help="a folder or a hub name; its config")
+    parser.add_argument("--gpus", type=flags.positive_int, help="in all [those of this machine, or 1]")
+    parser.add_argument("--gpus_per_node", type=flags.positive_int, help="[8, or fewer if there are fewer]")
+    parser.add_argument("--gpu_memory", type=flags.positive, help="GiB of each [of this machine's first GPU]")
+    parser.add_argument("--host_memory", type=flags.positive, help="GiB of each node [not checked]")
+    parser.add_argument("--verbose", action="store_true", help="show what each number is made of")
+    theirs = {action.dest: action for action in flags.build_parser()._actions}
+    for name in SHARED_FLAGS:
+        parser._add_action(theirs[name])
+    return parser
+
+
+def cluster_of(options: argparse.Namespace) -> Cluster:
+    """The GPUs that the flags name, or else this machine's.
+
+    Raises:
+        UserError: no memory given and no GPU here; GPUs that do not fill nodes.
+    """
+    present = torch.cuda.device_count()
+    gpus = options.gpus or present or 1
+    per_node = min(gpus, options.gpus_per_node or 8)
+    if gpus % per_node:
+        raise UserError(f"--gpus {gpus} is not a multiple of --gpus_per_node {per_node}")
+    if not options.gpu_memory and not present:
+        raise UserError("no GPU here to plan for: give its memory in GiB, e.g. --gpu_memory 80")
+    memory = options.gpu_memory or torch.cuda.get_device_properties(0).total_memory / GIB
+    return Cluster(gpus, per_node, memory, options.host_memory or 0.0)
+
+
+def launch_line(options: argparse.Namespace, estimate: Estimate, cluster: Cluster, pairs: int) -> str:
+    """What starts the run; flags that were given go with it."""
+    nodes = cluster.gpus // cluster.per_node
+    start = "HOSTFILE=hostfile bash training_scripts/multi_node.sh"
+    if nodes == 1:
+        start = f"NUM_GPUS={cluster.gpus} bash training_scripts/single_node.sh"
+    if cluster.gpus == 1:
+        start = "bash training_scripts/single_gpu.sh"
+    words = ["--model_name_or_path", options.model_name_or_path, "--dtype", options.dtype]
+    words += ["--per_device_train_batch_size", str(pairs), "--max_seq_len", str(options.max_seq_len)]
+    for name in ("gradient_accumulation_steps", "lora_dim", "lora_module_name", "pooling", "dropout"):
+        if name in options.explicit:
+            words += [f"--{name}", str(getattr(options, name))]
+    line = f"{start} {shlex.join(words)} {estimate.setting.flags}"
+    return line + (" --gradient_checkpointing" if estimate.checkpointing else "") + " --output_dir output"
+
+
+def gib(size: float) -> str:
+    return "-" if not size else f"{size / GIB:,.1f}" if size < 999 * GIB else f"{size / GIB:,.0f}"
+
+
+def table(plan: Plan, cluster: Cluster, pairs: int, verbose: bool) -> Iterator[str]:
+    """A line for each setting."""
+    estimates = plan.estimates(cluster, pairs)
+    rows: dict[Setting, list[Estimate]] = {}
+    for estimate in estimates:
+        rows.setdefault(estimate.setting, []).append(estimate)
+    columns = [f"{'GPU, ckpt' if e.checkpointing else 'GPU':>10}" for e in next(iter(rows.values()))]
+    more = f"{'states':>9} {'buffers':>8} {'step':>8} {'DeepSpeed':>10}" if verbose else ""
+    yield f"{'ZeRO':9}{''.join(columns)} {'host':>9} {'sent':>8} {more}   fits"
+    for setting, pair in rows.items():
+        states, fitting = pair[0].states, [e for e in pair if e.fits]
+        said = "yes" if any(not e.checkpointing for e in fitting) else "with checkpointing" if fitting else "no"
+        if not fitting and any(e.gpu <= cluster.gpu_memory * GIB for e in pair):
+            said = "no: host memory"
+        sizes = "".join(f"{gib(e.gpu):>10}" for e in pair)
+        if verbose:
+            estimate = deepspeed_estimate(plan.counts, setting, cluster) or 0
+            held = states.resident + states.gradients
+            more = f"{gib(held):>9} {gib(states.buffers):>8} {gib(states.step):>8} {gib(estimate):>10}"
+        yield f"{setting.name:9}{sizes} {gib(pair[0].host):>9} {gib(pair[0].sent):>8} {more}   {said}"
+
+
+def what_would(plan: Plan, cluster: Cluster, offload: bool) -> Iterator[str]:
+    """What would fit, with offload or without: a smaller micro-batch of the same global batch, and more GPUs."""
+    options = plan.options
+    pairs = smaller = options.per_device_train_batch_size
+    while smaller := smaller // 2:
+        if best := plan.best(cluster, smaller, offload):
+            steps = options.gradient_accumulation_steps * pairs // smaller
+            size = f"--per_device_train_batch_size {smaller} --gradient_accumulation_steps {steps}"
+            yield f"  {size}: {described(best)}"
+            break
+    per_node = options.gpus_per_node or 8
+    for gpus in [2**k for k in range(10) if 2**k < per_node] + list(range(per_node, MOST_GPUS + 1, per_node)):
+        more = replace(cluster, gpus=gpus, per_node=min(gpus, per_node))
+        if gpus > cluster.gpus and (best := plan.best(more, pairs, offload)):
+            yield f"  --gpus {gpus}: {described(best)}"
+            return
+    yield f"  no number of GPUs up to {MOST_GPUS} with {pairs} pairs each"
+
+
+def over_slow_links(plan: Plan, cluster: Cluster, best: Estimate) -> Iterator[str]:
+    """ZeRO++ beside stage 3."""
+    for other in plan.estimates(cluster, plan.options.per_device_train_batch_size):
+        if other.setting.plus and other.fits and (best.setting.name, best.checkpointing) == ("3", other.checkpointing):
+            yield "Over slow links between nodes, with weights that are sent in 8 bits:"
+            sends = f"sends {gib(other.sent)} instead of {gib(best.sent)}"
+            yield f"  {other.setting.flags}: {gib(other.gpu)} GiB a GPU, {sends}"
+
+
+def described(estimate: Estimate) -> str:
+    recomputing = " with checkpointing" if estimate.checkpointing else ""
+    return f"ZeRO {estimate.setting.name}{recomputing}, {gib(estimate.gpu)} GiB a GPU"
+
+
+def show(options: argparse.Namespace) -> Iterator[str]:
+    """The plan, line by line."""
+    cluster, pairs = cluster_of(options), options.per_device_train_batch_size
+    plan = Plan(build_on_meta(read_config(options.model_name_or_path), options), options)
+    counts = plan.counts
+    yield (
+        f"{options.model_name_or_path}: {counts.total / 1e9:,.2f} billion parameters, {counts.layers} layers of "
+        f"{counts.hidden}, {'all' if counts.trained == counts.total else f'{counts.trained:,} of them'} trained, "
+        f"{options.dtype}"
+    )
+    host = f", {cluster.host_memory:g} GiB of host memory" if cluster.host_memory else ""
+    nodes = f", nodes of {cluster.per_node}" if cluster.gpus > 1 else ""
+    yield (
+        f"{cluster.gpus} × {cluster.gpu_memory:.4g} GiB{nodes}{host}; {pairs} pairs a GPU at a time: at most "
+        f"{2 * pairs * options.max_seq_len:,} tokens"
+    )
+    yield ""
+    yield from table(plan, cluster, pairs, options.verbose)
+    yield ""
+    yield NOTES
+    best = plan.best(cluster, pairs)
+    if not best:
+        yield "Nothing fits. What would:"
+        yield from what_would(plan, cluster, offload=True)
+        return
+    yield from parts(plan, best, pairs)
+    if best.setting.offload != "none":
+        yield "Faster, because without offload:"
+        yield from what_would(plan, cluster, offload=False)
+    yield from over_slow_links(plan, cluster, best)
+    yield f"\n{launch_line(options, best, cluster, pairs)}"
+
+
+def parts(plan: Plan, best: Estimate, pairs: int) -> Iterator[str]:
+    """The choice, and the numbers that make up its memory."""
+    states, active = best.states, plan.activations(pairs, best.checkpointing)
+    terms = {
+        "parameters and optimizer": states.resident,
+        "gradients": states.gradients,
+        "buffers": states.buffers,
+        "activations": active,
+    }
+    backward = sum(terms.values())
+    if states.step > backward:
+        terms = {"parameters, optimizer and gradients while it steps": states.step}
+    terms["allowance"] = best.gpu - max(backward, states.step)
+    yield f"Fastest that fits: {described(best)}:"
+    yield "  " + " + ".join(f"{name} {gib(size)}" for name, size in terms.items() if size)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the plan; the exit status is 0, also if nothing fits."""
+    given = sys.argv[1:] if arguments is None else arguments
+    parser = plan_parser()
+    options = parser.parse_args(given)
+    options.dtype = options.dtype or "bf16"
+    words = {word.split("=")[0] for word in given}
+    options.explicit = {action.dest for action in parser._actions if words.intersection(action.option_strings)}
+    if options.lora_module_name and not options.lora_dim:
+        raise UserError("--lora_module_name without --lora_dim: give the adapters' dimension")
+    for line in show(options):
+        print(line, flush=True)
+    return 0
+
+
+# Models on paper: name, Ψ, and the parameters of the largest module (DeepSpeed's "largest layer"). Shapes as LLaMA's:
+ON_PAPER = (
+    ("7 B", 7e9, 32_000 * 4_096),  # 32 layers of 4,096; the embedding
+    ("70 B", 70e9, 32_000 * 8_192),  # 80 layers of 8,192; the embedding
+    ("400 B", 400e9, 128_256 * 16_384),  # 126 layers of 16,384; the embedding
+)
+ROOM = 0.25  # of a GPU's memory, left to activations
+HOST = 2048  # GiB of a node beyond which offload goes to NVMe
+
+
+def scale_table(sizes=(8, 64, 512, 1024), memory: float = 80) -> str:
+    """Model states of a GPU by DeepSpeed's formulas (half precision, AdamW, all parameters trained), in Markdown.
+
+    4Ψ + 16Ψ/N (stage 2), 2Ψ (with offload), 4L + 18Ψ/N (stage 3), 4L + 2Ψ/N (optimizer in host memory), 4L (parameters
+    too), L: the largest layer. Sent: 2·2Ψ, 3·2Ψ; between nodes by ZeRO++ 1½·2Ψ, with 4-bit gradients (qgZ) ¾·2Ψ. GiB.
+    """
+    lines = [
+        "| Ψ | GPUs | stage 2 | 2 + CPU | stage 3 | 3 + CPU, optimizer | 3 + CPU, both | host of a node, both "
+        "| sent: stage 2 | stage 3 | ZeRO++ | with qgZ | choose |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, total, largest in ON_PAPER:
+        for n in sizes:
+            held = (4 * total + 16 * total / n, 2 * total, 4 * largest + 18 * total / n)
+            held += (4 * largest + 2 * total / n, 4 * largest)
+            host = 18 * total / n * 8
+            limit = (1 - ROOM) * memory * GIB
+            order = (("2", held[0]), ("3", held[2]), ("2 + CPU", held[1]), ("3 + CPU", held[4]))
+            choice = next(setting for setting, size in order if size <= limit)
+            if choice.endswith("CPU") and host > HOST * GIB:
+                choice = "3 + NVMe"
+            sent = (4 * total, 6 * total, 3 * total, 1.5 * total)
+            cells = [
+                f"{size / GIB:,.0f}" if size >= 9.95 * GIB else f"{size / GIB:.1f}" for size in (*held, host, *sent)
+            ]
+            lines.append(f"| {name} | {n:,} | {' | '.join(cells)} | {choice} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(scale_table())
