@@ -30,7 +30,7 @@ FACTS = {
     "code": "0123456789abcdef",
     "model": "aaaaaaaaaaaaaaaa",
     "data": "bbbbbbbbbbbbbbbb on the hub",
-    "missing": [],
+    "missing": {"model": [], "data": []},
     "gpus": 8,
     "kind": "GPUs",
     "folder": "/output",
@@ -62,7 +62,7 @@ def hosts(*changes):
         ({"code": "x" * 16}, ("alike", "node3: this checkout's code differs from that of node1, node2")),
         ({"model": "x" * 16}, ("alike", "node3: the model differs from that of node1, node2")),
         ({"data": "x" * 16}, ("alike", "node3: the data differs from that of node1, node2")),
-        ({"data": "", "missing": ["my.jsonl"]}, ("alike", "node3: no my.jsonl")),
+        ({"data": "", "missing": {"data": ["my.jsonl"]}}, ("alike", "node3: no my.jsonl")),
         ({"gpus": 0, "kind": "no GPU"}, ("alike", "node3: its processors: no GPU, node1, node2: GPUs")),
         ({"gpus": 7}, ("slots", "node3: 8 slots in the hostfile, 7 GPUs")),
         ({"writable": False}, ("disk", "node3: cannot write to /output")),
@@ -225,4 +225,4 @@ def test_what_a_host_says_is_a_line_of_json(ssh):
     (line,) = (line for line in result.stdout.splitlines() if line.startswith(preflight.MARK))
     facts = json.loads(line.removeprefix(preflight.MARK))
     assert set(facts) == set(FACTS)
-    assert facts["missing"] == ["x.jsonl"]
+    assert facts["missing"] == {"model": [], "data": ["x.jsonl"]}

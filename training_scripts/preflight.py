@@ -63,7 +63,10 @@ def look(checkout: str, flags: list[str]) -> dict:
         "code": fingerprint(files),
         "model": source(options.model_name_or_path),
         "data": " ".join(source(path) for path in data),
-        "missing": [path for path in (options.model_name_or_path, *data) if path and not source(path)],
+        "missing": {
+            "model": [name for name in [options.model_name_or_path] if name and not source(name)],
+            "data": [path for path in data if not source(path)],
+        },
         "gpus": count,
         "kind": "GPUs" if count else "no GPU",
         "folder": str(there),
@@ -217,8 +220,7 @@ def complaints(hosts: list[Host], clock: float = CLOCKS_APART) -> list[tuple[str
         common = Counter(host.facts[fact] for host in hosts).most_common(1)[0][0] if hosts else None
         having = [host.name for host in hosts if host.facts[fact] == common]
         for host in hosts:
-            is_missing = fact in ("model", "data") and host.facts["missing"]  # said below
-            if host.facts[fact] != common and not is_missing:
+            if host.facts[fact] != common and not host.facts["missing"].get(fact):  # those are said below
                 found.append(("alike", f"{host.name}: {differs(called, host.facts[fact], common, having)}"))
         if common == "" and fact in PACKAGES[:3]:
             found += [("alike", f"{name}: no {called} in {sys.executable}") for name in having]
@@ -240,7 +242,7 @@ def differs(called: str, value: str, common: str, having: list[str]) -> str:
 def own_faults(host: Host, clock: float) -> list[tuple[str, str]]:
     """What is wrong with a host, whatever the others are like."""
     facts, found = host.facts, []
-    found += [("alike", f"no {path}") for path in facts["missing"]]
+    found += [("alike", f"no {path}") for paths in facts["missing"].values() for path in paths]
     if facts["gpus"] and facts["gpus"] < host.slots:
         found.append(("slots", f"{host.slots} slots in the hostfile, {facts['gpus']} GPUs"))
     if not facts["writable"]:

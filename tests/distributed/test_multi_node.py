@@ -141,8 +141,7 @@ def test_a_lost_host_ends_the_run(launcher, launcher_of, hosts):
 def test_a_failing_rank_ends_the_run_and_its_host_is_named(launcher, launcher_of, hosts):
     run = launcher_of("multi_node.sh", "--num_train_epochs", "1000", LAUNCHER=launcher)
     run.wait_for("step 14:")
-    hosts[1].run("pkill -9 -f 'python.*[m]ain.py --' -n")  # the newest: the rank, or a worker of its own
-    hosts[1].run("pgrep -f '[m]ain.py --' | sort -n | tail -1 | xargs -r kill -9")
+    hosts[1].run("pkill -9 -f '^[^ ]*python[^ ]* -u [^ ]*/main.py '")  # the rank, not what has it in its own words
     run.end(timeout=60)
     assert run.returncode == {"deepspeed": 247, "torchrun": 1}[launcher]  # 256 − 9; torchrun's own 1
     assert f"error: node2 failed with exit status {run.returncode}" in run.text
