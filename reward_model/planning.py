@@ -294,7 +294,7 @@ def parts(plan: Plan, best: Estimate, pairs: int) -> Iterator[str]:
     terms = {
         "parameters and optimizer": states.resident,
         "gradients": states.gradients,
-        "buffers": states.buffers,
+        "buffers": states.buffers + max(0, states.bucket - active),  # of stage 0's, what activations leave no room for
         "activations": active,
     }
     backward = sum(terms.values())

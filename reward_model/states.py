@@ -64,7 +64,8 @@ class States:
     """What DeepSpeed holds on a GPU, and its share of the host's memory.
 
     resident: parameters and optimizer. gradients: after the last backward pass. buffers: buckets and what ZeRO 3 has
-    gathered. step: all that is there while the optimizer steps, when there are no activations.
+    gathered. step: all that is there while the optimizer steps, when there are no activations. bucket: what stage 0
+    reduces at once, after the backward pass.
     """
 
     resident: float
@@ -72,10 +73,11 @@ class States:
     buffers: float
     step: float
     host: float
+    bucket: float = 0
 
     def peak(self, activations: float) -> float:
         """The most at once."""
-        return max(self.resident + self.buffers + self.gradients + activations, self.step)
+        return max(self.resident + self.buffers + self.gradients + max(activations, self.bucket), self.step)
 
 
 def model_states(
@@ -96,8 +98,8 @@ def model_states(
         half = width < 4
         resident = width * total + (12 if half else 8) * trained
         gradients = width * trained
-        buffers = width * min(trained, DEFAULT_BUCKET) if n > 1 else 0
-        return States(resident, gradients, buffers, resident + gradients + (4 * trained if half else 0), 0)
+        step = resident + gradients + (4 * trained if half else 0)
+        return States(resident, gradients, 0, step, 0, bucket=width * min(trained, DEFAULT_BUCKET) if n > 1 else 0)
     own, bucket = trained / n, width * zero.get("reduce_bucket_size", DEFAULT_BUCKET)
     if setting.stage < 3:
         buffers = bucket * (2 if setting.stage == 2 else 1)  # stage 2 fills one while it sends the other

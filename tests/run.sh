@@ -10,8 +10,9 @@ set -euo pipefail
 top=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=training_scripts/setup.sh
 source "$top/training_scripts/setup.sh"
-set_up pytest ruff
+set_up pytest ruff xdist=pytest-xdist
 cd "$top"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check --quiet . || die "not formatted: run ruff format ."
-exec "$PYTHON" -m pytest "$@"
+# a file stays with one process, and a process holds a gigabyte
+exec "$PYTHON" -m pytest --dist loadfile -n "$(($(nproc) < 8 ? $(nproc) : 8))" "$@"

@@ -67,7 +67,7 @@ def needs_all_modules():
 
 def trainer_modules():
     """The modules that set_up asks for."""
-    return re.search(r"modules=\((.*?) *\"\$@\"\)", SETUP.read_text(), re.DOTALL)[1].split()
+    return re.search(r"modules=\((.*?) *\"\$\{@%%=\*\}\"\)", SETUP.read_text(), re.DOTALL)[1].split()
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -151,6 +151,18 @@ def test_set_up_installs_when_a_module_is_missing(bare_path):
     add_tool(bare_path, "c++")
     result = shell("set_up no_such_module", PYTHON=sys.executable, PATH=str(bare_path), CXX=None)
     assert (result.returncode, result.stderr) == (1, "error: it would install\n")
+
+
+def test_a_package_may_have_another_name_than_its_module(tmp_path, bare_path):
+    setup = tmp_path / "training_scripts" / "setup.sh"
+    setup.parent.mkdir()
+    shutil.copy(SETUP, setup)
+    add_tool(bare_path, "c++")
+    add_tool(bare_path, "python3", '[ "$1" = - ] && shift 2 && echo "$@" >asked; echo xdist')
+    commands = 'make_environment() { echo "${@:3}" >installed; }; set_up ruff xdist=pytest-xdist'
+    shell(commands, setup=setup, cwd=tmp_path, PYTHON=None, PATH=str(bare_path))
+    assert (tmp_path / "installed").read_text() == "ruff pytest-xdist\n"
+    assert (tmp_path / "asked").read_text().endswith("ruff xdist\n")
 
 
 @pytest.mark.parametrize("lacking", ["torch", "peft", "tensorboard"])

@@ -56,7 +56,8 @@ def main() -> int:
             raise
         if "EADDRINUSE" in str(error):
             return fail("the port is in use by another run: deepspeed --master_port N main.py takes another", debug)
-        return fail(f"lost contact with another process, whose own message says why ({first_line(error)})", debug)
+        what = f"lost contact with another process, whose own message says why ({first_line(error)})"
+        return fail(what, debug, wait=LAUNCHER_GRACE)
     except KeyboardInterrupt:
         return fail("interrupted", debug)
     torch.distributed.destroy_process_group()
@@ -64,8 +65,12 @@ def main() -> int:
     return 0
 
 
-def fail(message: str, debug: bool) -> int:
-    """Say what is wrong and leave at once: the launcher ends the ranks that wait for this one."""
+def fail(message: str, debug: bool, wait: float = 0.0) -> int:
+    """Say what is wrong and leave: the launcher ends the ranks that wait for this one.
+
+    Args:
+        wait: seconds before leaving, so that a rank that is at fault ends first, and its exit status is the run's.
+    """
     rank = os.environ["RANK"]
     if debug:
         import traceback
@@ -75,6 +80,7 @@ def fail(message: str, debug: bool) -> int:
         time.sleep(LAUNCHER_GRACE)  # only one voice, unless the fault is this rank's alone
     print(f"error: {message}" if rank == "0" else f"error on rank {rank}: {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
+    time.sleep(wait)
     release_shared_memory()
     os._exit(1)
 

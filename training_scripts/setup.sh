@@ -21,12 +21,12 @@ print(*[name for name in sys.argv[1:] if find_spec(name) is None])
 PY
 }
 
-# set_up [MODULE...]: modules beyond those of the trainer
+# set_up [MODULE|MODULE=PACKAGE...]: modules beyond those of the trainer, and the package where it has another name
 set_up() {
   local top modules lacking base
   top=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
   modules=(torch deepspeed transformers datasets peft filelock huggingface_hub matplotlib ninja numpy pyarrow
-    tensorboard tqdm "$@")
+    tensorboard tqdm "${@%%=*}")
   base=${PYTHON:-}
   if [ -z "$base" ]; then
     base=$(command -v python3 || command -v python) || die "no python3: install Python 3.10 or newer"
@@ -39,7 +39,7 @@ set_up() {
   else
     PYTHON=$top/.venv/bin/python
     if [ ! -x "$PYTHON" ] || [ -n "$(missing "$PYTHON" "${modules[@]}")" ]; then
-      make_environment "$top" "$base" "$@"
+      make_environment "$top" "$base" "${@#*=}"
     fi
   fi
   command -v "${CXX:-c++}" >/dev/null || command -v g++ >/dev/null ||
