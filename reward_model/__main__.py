@@ -9,7 +9,13 @@ import sys
 from reward_model.errors import UserError
 from reward_model.quiet import quieten
 
-COMMANDS = {"plan": ("reward_model.planning", "memory and communication of a run, and the line that launches it")}
+COMMANDS = {
+    "plan": ("reward_model.planning", "memory and communication of a run, and the line that launches it"),
+    "check": (
+        "reward_model.options",
+        "whether main.py would take these flags: what can be seen without loading anything",
+    ),
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

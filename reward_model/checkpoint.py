@@ -32,14 +32,6 @@ OWN_WEIGHTS = "reward_model{suffix}.safetensors"
 OWN_CONFIG = "reward_model.json"
 DSCHAT_WEIGHTS = "pytorch_model.bin"
 SCALE = ("score_mean", "score_std", "score_thresholds", "lowest_grade")  # fields of config.json
-TRACES = ("config.json", "metrics.jsonl", "run.json", "model.safetensors", DSCHAT_WEIGHTS, "checkpoints")
-
-
-def refuse_used_folder(folder: Path) -> None:
-    """Raises UserError if another run left something in an output folder; a log file or the like may lie there."""
-    left = [name for name in TRACES if (folder / name).exists()]
-    if left:
-        raise UserError(f"--output_dir {folder} holds another run ({', '.join(left)}): name a new folder")
 
 
 def require_dschat(scorer: Scorer) -> None:

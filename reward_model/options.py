@@ -21,6 +21,7 @@ MARGINS = ("column", "small", "large")
 MERGES = ("batch", "prompt")
 BATCH_ELEMENTS = ("pair", "prompt")
 SAVE_FORMATS = ("hf", "dschat", "both")
+TRACES = ("config.json", "metrics.jsonl", "run.json", "model.safetensors", "pytorch_model.bin", "checkpoints")
 EXAMPLE = "deepspeed main.py --model_name_or_path facebook/opt-350m --data_path Dahoas/rm-static --output_dir output"
 
 
@@ -199,6 +200,33 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options.explicit = {action.dest for action in parser._actions if given.intersection(action.option_strings)}
     _check(options)
     return options
+
+
+def main(arguments: list[str]) -> int:
+    """Look at main.py's flags as a launcher does before it starts any process: values, and folders that are named.
+
+    Raises:
+        UserError: a wrong flag, an output folder that holds another run, a model that is a path and not there.
+    """
+    options = parse(arguments)
+    if options.output_dir:
+        refuse_used_folder(Path(options.output_dir))
+    require_model_folder(options.model_name_or_path)
+    return 0
+
+
+def refuse_used_folder(folder: Path) -> None:
+    """Raises UserError if another run left something in an output folder; a log file or the like may lie there."""
+    left = [name for name in TRACES if (folder / name).exists()]
+    if left:
+        raise UserError(f"--output_dir {folder} holds another run ({', '.join(left)}): name a new folder")
+
+
+def require_model_folder(name_or_path: str) -> None:
+    """Raises UserError for what can only be a path and is no folder."""
+    is_path = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1 or " " in name_or_path
+    if is_path and not Path(name_or_path).is_dir():
+        raise UserError(f"--model_name_or_path {name_or_path}: no such folder")
 
 
 def _check(options: argparse.Namespace) -> None:

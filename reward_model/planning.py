@@ -17,7 +17,7 @@ import functools
 import math
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -58,6 +58,7 @@ GiB. GPU: the most at once, activations kept; ckpt: with --gradient_checkpointin
 0.19 holds them, activations for answers of full length that share no prompt, and an allowance of
 {CONTEXT // GIB} GiB (CUDA, NCCL) and {FRAGMENTS:.0%} (fragments). host: of a node, for offload or while it loads.
 sent: by a GPU in a step. 3 + NVMe and ZeRO++ are by formula alone; the rest agrees with what runs on CPUs hold.
+Fastest: without offload first, then without checkpointing, then what sends least; of equals the one that holds least.
 """
 
 
@@ -115,8 +116,8 @@ class Plan:
         for checkpointing in (True,) if options.gradient_checkpointing else (False, True):
             size = self.activations(pairs, checkpointing)
             for setting in SETTINGS:
-                if setting.plus and cluster.gpus <= cluster.per_node:
-                    continue  # its gain is between nodes
+                if setting.plus and (cluster.gpus <= cluster.per_node or cluster.gpus & (cluster.gpus - 1)):
+                    continue  # its gain is between nodes, and DeepSpeed's 8-bit blocks want a power of two
                 if setting.stage == 0 and options.dtype == "fp16":
                     continue  # ds_config takes stage 1 for it
                 zero = self.zero(setting, cluster.gpus)
@@ -182,11 +183,12 @@ def cluster_of(options: argparse.Namespace) -> Cluster:
 def launch_line(options: argparse.Namespace, estimate: Estimate, cluster: Cluster, pairs: int) -> str:
     """What starts the run; flags that were given go with it."""
     nodes = cluster.gpus // cluster.per_node
-    start = "HOSTFILE=hostfile bash training_scripts/multi_node.sh"
+    data = "DATA=/path/of/your/data"
+    start = f"HOSTFILE=hostfile {data} bash training_scripts/multi_node.sh"
     if nodes == 1:
-        start = f"NUM_GPUS={cluster.gpus} bash training_scripts/single_node.sh"
+        start = f"NUM_GPUS={cluster.gpus} {data} bash training_scripts/single_node.sh"
     if cluster.gpus == 1:
-        start = "bash training_scripts/single_gpu.sh"
+        start = f"{data} bash training_scripts/single_gpu.sh"
     words = ["--model_name_or_path", options.model_name_or_path, "--dtype", options.dtype]
     words += ["--per_device_train_batch_size", str(pairs), "--max_seq_len", str(options.max_seq_len)]
     for name in ("gradient_accumulation_steps", "lora_dim", "lora_module_name", "pooling", "dropout"):
@@ -252,11 +254,12 @@ def over_slow_links(plan: Plan, cluster: Cluster, best: Estimate) -> Iterator[st
 
 def described(estimate: Estimate) -> str:
     recomputing = " with checkpointing" if estimate.checkpointing else ""
-    return f"ZeRO {estimate.setting.name}{recomputing}, {gib(estimate.gpu)} GiB a GPU"
+    host = f", {gib(estimate.host)} of each host" if estimate.setting.offload != "none" else ""
+    return f"ZeRO {estimate.setting.name}{recomputing}, {gib(estimate.gpu)} GiB a GPU{host}"
 
 
-def show(options: argparse.Namespace) -> Iterator[str]:
-    """The plan, line by line."""
+def show(options: argparse.Namespace) -> Generator[str, None, bool]:
+    """The plan, line by line; whether anything fits."""
     cluster, pairs = cluster_of(options), options.per_device_train_batch_size
     plan = Plan(build_on_meta(read_config(options.model_name_or_path), options), options)
     counts = plan.counts
@@ -279,13 +282,14 @@ def show(options: argparse.Namespace) -> Iterator[str]:
     if not best:
         yield "Nothing fits. What would:"
         yield from what_would(plan, cluster, offload=True)
-        return
+        return False
     yield from parts(plan, best, pairs)
     if best.setting.offload != "none":
         yield "Faster, because without offload:"
         yield from what_would(plan, cluster, offload=False)
     yield from over_slow_links(plan, cluster, best)
-    yield f"\n{launch_line(options, best, cluster, pairs)}"
+    yield f"\nAt the top of the checkout, with your data:\n{launch_line(options, best, cluster, pairs)}"
+    return True
 
 
 def parts(plan: Plan, best: Estimate, pairs: int) -> Iterator[str]:
@@ -303,10 +307,12 @@ def parts(plan: Plan, best: Estimate, pairs: int) -> Iterator[str]:
     terms["allowance"] = best.gpu - max(backward, states.step)
     yield f"Fastest that fits: {described(best)}:"
     yield "  " + " + ".join(f"{name} {gib(size)}" for name, size in terms.items() if size)
+    if best.setting.offload == "nvme":
+        yield f"  and on the disks {gib(18 * plan.counts.trained)} in all"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the plan; the exit status is 0, also if nothing fits."""
+    """Print the plan; the exit status is 1 if nothing fits."""
     given = sys.argv[1:] if arguments is None else arguments
     parser = plan_parser()
     options = parser.parse_args(given)
@@ -315,9 +321,12 @@ def main(arguments: list[str] | None = None) -> int:
     options.explicit = {action.dest for action in parser._actions if words.intersection(action.option_strings)}
     if options.lora_module_name and not options.lora_dim:
         raise UserError("--lora_module_name without --lora_dim: give the adapters' dimension")
-    for line in show(options):
-        print(line, flush=True)
-    return 0
+    lines = show(options)
+    while True:
+        try:
+            print(next(lines), flush=True)
+        except StopIteration as end:
+            return 0 if end.value else 1
 
 
 # Models on paper: name, Ψ, and the parameters of the largest module (DeepSpeed's "largest layer"). Shapes as LLaMA's:

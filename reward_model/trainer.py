@@ -41,7 +41,7 @@ from reward_model.model import (
     resize_embedding,
 )
 from reward_model.objective import Objective
-from reward_model.options import cache_folder, explain_inherited
+from reward_model.options import cache_folder, explain_inherited, refuse_used_folder, require_model_folder
 from reward_model.sampling import (
     EpochPlan,
     MicroBatch,
@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> None:
     """
     folder = Path(options.output_dir) if options.output_dir else None
     if folder:
-        checkpoint.refuse_used_folder(folder)
+        refuse_used_folder(folder)
     place = distributed.start(options)
     explain_inherited(options)
     options.dtype = options.dtype or distributed.default_dtype()
@@ -136,12 +136,12 @@ def reference_set(options, train_set, eval_set, tokenizer, special, rules: Rules
 
 def read_config(name_or_path: str):
     """Raises UserError where there is no model."""
-    if name_or_path.startswith((".", "/", "~")) and not Path(name_or_path).is_dir():
-        raise UserError(f"--model_name_or_path {name_or_path}: no such folder")
+    require_model_folder(name_or_path)
     try:
         return AutoConfig.from_pretrained(name_or_path)
     except Exception as error:  # OSError, ValueError, KeyError: missing, unreachable, unknown architecture
-        raise UserError(f"--model_name_or_path {name_or_path}: {first_line(error)}") from error
+        place = "" if Path(name_or_path).is_dir() else "no such folder here, and from the hub: "
+        raise UserError(f"--model_name_or_path {name_or_path}: {place}{first_line(error)}") from error
 
 
 def require_positions(config, tokenizer, longest: int) -> None:

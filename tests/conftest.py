@@ -5,6 +5,9 @@ import os
 import sys
 from pathlib import Path
 
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # threads that outnumber cores wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // workers)))
+
 import pytest
 import torch
 

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from reward_model import checkpoint
 from reward_model.errors import UserError
 from reward_model.model import Scorer, add_lora, head_layer, load_for_training, resize_embedding
+from reward_model.options import refuse_used_folder
 from reward_model.reward_model import RewardModel
 from reward_model.scoring import load
 
@@ -241,10 +242,10 @@ def test_space_is_asked_for_beforehand(tmp_path):
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "model.safetensors", "pytorch_model.bin"])
 def test_a_folder_with_a_run_is_refused_and_one_with_a_log_is_not(name, tmp_path):
     (tmp_path / "training.log").write_text("")
-    checkpoint.refuse_used_folder(tmp_path)
+    refuse_used_folder(tmp_path)
     (tmp_path / name).write_text("")
     with pytest.raises(UserError, match=name):
-        checkpoint.refuse_used_folder(tmp_path)
+        refuse_used_folder(tmp_path)
 
 
 def test_scoring_texts_from_a_folder(tmp_path):

@@ -166,13 +166,34 @@ def test_a_run_leaves_its_output_and_log_and_an_upstream_line_works(demo, tmp_pa
     assert len(Metrics(output / "metrics.jsonl", result).losses) == 4  # 320 pairs, 80 a step
 
 
-def test_the_failing_rank_s_status_is_the_launcher_s(tmp_path):
-    flags = ["--model_name_or_path", "./no model", "--output_dir", "an output"]
+def test_the_failing_rank_s_status_is_the_launcher_s(demo, tmp_path):
+    flags = ["--data_path", "./no data", "--output_dir", "an output", "--model_name_or_path", demo / "model"]
     for launcher in ("deepspeed", "torchrun"):
         result = launch("single_node.sh", *flags, cwd=tmp_path, timeout=120, LAUNCHER=launcher, NUM_GPUS="2")
         assert result.returncode == 1
-        assert "error: --model_name_or_path ./no model: no such folder" in result.stdout
-        assert "no such folder" in (tmp_path / "an output" / "training.log").read_text()
+        assert "error: --data_path ./no data: no such file" in result.stdout
+        assert "no such file" in (tmp_path / "an output" / "training.log").read_text()
+
+
+def test_what_a_look_shows_is_said_before_anything_starts_and_leaves_the_log_alone(tmp_path):
+    used = tmp_path / "used"
+    used.mkdir()
+    (used / "run.json").write_text("{}")
+    for flags, message in (
+        (["--output_dir", used], f"--output_dir {used} holds another run (run.json): name a new folder"),
+        (["--learning_rat", 1], "unrecognized arguments: --learning_rat 1 (--help lists the flags)"),
+        (["--model_name_or_path", "my modl"], "--model_name_or_path my modl: no such folder"),
+    ):
+        result = launch("single_node.sh", *flags, cwd=tmp_path)
+        assert (result.returncode, result.stdout, result.stderr) == (1, "", f"error: {message}\n")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["run.json", "used"]
+
+
+def test_an_interpreter_that_is_asked_for_is_taken_or_refused(tmp_path):
+    bare = executable(tmp_path / "python", "#!/bin/sh\necho torch deepspeed\n")
+    for python, why in (("no-such-python", "is not there"), (str(bare), "lacks torch deepspeed")):
+        result = launch("single_node.sh", DRY_RUN="1", PYTHON=python)
+        assert (result.returncode, result.stderr) == (1, f"error: PYTHON={python} {why}\n")
 
 
 def test_a_copy_elsewhere_names_the_scripts(tmp_path):
@@ -181,6 +202,8 @@ def test_a_copy_elsewhere_names_the_scripts(tmp_path):
     copy.write_text(text.replace("facebook/opt-350m", "my/model").replace("Dahoas/rm-static", "my data"))
     words = dry(copy, SCRIPTS=str(SCRIPTS))
     assert flags_of(words)[:4] == ["--model_name_or_path", "my/model", "--data_path", "my data"]
+    lost = launch(copy)
+    assert (lost.returncode, lost.stderr) == (1, "error: no launch.sh: set SCRIPTS to <checkout>/training_scripts\n")
 
 
 # Several hosts
@@ -279,8 +302,8 @@ def test_a_dry_run_prints_the_command_of_every_host(cluster):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a slots=2\nb\n", "hostfile, line 2: not a name and slots=NUMBER"),
-        ("a slots=2\n# x\nb slots=0\n", "hostfile, line 3: not a name and slots=NUMBER"),
+        ("a slots=2\nb\n", 'hostfile, line 2, "b": not a name and slots=NUMBER'),
+        ("a slots=2\n# x\nb slots=0\n", 'hostfile, line 3, "b slots=0": not a name and slots=NUMBER'),
         ("a slots=2\na slots=2\n", "hostfile, line 2: a again"),
         ("# nobody\n", "hostfile names no host"),
         ("a slots=2\nb slots=1\n", "torchrun starts as many processes on every host, and hostfile has different slots"),

@@ -63,8 +63,8 @@ def flags(dtype="bf16", **changes):
     return argparse.Namespace(**{**plain, "model_name_or_path": "m", **changes})
 
 
-def printed(capsys, line):
-    assert main(["plan", *shlex.split(line)]) == 0
+def printed(capsys, line, status=0):
+    assert main(["plan", *shlex.split(line)]) == status
     return capsys.readouterr().out
 
 
@@ -291,16 +291,17 @@ def test_seven_billion_on_eight(folder, capsys):
     assert "6.61 billion parameters, 32 layers of 4096, all trained, bf16" in out
     assert "ZeRO++" not in out.split("GiB.")[0]  # one node
     start, line = out.splitlines()[-1].split(" --", 1)
-    assert start == "NUM_GPUS=8 bash training_scripts/single_node.sh"
+    assert start == "NUM_GPUS=8 DATA=/path/of/your/data bash training_scripts/single_node.sh"
     options = parse(shlex.split(f"--{line}"))
     assert (options.zero_stage, options.gradient_checkpointing, options.offload) == (2, True, False)
 
 
 def test_seventy_billion_on_sixty_four(folder, capsys):
     out = printed(capsys, f"--model {folder(LLAMA_70B)} --gpus 64 --gpu_memory 80 --host_memory 1000 --verbose")
-    assert "HOSTFILE=hostfile bash training_scripts/multi_node.sh" in out
+    assert "HOSTFILE=hostfile DATA=/path/of/your/data bash training_scripts/multi_node.sh" in out
     assert "--zero_stage 3 --gradient_checkpointing" in out
     assert "--deepspeed_config zeropp.json" in out  # an alternative between nodes
+    assert "zeropp" not in printed(capsys, f"--model {folder(LLAMA_70B)} --gpus 72 --gpu_memory 80")  # no power of two
 
 
 def test_lora_on_a_small_gpu(folder, capsys):
@@ -311,7 +312,8 @@ def test_lora_on_a_small_gpu(folder, capsys):
 
 
 def test_what_would_fit(folder, capsys):
-    out = printed(capsys, f"--model {folder(LLAMA_7B)} --gpus 8 --gpu_memory 24 --host_memory 64 --max_seq_len 4096")
+    line = f"--model {folder(LLAMA_7B)} --gpus 8 --gpu_memory 24 --host_memory 64 --max_seq_len 4096"
+    out = printed(capsys, line, status=1)
     assert "Nothing fits. What would:\n  --per_device_train_batch_size 4 --gradient_accumulation_steps 4: " in out
     assert "no number of GPUs up to 1024 with 16 pairs each" in out  # each has the same activations
     out = printed(capsys, f"--model {folder(LLAMA_7B)} --gpus 2 --gpu_memory 40")

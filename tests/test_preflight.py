@@ -62,7 +62,7 @@ def hosts(*changes):
         ({"code": "x" * 16}, ("alike", "node3: this checkout's code differs from that of node1, node2")),
         ({"model": "x" * 16}, ("alike", "node3: the model differs from that of node1, node2")),
         ({"data": "x" * 16}, ("alike", "node3: the data differs from that of node1, node2")),
-        ({"data": "", "missing": {"data": ["my.jsonl"]}}, ("alike", "node3: no my.jsonl")),
+        ({"data": "", "missing": {"data": ["my.jsonl"]}}, ("path", "node3: no my.jsonl")),
         ({"gpus": 0, "kind": "no GPU"}, ("alike", "node3: its processors: no GPU, node1, node2: GPUs")),
         ({"gpus": 7}, ("slots", "node3: 8 slots in the hostfile, 7 GPUs")),
         ({"writable": False}, ("disk", "node3: cannot write to /output")),
@@ -215,8 +215,11 @@ def test_hosts_that_are_down_or_lack_the_interpreter(ssh):
 def test_a_missing_model_is_said_and_can_be_allowed(ssh):
     flags = ("--model_name_or_path", "./nothing")
     result = check(ssh, "a:1", *flags)
-    assert (result.returncode, result.stderr) == (1, "error: a: no ./nothing [alike]\n")
-    assert check(ssh, "a:1", *flags, allow=["alike"]).returncode == 0
+    assert (result.returncode, result.stderr) == (1, "error: a: no ./nothing [path]\n")
+    assert check(ssh, "a:1", *flags, allow=["path"]).returncode == 0
+    wrong = check(ssh, "a:1", *flags, allow=["pth"])
+    assert wrong.returncode == 1
+    assert wrong.stderr.startswith("error: PREFLIGHT_ALLOW: no topic pth; there are ssh, ")
 
 
 def test_what_a_host_says_is_a_line_of_json(ssh):

@@ -5,7 +5,8 @@
     guard.py [--lifeline] [--log FILE] [--reach ADDRESS] [--run NAME] COMMAND...
 
 When the command ends, or when this process is told to, all that descends from it is ended: processes that changed their
-session too, as torchrun's do. The exit status is the command's; 128 + N where signal N ended it, as in a shell.
+session too, as torchrun's do. The exit status is the command's; 128 + N where signal N ended it or this process, as in
+a shell, and 143 at the end of the lifeline.
 
 --lifeline: standard input belongs to whoever started this, maybe on another machine, and its end is theirs.
 --log FILE: what the command prints goes there too.
@@ -49,9 +50,9 @@ def main() -> int:
         for name in INTERFACES if interface else ():
             environment.setdefault(name, interface)
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # orphans of the command become ours
-    told = threading.Event()
+    told = Told()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda *_: told.set())
+        signal.signal(number, lambda number, _: told.end(number))
     try:
         log = open(options.log, "ab") if options.log else None  # noqa: SIM115
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if log else {}
@@ -64,13 +65,26 @@ def main() -> int:
         copying.start()
     if options.lifeline:
         threading.Thread(target=wait_for_end_of_input, args=(told,), daemon=True).start()
-    while command.poll() is None and not told.wait(0.2):
+    while command.poll() is None and not told.event.wait(0.2):
         pass
     end_descendants()
     status = command.wait()
     if log:
         copying.join()
+    if told.event.is_set():
+        return 128 + told.number
     return status if status >= 0 else 128 - status
+
+
+class Told:
+    """That this process shall end, and by which signal."""
+
+    def __init__(self):
+        self.event, self.number = threading.Event(), int(signal.SIGTERM)
+
+    def end(self, number: int = signal.SIGTERM) -> None:
+        self.number = int(number)
+        self.event.set()
 
 
 def parse() -> argparse.Namespace:
@@ -96,10 +110,10 @@ def copy(output, log) -> None:
             sys.stdout.buffer.flush()
 
 
-def wait_for_end_of_input(told: threading.Event) -> None:
+def wait_for_end_of_input(told: Told) -> None:
     while os.read(sys.stdin.fileno(), 4096):
         pass
-    told.set()
+    told.end()
 
 
 def end_descendants() -> None:

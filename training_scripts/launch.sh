@@ -19,13 +19,18 @@ quoted() {
 
 # find_python: the environment's interpreter in PYTHON; a launcher installs nothing
 find_python() {
-  local candidate
-  for candidate in ${PYTHON:+"$PYTHON"} "$(command -v python3 || true)" "$scripts/../.venv/bin/python"; do
-    candidate=$(command -v "$candidate") || continue
-    if [ -z "$(missing "$candidate" torch deepspeed transformers datasets psutil)" ]; then
-      PYTHON=$(cd "$(dirname "$candidate")" && pwd)/${candidate##*/}
-      return
+  local candidate lacking
+  for candidate in "${PYTHON:-python3}" "$scripts/../.venv/bin/python"; do
+    lacking="is not there"
+    if candidate=$(command -v "$candidate"); then
+      lacking=$(missing "$candidate" torch deepspeed transformers datasets psutil)
+      if [ -z "$lacking" ]; then
+        PYTHON=$(cd "$(dirname "$candidate")" && pwd)/${candidate##*/}
+        return
+      fi
+      lacking="lacks $lacking"
     fi
+    [ -z "${PYTHON:-}" ] || die "PYTHON=$PYTHON $lacking"
   done
   die "no Python with DeepSpeed, Transformers and datasets here: activate yours, or run quickstart.sh, which makes .venv"
 }
@@ -65,12 +70,12 @@ settings() {
 batch_flags() {
   local processes=$1 each micro fixed
   fixed=$(given --per_device_train_batch_size "${@:2}") || fixed=
+  if ! is_count "${GLOBAL_BATCH:-1}" || ! is_count "${MICRO_BATCH:-1}"; then
+    die "GLOBAL_BATCH and MICRO_BATCH are whole numbers above 0"
+  fi
   if [ -z "${GLOBAL_BATCH:-}" ]; then
     [ -z "${MICRO_BATCH:-}" ] || [ -n "$fixed" ] || FLAGS+=(--per_device_train_batch_size "$MICRO_BATCH")
     return
-  fi
-  if ! is_count "$GLOBAL_BATCH" || ! is_count "${MICRO_BATCH:-16}"; then
-    die "GLOBAL_BATCH and MICRO_BATCH are whole numbers above 0"
   fi
   each=$((GLOBAL_BATCH / processes))
   [ $((each * processes)) = "$GLOBAL_BATCH" ] ||
@@ -109,12 +114,18 @@ free_port() {
   "$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
 }
 
+# check_flags: what a look at them shows, before any process starts and before a log is written
+check_flags() {
+  PYTHONPATH=$scripts/.. "$PYTHON" -m reward_model check "${FLAGS[@]}" || exit 1
+}
+
 # run_here COMMAND...: in place of this shell; what it prints goes to OUTPUT/training.log too
 run_here() {
   if is_dry; then
     quoted "$@"
     exit
   fi
+  check_flags
   mkdir -p "$OUTPUT"
   quoted "$@" >>"$OUTPUT/training.log"
   exec "$PYTHON" "$scripts/guard.py" --log "$OUTPUT/training.log" "$@"
@@ -136,4 +147,6 @@ recipe() {
   SCRIPTS=$scripts exec bash "$scripts/$launch" "$@"
 }
 
-is_dry() { [ "${DRY_RUN:-0}" != 0 ]; }
+is_dry() {
+  case ${DRY_RUN:-0} in 0 | no | false) return 1 ;; esac
+}

@@ -9,7 +9,8 @@
 # output folder have the same path on all of them, as on a shared file system. With pdsh every host runs DeepSpeed's
 # launcher; without it, or with LAUNCHER=torchrun, torchrun, started by ssh.
 set -euo pipefail
-here=${SCRIPTS:-$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)} # of a copy elsewhere: SCRIPTS=<checkout>/training_scripts
+here=${SCRIPTS:-$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)}
+[ -e "$here/launch.sh" ] || { echo "error: no launch.sh: set SCRIPTS to <checkout>/training_scripts" >&2 && exit 1; }
 # shellcheck source=training_scripts/launch.sh
 source "$here/launch.sh"
 
@@ -34,7 +35,7 @@ read_hostfile() {
     line=${line%%#*}
     [ -n "${line//[[:space:]]/}" ] || continue
     [[ $line =~ ^[[:space:]]*([^[:space:],:]+)[[:space:]]+slots=([1-9][0-9]*)[[:space:]]*$ ]] ||
-      die "$HOSTFILE, line $number: not a name and slots=NUMBER"
+      die "$HOSTFILE, line $number, \"$line\": not a name and slots=NUMBER"
     case " ${hosts[*]-} " in *" ${BASH_REMATCH[1]} "*) die "$HOSTFILE, line $number: ${BASH_REMATCH[1]} again" ;; esac
     hosts+=("${BASH_REMATCH[1]}")
     slots+=("${BASH_REMATCH[2]}")
@@ -159,6 +160,8 @@ if is_dry; then
   exit
 fi
 
+check_flags
+is_count "$MASTER_PORT" || die "MASTER_PORT=$MASTER_PORT is not a port"
 pairs=()
 for i in "${!hosts[@]}"; do
   pairs+=("${hosts[i]}:${slots[i]}")
@@ -192,6 +195,7 @@ if [ -n "$culprit" ]; then
   printf 'error: %s %s; the other hosts were ended\n' "$culprit" "$what" | tee -a "$OUTPUT/training.log" >&2
 fi
 if [ "$code" != 0 ]; then
+  [ -n "$culprit" ] || printf 'stopped: the processes on all hosts are ended\n' | tee -a "$OUTPUT/training.log" >&2
   for host in "${hosts[@]}"; do
     [ "$host" != "$culprit" ] || [ "$code" != 255 ] || continue
     {

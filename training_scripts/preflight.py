@@ -39,7 +39,7 @@ ALIKE = {  # what all hosts must share: fact → what a complaint calls it
     "data": "the data",
     "kind": "its processors",
 }
-TOPICS = ("ssh", "alike", "address", "slots", "disk", "clock", "port", "shared")
+TOPICS = ("ssh", "alike", "path", "address", "slots", "disk", "clock", "port", "shared")
 
 
 # On a host
@@ -242,7 +242,7 @@ def differs(called: str, value: str, common: str, having: list[str]) -> str:
 def own_faults(host: Host, clock: float) -> list[tuple[str, str]]:
     """What is wrong with a host, whatever the others are like."""
     facts, found = host.facts, []
-    found += [("alike", f"no {path}") for paths in facts["missing"].values() for path in paths]
+    found += [("path", f"no {path}") for paths in facts["missing"].values() for path in paths]
     if facts["gpus"] and facts["gpus"] < host.slots:
         found.append(("slots", f"{host.slots} slots in the hostfile, {facts['gpus']} GPUs"))
     if not facts["writable"]:
@@ -300,12 +300,15 @@ def main() -> int:
         print(MARK + json.dumps(questions[sys.argv[1]](*sys.argv[2:])), flush=True)
         return 0
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    parser.add_argument("--allow", nargs="*", default=[], choices=TOPICS)
+    parser.add_argument("--allow", nargs="*", default=[])
     parser.add_argument("--address", default="")
     parser.add_argument("hosts")
     parser.add_argument("port")
     parser.add_argument("flags", nargs=argparse.REMAINDER)
     options = parser.parse_args()
+    for topic in set(options.allow) - set(TOPICS):
+        print(f"error: PREFLIGHT_ALLOW: no topic {topic}; there are {', '.join(TOPICS)}", file=sys.stderr)
+        return 1
     named = [part.rpartition(":") for part in options.hosts.split(",")]
     hosts = [Host(name, int(slots)) for name, _, slots in named]
     address, found = check(hosts, options.port, options.flags, options.address)

@@ -8,7 +8,8 @@
 #   LAUNCHER=torchrun bash single_node.sh …              torchrun in place of deepspeed
 #   DRY_RUN=1 bash single_node.sh …                      only print the command
 set -euo pipefail
-here=${SCRIPTS:-$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)} # of a copy elsewhere: SCRIPTS=<checkout>/training_scripts
+here=${SCRIPTS:-$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)}
+[ -e "$here/launch.sh" ] || { echo "error: no launch.sh: set SCRIPTS to <checkout>/training_scripts" >&2 && exit 1; }
 # shellcheck source=training_scripts/launch.sh
 source "$here/launch.sh"
 

@@ -35,9 +35,10 @@ def launcher_of(hosts, demo, tmp_path):
     """Starts a launcher with the demo's model and data; its process, and what it says in a Said."""
     started = []
 
-    def start(script, *flags, **environment):
+    def start(script, *flags, slots=(1, 1, 1), **environment):
         hostfile = hosts.folder / "hostfile"
-        hostfile.write_text("".join(f"{host.name} slots=1\n" for host in hosts) + "# three hosts\n")
+        lines = [f"{host.name} slots={count}\n" for host, count in zip(hosts, slots)]
+        hostfile.write_text("".join(lines) + "# three hosts\n")
         values = os.environ | {
             "PYTHON": sys.executable,
             "HOSTFILE": str(hostfile),
@@ -139,9 +140,13 @@ def test_a_lost_host_ends_the_run(launcher, launcher_of, hosts):
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_failing_rank_ends_the_run_and_its_host_is_named(launcher, launcher_of, hosts):
-    run = launcher_of("multi_node.sh", "--num_train_epochs", "1000", LAUNCHER=launcher)
+    """With pdsh one of the host's two: its launcher takes a moment to end the other, while other hosts lose contact."""
+    slots = {"deepspeed": (1, 2, 1), "torchrun": (1, 1, 1)}[launcher]
+    run = launcher_of("multi_node.sh", "--num_train_epochs", "1000", slots=slots, LAUNCHER=launcher)
     run.wait_for("step 14:")
-    hosts[1].run("pkill -9 -f '^[^ ]*python[^ ]* -u [^ ]*/main.py '")  # the rank, not what has it in its own words
+    # the rank (a host's last), not what has it in its own words
+    last = {"deepspeed": "--local_rank=1 ", "torchrun": ""}[launcher]
+    hosts[1].run(f"pkill -9 -f '^[^ ]*python[^ ]* -u [^ ]*/main.py {last}'")
     run.end(timeout=60)
     assert run.returncode == {"deepspeed": 247, "torchrun": 1}[launcher]  # 256 − 9; torchrun's own 1
     assert f"error: node2 failed with exit status {run.returncode}" in run.text
@@ -160,9 +165,16 @@ def test_ending_the_launcher_ends_the_run(number, launcher, launcher_of, hosts):
 
 
 def test_a_wrong_flag_is_said_once_and_quickly(launcher_of, hosts):
-    run = launcher_of("multi_node.sh", "--learning_rat", "1", LAUNCHER="torchrun").end(timeout=120)
+    assert refused(launcher_of("multi_node.sh", "--learning_rat", "1")) == [
+        "error: unrecognized arguments: --learning_rat 1 (--help lists the flags)"
+    ]
+
+
+def test_what_only_the_run_can_find_is_said_by_the_first_host(launcher_of, hosts, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    run = launcher_of("multi_node.sh", "--data_path", "rows.jsonl", LAUNCHER="torchrun").end(timeout=120)
     assert run.returncode == 1
-    assert "node1: error: unrecognized arguments: --learning_rat 1" in run.text
+    assert "node1: error: rows.jsonl, row 1: chosen is missing" in run.text
     assert not left_on(hosts)
 
 
@@ -204,7 +216,7 @@ def test_preflight_names_a_host_with_other_code_model_and_data(launcher_of, host
     assert faults == [
         "error: node2: this checkout's code differs from that of node1, node3 [alike]",
         "error: node2: the model differs from that of node1, node3 [alike]",
-        f"error: node2: no {demo / 'data'} [alike]",
+        f"error: node2: no {demo / 'data'} [path]",
     ]
 
 

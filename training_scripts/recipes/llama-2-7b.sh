@@ -11,8 +11,10 @@
 # Memory: ZeRO 3, 18Ψ/N = 18 × 6.6 / 8 = 15 GB of states and what is gathered; `reward-model plan` says 21 GiB in all,
 # and 31 for --zero_stage 2, which sends a third less.
 set -euo pipefail
+here=${SCRIPTS:-$(dirname "${BASH_SOURCE[0]}")/..}
+[ -e "$here/launch.sh" ] || { echo "error: no launch.sh: set SCRIPTS to <checkout>/training_scripts" >&2 && exit 1; }
 # shellcheck source=training_scripts/launch.sh
-source "${SCRIPTS:-$(dirname "${BASH_SOURCE[0]}")/..}/launch.sh"
+source "$here/launch.sh"
 MODEL=${MODEL:-meta-llama/Llama-2-7b-hf}
 DATA=${DATA:-Dahoas/rm-static}
 GLOBAL_BATCH=${GLOBAL_BATCH:-64}  # pairs = 8 × 1 × 8: micro batch × accumulation × GPUs; upstream's on a node of 8

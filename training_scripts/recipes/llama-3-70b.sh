@@ -12,8 +12,10 @@
 # On 2 nodes it would be 89: add --offload (21, and 650 GiB of each node's memory).
 # A slow network between the nodes: --deepspeed_config zeropp.json sends half and needs 72 GiB.
 set -euo pipefail
+here=${SCRIPTS:-$(dirname "${BASH_SOURCE[0]}")/..}
+[ -e "$here/launch.sh" ] || { echo "error: no launch.sh: set SCRIPTS to <checkout>/training_scripts" >&2 && exit 1; }
 # shellcheck source=training_scripts/launch.sh
-source "${SCRIPTS:-$(dirname "${BASH_SOURCE[0]}")/..}/launch.sh"
+source "$here/launch.sh"
 MODEL=${MODEL:-meta-llama/Meta-Llama-3-70B-Instruct}
 DATA=${DATA:-Skywork/Skywork-Reward-Preference-80K-v0.2}
 GLOBAL_BATCH=${GLOBAL_BATCH:-512} # pairs = 2 × 8 × 32: micro batch × accumulation × GPUs; Llama 2's

@@ -11,8 +11,10 @@
 # Memory: 2Ψ = 2 × 7.5 = 15 GB frozen, and 16 bytes for each of 84 million adapter weights, 1.3 GB; `reward-model plan`
 # says 26 GiB with 4 pairs and 20 with one. One GPU has nothing to share, so no ZeRO.
 set -euo pipefail
+here=${SCRIPTS:-$(dirname "${BASH_SOURCE[0]}")/..}
+[ -e "$here/launch.sh" ] || { echo "error: no launch.sh: set SCRIPTS to <checkout>/training_scripts" >&2 && exit 1; }
 # shellcheck source=training_scripts/launch.sh
-source "${SCRIPTS:-$(dirname "${BASH_SOURCE[0]}")/..}/launch.sh"
+source "$here/launch.sh"
 MODEL=${MODEL:-meta-llama/Meta-Llama-3-8B-Instruct}
 DATA=${DATA:-Skywork/Skywork-Reward-Preference-80K-v0.2}
 GLOBAL_BATCH=${GLOBAL_BATCH:-64}  # pairs = 4 × 16 × 1: micro batch × accumulation × GPUs; InstructGPT's 64 prompts

@@ -10,8 +10,10 @@
 # 1.5e-5, is from memory.
 # Memory: ZeRO 2, 4Ψ + 16Ψ/N = 4 × 1.3 + 16 × 1.3 / 8 = 8 GB of states; `reward-model plan` says 18 GiB in all.
 set -euo pipefail
+here=${SCRIPTS:-$(dirname "${BASH_SOURCE[0]}")/..}
+[ -e "$here/launch.sh" ] || { echo "error: no launch.sh: set SCRIPTS to <checkout>/training_scripts" >&2 && exit 1; }
 # shellcheck source=training_scripts/launch.sh
-source "${SCRIPTS:-$(dirname "${BASH_SOURCE[0]}")/..}/launch.sh"
+source "$here/launch.sh"
 MODEL=${MODEL:-facebook/opt-1.3b}
 DATA=${DATA:-Dahoas/rm-static}
 GLOBAL_BATCH=${GLOBAL_BATCH:-64}  # pairs = 8 × 1 × 8: micro batch × accumulation × GPUs; Stiennon et al. 2020

@@ -10,8 +10,10 @@
 # Upstream's --num_padding_at_beginning 1 and --deepspeed are left out: they change nothing here.
 # Memory: 16 bytes a parameter × 0.33 billion = 5 GB of states; `reward-model plan` says 11 GiB in all.
 set -euo pipefail
+here=${SCRIPTS:-$(dirname "${BASH_SOURCE[0]}")/..}
+[ -e "$here/launch.sh" ] || { echo "error: no launch.sh: set SCRIPTS to <checkout>/training_scripts" >&2 && exit 1; }
 # shellcheck source=training_scripts/launch.sh
-source "${SCRIPTS:-$(dirname "${BASH_SOURCE[0]}")/..}/launch.sh"
+source "$here/launch.sh"
 MODEL=${MODEL:-facebook/opt-350m}
 data=(--data_path Dahoas/rm-static Dahoas/full-hh-rlhf Dahoas/synthetic-instruct-gptj-pairwise
   yitingxie/rlhf-reward-datasets --data_split '2,4,4')

@@ -11,8 +11,10 @@
 # Memory: ZeRO 2, 4Ψ + 16Ψ/N = 4 × 7.6 + 16 × 7.6 / 8 = 46 GB of states, which is DeepSpeed's estimate and high;
 # `reward-model plan` says 41 GiB in all, and 29 for --zero_stage 3, which sends 2.7 times as much in 8 passes a step.
 set -euo pipefail
+here=${SCRIPTS:-$(dirname "${BASH_SOURCE[0]}")/..}
+[ -e "$here/launch.sh" ] || { echo "error: no launch.sh: set SCRIPTS to <checkout>/training_scripts" >&2 && exit 1; }
 # shellcheck source=training_scripts/launch.sh
-source "${SCRIPTS:-$(dirname "${BASH_SOURCE[0]}")/..}/launch.sh"
+source "$here/launch.sh"
 MODEL=${MODEL:-Qwen/Qwen3-8B}
 DATA=${DATA:-Skywork/Skywork-Reward-Preference-80K-v0.2}
 GLOBAL_BATCH=${GLOBAL_BATCH:-256} # pairs = 4 × 8 × 8: micro batch × accumulation × GPUs; OpenRLHF's
