@@ -115,6 +115,17 @@ def test_a_fingerprint_is_of_names_and_contents(tmp_path):
     assert preflight.source(str(one)) != preflight.source(str(other))
 
 
+def test_hidden_files_and_the_order_of_a_folder_say_nothing(tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    for folder, names in ((one, "ab"), (other, "ba")):
+        for name in names:
+            (folder / name).mkdir(parents=True)
+            (folder / name / "rows").write_text(name)
+    (other / ".cache").mkdir()
+    (other / ".cache" / "rows").write_text("x")
+    assert preflight.source(str(one)) == preflight.source(str(other))
+
+
 def test_a_large_file_is_known_by_its_ends(tmp_path):
     files = [tmp_path / name / "weights" for name in ("one", "same", "other")]
     for file, last in zip(files, (b"x", b"x", b"y")):
@@ -132,7 +143,7 @@ def test_a_path_that_is_not_there(name):
     assert preflight.source(name) == ""
 
 
-@pytest.mark.parametrize("name", ["facebook/opt-350m", "gpt2"])
+@pytest.mark.parametrize("name", ["facebook/opt-350m", "gpt2", "Qwen/Qwen2.5-7B"])
 def test_a_hub_name_is_taken_at_its_word(name):
     assert preflight.source(name) == "on the hub"
 
@@ -219,7 +230,7 @@ def test_a_missing_model_is_said_and_can_be_allowed(ssh):
     assert check(ssh, "a:1", *flags, allow=["path"]).returncode == 0
     wrong = check(ssh, "a:1", *flags, allow=["pth"])
     assert wrong.returncode == 1
-    assert wrong.stderr.startswith("error: PREFLIGHT_ALLOW: no topic pth; there are ssh, ")
+    assert wrong.stderr.startswith("error: PREFLIGHT_ALLOW: no topic pth; there are alike, ")
 
 
 def test_what_a_host_says_is_a_line_of_json(ssh):

@@ -103,11 +103,10 @@ def parse() -> argparse.Namespace:
 def copy(output, log) -> None:
     """Everything that comes from a pipe, to the screen and a file."""
     while block := os.read(output.fileno(), 65536):
-        log.write(block)
-        log.flush()
-        with contextlib.suppress(OSError):  # a screen that is gone; the file stays
-            sys.stdout.buffer.write(block)
-            sys.stdout.buffer.flush()
+        for place in (log, sys.stdout.buffer):
+            with contextlib.suppress(OSError):  # a full disk, a screen that is gone: the run goes on
+                place.write(block)
+                place.flush()
 
 
 def wait_for_end_of_input(told: Told) -> None:

@@ -39,7 +39,8 @@ ALIKE = {  # what all hosts must share: fact → what a complaint calls it
     "data": "the data",
     "kind": "its processors",
 }
-TOPICS = ("ssh", "alike", "path", "address", "slots", "disk", "clock", "port", "shared")
+TOPICS = ("alike", "path", "slots", "disk", "clock", "port", "shared")  # that may be allowed; not ssh, nor no address
+DATA_FILES = (".jsonl", ".json", ".csv", ".parquet", ".gz")
 
 
 # On a host
@@ -97,17 +98,21 @@ def source(name: str) -> str:
     """A fingerprint of what a path holds; empty: nothing is there. A hub's name is taken at its word."""
     path = Path(name)
     if path.is_dir():
-        return fingerprint(list(path.rglob("*")))
+        return fingerprint([file for file in path.rglob("*") if not is_hidden(file.relative_to(path))])
     if path.is_file():
         return fingerprint([path])
-    is_hub_name = name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not path.suffix
+    is_hub_name = name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not name.endswith(DATA_FILES)
     return "on the hub" if is_hub_name else ""
+
+
+def is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def fingerprint(files: list[Path]) -> str:
     """Of names, sizes and contents; of a file above 64 MiB the first and last MiB. Empty: no file."""
     digest = hashlib.blake2b(digest_size=8)
-    found = sorted((file for file in files if file.is_file()), key=lambda file: file.name)
+    found = sorted((file for file in files if file.is_file()), key=lambda file: (file.name, str(file)))
     for file in found:
         size = file.stat().st_size
         digest.update(f"{file.name} {size} ".encode())
