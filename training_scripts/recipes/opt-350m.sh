@@ -8,7 +8,7 @@
 # Numbers and data are upstream's. What differs: the loss is that of the end scores (add --loss_level token for one per
 # token, as upstream's), bf16 where the GPU has it (upstream: fp16), and all evaluation rows (upstream: 100 batches).
 # Upstream's --num_padding_at_beginning 1 and --deepspeed are left out: they change nothing here.
-# Memory: 16 bytes a parameter × 0.33 billion = 5 GB of states; `reward-model plan` says 11 GiB in all.
+# Memory: 16 bytes a parameter × 0.33 billion = 5 GB of states; `reward-model plan` says 10 GiB in all.
 set -euo pipefail
 here=${SCRIPTS:-$(dirname "${BASH_SOURCE[0]}")/..}
 [ -e "$here/launch.sh" ] || { echo "error: no launch.sh: set SCRIPTS to <checkout>/training_scripts" >&2 && exit 1; }
