@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -13,6 +14,19 @@ import torch
 TOP = Path(__file__).resolve().parent.parent
 SCRIPTS = TOP / "training_scripts"
 PAIRS, HELD_OUT = 320, 50
+READ_BY_LAUNCHERS = re.compile(
+    r"MODEL|DATA|OUTPUT|SCRIPTS|LAUNCH\w*|(GLOBAL|MICRO)_BATCH|NUM_GPUS|CUDA_VISIBLE_DEVICES|MASTER_\w+|HOSTFILE|DRY_RUN|"
+    r"SSH_OPTIONS|PREFLIGHT_ALLOW|(SLURM|SBATCH|SRUN)_\w+"
+)
+
+
+def environment(**changes):
+    """That of these tests, without what a shell launcher reads of it (a test before may have set some), and changes.
+
+    A variable that is None is unset.
+    """
+    kept = {name: value for name, value in os.environ.items() if not READ_BY_LAUNCHERS.fullmatch(name)}
+    return {name: value for name, value in (kept | {"PYTHON": sys.executable} | changes).items() if value is not None}
 
 
 def free_port():

@@ -12,6 +12,7 @@ import subprocess
 import sys
 
 import pytest
+import runs
 from runs import SCRIPTS, Metrics, free_port
 
 from reward_model.options import parse
@@ -24,25 +25,10 @@ pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 
 def launch(script, *flags, cwd=None, timeout=60, **environment):
     """Run a launcher; a variable that is None is unset."""
-    ours = (
-        "MODEL",
-        "DATA",
-        "OUTPUT",
-        "NUM_GPUS",
-        "GLOBAL_BATCH",
-        "MICRO_BATCH",
-        "LAUNCHER",
-        "MASTER_ADDR",
-        "MASTER_PORT",
-    )
-    plain = {
-        name: value for name, value in os.environ.items() if name not in (*ours, "CUDA_VISIBLE_DEVICES", "SCRIPTS")
-    }
-    values = {
-        name: value for name, value in (plain | {"PYTHON": sys.executable} | environment).items() if value is not None
-    }
     words = ["bash", str(SCRIPTS / script), *[str(flag) for flag in flags]]
-    return subprocess.run(words, cwd=cwd, env=values, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(
+        words, cwd=cwd, env=runs.environment(**environment), capture_output=True, text=True, timeout=timeout
+    )
 
 
 def dry(script, *flags, **environment):

@@ -6,10 +6,10 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import runs
 
 from reward_model.options import parse
 
@@ -19,17 +19,13 @@ RECIPES = sorted((SCRIPTS / "recipes").glob("*.sh"))
 SHELL_FILES = [*RECIPES, SCRIPTS / "slurm.sbatch"]  # test_setup.py has the others
 BASH = shutil.which("bash")
 UPSTREAM = "applications/DeepSpeed-Chat/training/step2_reward_model_finetuning/training_scripts"
-READ_BY_LAUNCHERS = re.compile(
-    r"MODEL|DATA|OUTPUT|SCRIPTS|LAUNCH\w*|(GLOBAL|MICRO)_BATCH|NUM_GPUS|CUDA_VISIBLE_DEVICES|MASTER_\w+|HOSTFILE|SLURM_\w+"
-)
 
 pytestmark = pytest.mark.skipif(BASH is None, reason="no bash")
 
 
 def run(words, folder, **environment):
     """Standard output of a command that succeeds, without what a launcher would read of this environment."""
-    values = {name: value for name, value in os.environ.items() if not READ_BY_LAUNCHERS.fullmatch(name)}
-    values |= {"PYTHON": sys.executable} | environment
+    values = runs.environment(**environment)
     result = subprocess.run(words, cwd=folder, env=values, capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stderr) == (0, "")
     return result.stdout

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import hosts as several
+import runs
 
 PACKAGES = {
     "munged": "munge",
@@ -113,10 +114,7 @@ class Slurm:
     @property
     def environment(self) -> dict[str, str]:
         """In which the commands of SLURM talk to this one, and know of no job that may run these tests."""
-        kept = {
-            name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_", "SRUN_"))
-        }
-        return kept | {"SLURM_CONF": str(self.configuration)}
+        return runs.environment(SLURM_CONF=str(self.configuration))
 
     def run(self, *words: str, environment: dict[str, str] | None = None, cwd: Path | None = None) -> str:
         """What a command, sbatch or another, prints; it has to succeed."""

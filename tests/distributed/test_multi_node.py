@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """multi_node.sh over three hosts, which are network namespaces of this machine, each with its own sshd."""
 
-import os
 import re
 import shutil
 import signal
@@ -11,6 +10,7 @@ import threading
 import time
 
 import pytest
+import runs
 from hosts import Hosts, why_not
 from runs import SCRIPTS, Metrics
 
@@ -39,8 +39,7 @@ def launcher_of(hosts, demo, tmp_path):
         hostfile = hosts.folder / "hostfile"
         lines = [f"{host.name} slots={count}\n" for host, count in zip(hosts, slots)]
         hostfile.write_text("".join(lines) + "# three hosts\n")
-        values = os.environ | {
-            "PYTHON": sys.executable,
+        values = {
             "HOSTFILE": str(hostfile),
             "SSH_OPTIONS": hosts.ssh_options,
             "MODEL": str(demo / "model"),
@@ -52,7 +51,7 @@ def launcher_of(hosts, demo, tmp_path):
         fixed = ["--max_seq_len", "256", "--learning_rate", "1e-3", "--data_output_path", str(demo / "cache")]
         process = subprocess.Popen(
             ["bash", str(SCRIPTS / script), *fixed, *flags],
-            env=values | environment,
+            env=runs.environment(**values | environment),
             cwd=tmp_path,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

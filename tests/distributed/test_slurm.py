@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+import runs
 from runs import SCRIPTS, Metrics, train
 from slurm import LOST, PREFIX, Slurm, why_not
 
@@ -168,8 +169,7 @@ def test_a_lost_node_ends_the_job(slurm, demo, tmp_path, how, lost):
 
 
 def dry_run(*flags, script=SBATCH, **environment):
-    values = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
-    values |= {"PYTHON": sys.executable, "DRY_RUN": "1"} | environment
+    values = runs.environment(**{"DRY_RUN": "1"} | environment)
     return subprocess.run(["bash", str(script), *flags], env=values, capture_output=True, text=True)
 
 
