@@ -14,5 +14,5 @@ set_up pytest ruff xdist=pytest-xdist
 cd "$top"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check --quiet . || die "not formatted: run ruff format ."
-# a file stays with one process, and a process holds a gigabyte
+# a file stays with one process, for the fixtures that its tests share
 exec "$PYTHON" -m pytest --dist loadfile -n "$(($(nproc) < 8 ? $(nproc) : 8))" "$@"

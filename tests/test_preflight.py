@@ -190,7 +190,7 @@ def ssh(tmp_path):
         "export SSH_CONNECTION='10.0.0.9 5 10.0.0.5 22'\n"
         'echo "welcome!"\n'
         'case $1 in down) echo "ssh: no route" >&2; exit 255 ;; odd) echo "bash: gone" >&2; exit 127 ;; esac\n'
-        'exec bash -c "$2"\n'
+        'exec env -u PYTHONPATH bash -c "$2"\n'
     )
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     return script
@@ -208,6 +208,14 @@ def test_hosts_that_are_ready(ssh):
     result = check(ssh, "a:1,b:1", "--output_dir", "out put")
     assert (result.returncode, result.stdout) == (0, "127.0.0.1\n"), result.stderr
     assert result.stderr.startswith("preflight: 2 processes on 2 hosts, torch ")
+
+
+def test_packages_that_pythonpath_brings_are_seen(ssh, tmp_path, monkeypatch):
+    for name in ("torch", "deepspeed"):
+        (tmp_path / "more" / f"{name}-9.9.dist-info").mkdir(parents=True)
+        (tmp_path / "more" / f"{name}-9.9.dist-info" / "METADATA").write_text(f"Name: {name}\nVersion: 9.9\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "more"))
+    assert "torch 9.9, deepspeed 9.9: ready" in check(ssh, "a:1").stderr
 
 
 def test_the_address_by_which_ssh_came_in(ssh):

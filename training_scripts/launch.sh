@@ -116,7 +116,7 @@ free_port() {
 
 # check_flags: what a look at them shows, before any process starts and before a log is written
 check_flags() {
-  PYTHONPATH=$scripts/.. "$PYTHON" -m reward_model check "${FLAGS[@]}" || exit 1
+  PYTHONPATH=$scripts/..${PYTHONPATH:+:$PYTHONPATH} "$PYTHON" -m reward_model check "${FLAGS[@]}" || exit 1
 }
 
 # run_here COMMAND...: in place of this shell; what it prints goes to OUTPUT/training.log too

@@ -193,7 +193,8 @@ class Host:
         self.asked = self.answered = 0.0  # seconds since the epoch
 
     def start(self, *question: str) -> subprocess.Popen:
-        inside = f"cd {shlex.quote(os.getcwd())} && exec {shlex.join([sys.executable, '-', *question])}"
+        python = ["env", f"PYTHONPATH={os.environ.get('PYTHONPATH', '')}", sys.executable]  # as the run will have it
+        inside = f"cd {shlex.quote(os.getcwd())} && exec {shlex.join([*python, '-', *question])}"
         words = [*shlex.split(os.environ.get("SSH", "ssh")), self.name, f"bash -c {shlex.quote(inside)}"]
         with Path(__file__).open("rb") as program:  # unbuffered: communicate() does not see what readline() read ahead
             return subprocess.Popen(words, stdin=program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
@@ -217,7 +218,7 @@ class Host:
         self.answered = time.time()
 
 
-def complaints(hosts: list[Host], clock: float = CLOCKS_APART) -> list[tuple[str, str]]:
+def complaints(hosts: list[Host]) -> list[tuple[str, str]]:
     """(topic, what is wrong) for all that the hosts' facts show."""
     found = [("ssh", f"{host.name}: {host.facts['silent']}") for host in hosts if "silent" in host.facts]
     hosts = [host for host in hosts if "silent" not in host.facts]
@@ -230,7 +231,7 @@ def complaints(hosts: list[Host], clock: float = CLOCKS_APART) -> list[tuple[str
         if common == "" and fact in PACKAGES[:3]:
             found += [("alike", f"{name}: no {called} in {sys.executable}") for name in having]
     for host in hosts:
-        found += [(topic, f"{host.name}: {fault}") for topic, fault in own_faults(host, clock)]
+        found += [(topic, f"{host.name}: {fault}") for topic, fault in own_faults(host)]
     first = hosts[0] if hosts else None
     if first and first.facts["free"] < first.facts["need"]:
         free, need = first.facts["free"] / 1e9, first.facts["need"] / 1e9
@@ -244,7 +245,7 @@ def differs(called: str, value: str, common: str, having: list[str]) -> str:
     return f"{called}: {value or 'none'}, {', '.join(having)}: {common or 'none'}"
 
 
-def own_faults(host: Host, clock: float) -> list[tuple[str, str]]:
+def own_faults(host: Host) -> list[tuple[str, str]]:
     """What is wrong with a host, whatever the others are like."""
     facts, found = host.facts, []
     found += [("path", f"no {path}") for paths in facts["missing"].values() for path in paths]
@@ -253,7 +254,7 @@ def own_faults(host: Host, clock: float) -> list[tuple[str, str]]:
     if not facts["writable"]:
         found.append(("disk", f"cannot write to {facts['folder']}"))
     ahead = max(facts["time"] - host.answered, 0) or min(facts["time"] - host.asked, 0)
-    if abs(ahead) > clock:
+    if abs(ahead) > CLOCKS_APART:
         found.append(("clock", f"clock {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} this machine's"))
     return found
 
