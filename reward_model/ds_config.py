@@ -15,7 +15,7 @@ from pathlib import Path
 
 from reward_model.errors import UserError, say
 
-ZERO_FOLDER = Path(__file__).resolve().parent.parent / "training_scripts" / "zero"
+ZERO_FOLDER = Path(__file__).resolve().parent / "config" / "zero"  # package data: an installed package has it too
 OFFLOADS = ("offload_optimizer", "offload_param")
 OURS = {  # sections that the trainer provides itself
     "optimizer": "--learning_rate and --weight_decay",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of training_scripts/zero/: what each holds, how it is chosen, and that NVMe and hpZ train like ZeRO 3."""
+"""The files of config/zero/: what each holds, how it is chosen, and that NVMe and hpZ train like ZeRO 3."""
 
 import json
 import os

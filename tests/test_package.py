@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The package as it is installed: what a wheel holds, and that its commands need no checkout."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from reward_model.ds_config import ZERO_FOLDER
+
+TOP = Path(__file__).resolve().parent.parent
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A copy of what is committed or about to be, without what git ignores."""
+    if not shutil.which("git") or not (TOP / ".git").exists():
+        pytest.skip("not a git checkout")
+    pytest.importorskip("flit_core")
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=TOP, capture_output=True, text=True
+    )
+    folder = tmp_path_factory.mktemp("a checkout")
+    for name in listed.stdout.splitlines():
+        if (TOP / name).is_file() and name.startswith(("reward_model/", "README", "LICENSE", "pyproject")):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(TOP / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(checkout, tmp_path_factory):
+    before = sorted(checkout.rglob("*"))
+    built = tmp_path_factory.mktemp("wheel")
+    command = [*PIP, "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(built), str(checkout)]
+    subprocess.run(command, check=True)
+    assert sorted(checkout.rglob("*")) == before  # no build/, no egg-info
+    (found,) = built.glob("*.whl")
+    return found
+
+
+@pytest.fixture(scope="module")
+def site(wheel, tmp_path_factory):
+    """The wheel installed in a folder of its own; the dependencies are those of this interpreter."""
+    folder = tmp_path_factory.mktemp("site")
+    subprocess.run([*PIP, "install", "--quiet", "--no-deps", "--no-index", "--target", str(folder), wheel], check=True)
+    return folder
+
+
+@pytest.fixture
+def command(site, tmp_path):
+    """Run the installed ``reward-model`` in an empty folder."""
+
+    def run(*arguments, program=(str(site / "bin" / "reward-model"),)):
+        environment = os.environ | {"PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1"}
+        words = [sys.executable, *program, *map(str, arguments)]
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+def test_a_wheel_holds_every_module_and_every_zero_file(wheel):
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("reward_model/")}
+    files = [*TOP.glob("reward_model/**/*.py"), *ZERO_FOLDER.glob("*.json")]
+    assert {path.relative_to(TOP).as_posix() for path in files} <= names
+    assert len(list(ZERO_FOLDER.glob("*.json"))) >= 9
+
+
+def test_plan_runs_where_there_is_no_checkout(command, demo):
+    config = json.loads((demo / "model" / "config.json").read_text())
+    assert config["num_hidden_layers"] == 2
+    page = command("plan", "--model_name_or_path", demo / "model", "--gpus", 2, "--gpu_memory", 80)
+    assert "Fastest that fits: ZeRO" in page
+
+
+def test_check_runs_where_there_is_no_checkout(command, demo):
+    assert command("check", "--model_name_or_path", demo / "model", "--deepspeed_config", "zero3_nvme.json") == ""
+
+
+def test_a_model_is_loaded_where_there_is_no_checkout(command, demo, tmp_path):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from reward_model.scoring import load
+
+    tokenizer = AutoTokenizer.from_pretrained(demo / "model")
+    model = AutoModelForSequenceClassification.from_pretrained(demo / "model", num_labels=1)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(tmp_path / "output")
+    tokenizer.save_pretrained(tmp_path / "output")
+    code = "import reward_model.scoring as s; print(s.__file__, s.load('output').score(['a'], [' b'])[0])"
+    where, score = command("-c", code, program=()).split()[-2:]
+    assert str(TOP) not in where
+    assert float(score) == pytest.approx(load(tmp_path / "output").score(["a"], [" b"])[0], abs=1e-6)
