@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PretrainedConfig
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
 from reward_model.errors import UserError, first_line, say
@@ -111,13 +112,22 @@ def load_for_training(
     """
     try:
         config = AutoConfig.from_pretrained(name_or_path, num_labels=1)
+        labels = _labels_of_head(PretrainedConfig.get_config_dict(name_or_path)[0])
     except Exception as error:  # OSError, ValueError, KeyError: missing, unreachable, unknown architecture
         raise UserError(f"no model in {name_or_path}: {first_line(error)}") from error
     if dropout is not None:
         set_dropout(config, dropout)
     has_class = type(config) in AutoModelForSequenceClassification._model_mapping
+    if labels != 1 and pooling != "mean" and is_deepspeed_zero3_enabled():
+        raise UserError(
+            f"{name_or_path} is a classifier of {labels} labels: Transformers cannot put a new head on it at "
+            "ZeRO stage 3; take --zero_stage 2, or --pooling mean"
+        )
     if pooling != "mean" and has_class:
-        model, missing = _from_pretrained(AutoModelForSequenceClassification, name_or_path, config, dtype)
+        # never where it is not needed: under ZeRO 3 every weight has the shape (0,) when Transformers 4.56 and 4.57
+        # compare, so that they drop the whole checkpoint
+        ignore = {"ignore_mismatched_sizes": True} if labels != 1 else {}
+        model, missing = _from_pretrained(AutoModelForSequenceClassification, name_or_path, config, dtype, **ignore)
         prefix = model.base_model_prefix + "."
         absent = [name for name in missing if name.startswith(prefix) and ".pooler." not in name]
         new_head = any(not name.startswith(prefix) for name in missing)
@@ -145,20 +155,23 @@ def on_drop_in(backbone: nn.Module, pooling: str) -> Scorer:
     return Scorer(RewardModel(backbone, SimpleNamespace(pad_token_id=None)), pooling)
 
 
+def _labels_of_head(config: dict) -> int:
+    """How many labels a checkpoint's own classification head has by its config.json; 1 where there is no such head."""
+    if not any(name.endswith("Classification") for name in config.get("architectures") or []):
+        return 1
+    return len(config.get("id2label") or ()) or config.get("num_labels") or 2  # 2 is the default, not written down
+
+
 def _from_pretrained(auto_class, name_or_path: str, config, dtype: torch.dtype, **kwargs):
     try:
         model, info = auto_class.from_pretrained(
-            name_or_path,
-            config=config,
-            dtype=dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # a head for more labels; anything else is refused below
-            **kwargs,
+            name_or_path, config=config, dtype=dtype, output_loading_info=True, **kwargs
         )
     except Exception as error:
         raise UserError(f"cannot load the weights of {name_or_path}: {first_line(error)}") from error
-    missing = set(info["missing_keys"]) | {name for name, *_ in info["mismatched_keys"]}
-    return model, sorted(missing)
+    # of another shape: names in Transformers 4, a name and two shapes in 5
+    mismatched = {entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]}
+    return model, sorted(set(info["missing_keys"]) | mismatched)
 
 
 def no_pooler(config) -> dict:

@@ -181,7 +181,7 @@ def build_parser() -> Parser:
     engine.add_argument(
         "--deepspeed_config",
         metavar="FILE",
-        help="a file, or the name of one in reward_model/config/zero/: zero3_nvme.json, zeropp.json [by the flags above]",
+        help="a file, or the name of one of config/zero/: zero3_nvme.json, zeropp.json [by the flags above]",
     )
     engine.add_argument("--nvme_path", metavar="FOLDER", help="of zero3_nvme.json: a folder on each node's NVMe disk")
     engine.add_argument("--local_rank", "--local-rank", type=int, default=-1, help="given by the launcher")
