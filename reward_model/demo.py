@@ -18,6 +18,8 @@ import random
 import sys
 from pathlib import Path
 
+from reward_model.quiet import quieten
+
 PAIRS_PER_PROMPT = 3  # of six
 EVAL_PROMPTS = 100
 STRAY = 0.4
@@ -128,6 +130,10 @@ def write_model(folder: Path, data: Path, seed: int = 0) -> None:
 
 
 def main() -> None:
+    quieten(debug=False)
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "demo")
     write_data(folder / "data")
     write_model(folder / "model", folder / "data")

@@ -9,13 +9,15 @@ import os
 import shutil
 import socket
 import sys
+import sysconfig
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from reward_model.errors import UserError
+from reward_model.errors import UserError, say
+from reward_model.quiet import hushed
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,11 @@ def start(options: argparse.Namespace) -> Place:
     Raises:
         UserError: no C++ compiler or ninja where DeepSpeed compiles an op before it can communicate.
     """
-    import deepspeed
-    from deepspeed.accelerator import get_accelerator
+    with hushed(options.debug):
+        import deepspeed
+        from deepspeed.accelerator import get_accelerator
 
-    accelerator = get_accelerator()
+        accelerator = get_accelerator()
     on_cpu = accelerator.device_name() == "cpu"
     if on_cpu or options.offload:
         _require_compiler()
@@ -84,7 +87,10 @@ def start(options: argparse.Namespace) -> Place:
     elif "OMP_NUM_THREADS" not in os.environ:
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
-    deepspeed.init_distributed()
+    if on_cpu and os.environ["RANK"] == "0" and not _has_compiled_ops():
+        say("DeepSpeed compiles its communication op, once: about half a minute")
+    with hushed(options.debug):
+        deepspeed.init_distributed()
     return Place(
         torch.distributed.get_rank(),
         torch.distributed.get_world_size(),
@@ -135,12 +141,21 @@ def release_swap_files(zero: dict, nvme_path: str) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def _has_compiled_ops() -> bool:
+    """Whether any op lies where PyTorch keeps those of this environment."""
+    folder = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
+    return any(Path(folder).rglob("*.so"))
+
+
 def _require_compiler() -> None:
     compiler = os.environ.get("CXX", "c++")
     if not (shutil.which(compiler) or shutil.which("g++")):
         raise UserError(f"no C++ compiler ({compiler}): DeepSpeed compiles an op; install one, e.g. apt install g++")
     if not shutil.which("ninja"):
         raise UserError("no ninja: DeepSpeed compiles an op; install it with pip install ninja")
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if not header.is_file():
+        raise UserError(f"no {header}: DeepSpeed compiles an op; install it, e.g. apt install python3-dev")
 
 
 def default_dtype() -> str:

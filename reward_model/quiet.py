@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
+import sys
 import warnings
 
 
@@ -16,4 +19,21 @@ def quieten(debug: bool) -> None:
     os.environ.setdefault("DATASETS_VERBOSITY", "critical")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|transformers|peft|deepspeed")
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # filters: DeepSpeed gives its logger a level of its own when it is imported, torch resets those of its loggers
+    for name in ("DeepSpeed", "torch.utils.cpp_extension"):
+        logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)
+
+
+@contextlib.contextmanager
+def hushed(debug: bool):
+    """Keep back what DeepSpeed prints while it is imported and compiles an op, unless ``debug``; an error shows it."""
+    if debug:
+        yield
+        return
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            yield
+    except BaseException:
+        sys.stderr.write(said.getvalue())
+        raise

@@ -10,7 +10,7 @@ set -euo pipefail
 top=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=training_scripts/setup.sh
 source "$top/training_scripts/setup.sh"
-set_up pytest ruff xdist=pytest-xdist
+set_up --dev
 cd "$top"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check --quiet . || die "not formatted: run ruff format ."

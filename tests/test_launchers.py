@@ -176,8 +176,8 @@ def test_what_a_look_shows_is_said_before_anything_starts_and_leaves_the_log_alo
 
 
 def test_an_interpreter_that_is_asked_for_is_taken_or_refused(tmp_path):
-    bare = executable(tmp_path / "python", "#!/bin/sh\necho torch deepspeed\n")
-    for python, why in (("no-such-python", "is not there"), (str(bare), "lacks torch deepspeed")):
+    bare = executable(tmp_path / "python", '#!/bin/sh\n[ "$1" = -c ] || echo "torch>=2.4, deepspeed"\n')
+    for python, why in (("no-such-python", "is not there"), (str(bare), "lacks torch>=2.4, deepspeed")):
         result = launch("single_node.sh", DRY_RUN="1", PYTHON=python)
         assert (result.returncode, result.stderr) == (1, f"error: PYTHON={python} {why}\n")
 

@@ -100,7 +100,8 @@ def test_zero3_on_two_processes_with_lora(demo, tmp_path):
     assert one.final["loss"] < 0.5
     two_flags = ["--zero_stage", 3, "--per_device_train_batch_size", 8]
     two = runs.train(demo, tmp_path / "two", *flags, *two_flags, launcher="deepspeed", processes=2)
-    assert two.losses == pytest.approx(one.losses, abs=1e-5)
+    # 20 steps at a high rate let the rounding of sums in another order grow: 1.2e-5 on one kind of CPU
+    assert two.losses == pytest.approx(one.losses, abs=5e-5)
     for folder, metrics in ((tmp_path / "one", one), (tmp_path / "two", two)):
         chosen = runs.reload_scores(folder, runs.held_out(demo)[0])
         assert chosen.mean().item() == pytest.approx(metrics.final["chosen_mean"], abs=1e-4)

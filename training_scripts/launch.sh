@@ -19,20 +19,20 @@ quoted() {
 
 # find_python: the environment's interpreter in PYTHON; a launcher installs nothing
 find_python() {
-  local candidate lacking
+  local candidate why
   for candidate in "${PYTHON:-python3}" "$scripts/../.venv/bin/python"; do
-    lacking="is not there"
+    why="is not there"
     if candidate=$(command -v "$candidate"); then
-      lacking=$(missing "$candidate" torch deepspeed transformers datasets psutil)
-      if [ -z "$lacking" ]; then
+      why=$(lacking "$candidate")
+      if [ -z "$why" ]; then
         PYTHON=$(cd "$(dirname "$candidate")" && pwd)/${candidate##*/}
         return
       fi
-      lacking="lacks $lacking"
+      why="lacks $why"
     fi
-    [ -z "${PYTHON:-}" ] || die "PYTHON=$PYTHON $lacking"
+    [ -z "${PYTHON:-}" ] || die "PYTHON=$PYTHON $why"
   done
-  die "no Python with DeepSpeed, Transformers and datasets here: activate yours, or run quickstart.sh, which makes .venv"
+  die "no Python with all that the trainer needs: activate yours, or run quickstart.sh, which makes .venv"
 }
 
 # given FLAG WORD...: the value of a flag among main.py's, the last one if it is there twice; fails if it is not there

@@ -3,15 +3,17 @@
 # From a fresh machine to a trained reward model: sets up what is missing, makes a small preference data set and a tiny
 # model, trains with `deepspeed main.py`, and evaluates on requests that training never saw.
 #
-#   bash training_scripts/quickstart.sh [FLAG...]     flags of main.py, e.g. --zero_stage 2
+#   bash training_scripts/quickstart.sh [FLAG...]     flags of main.py, e.g. --zero_stage 2; --debug shows all that the
+#                                                     installers and DeepSpeed print
 #   DEMO=folder bash training_scripts/quickstart.sh   where data, model and output go (default: demo/ in the checkout)
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 top=$(dirname "$here")
 # shellcheck source=training_scripts/setup.sh
 source "$here/setup.sh"
-# shellcheck disable=SC2119  # the flags are for main.py
-set_up
+debug=
+case " $* " in *" --debug "*) debug=--debug ;; esac
+set_up $debug
 
 demo=${DEMO:-$top/demo}
 case $demo in /*) ;; *) demo=$PWD/$demo ;; esac
@@ -22,14 +24,24 @@ if [ -e "$output" ]; then
   say "an earlier run is kept as $earlier"
 fi
 say "writing data and a tiny model to $demo"
-PYTHONPATH=$top TRANSFORMERS_VERBOSITY=error "$PYTHON" -m reward_model.demo "$demo" >/dev/null
+PYTHONPATH=$top "$PYTHON" -m reward_model.demo "$demo"
+
+# quiet COMMAND...: without the log lines of DeepSpeed's launcher, of which only errors concern a first run
+quiet() {
+  if [ -n "$debug" ]; then
+    "$@"
+  else
+    "$@" | { grep --line-buffered -vE '^\[[0-9-]+ [0-9:,]+\] \[(INFO|WARNING)\] ' || true; }
+  fi
+}
 
 cd "$here"
 port=$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+say "training with deepspeed main.py"
 # deepspeed.launcher.runner is what the command deepspeed runs.
 # 32 pairs a step, 72 steps: one epoch of 2,292 pairs. The model starts from random weights, hence the learning rate.
 # --num_gpus 1: without a GPU this is one process on the CPU, which uses all cores.
-"$PYTHON" -m deepspeed.launcher.runner --num_gpus 1 --master_port "$port" main.py \
+quiet "$PYTHON" -m deepspeed.launcher.runner --num_gpus 1 --master_port "$port" main.py \
   --model_name_or_path "$demo/model" \
   --data_path "$demo/data" \
   --output_dir "$output" \
@@ -40,3 +52,18 @@ port=$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)
   --num_warmup_steps 5 \
   --eval_interval 12 \
   "$@"
+
+[ -e "$output/config.json" ] || exit 0 # the flags named another place
+code='import sys; from reward_model.scoring import load; print(load(sys.argv[1]).score(sys.argv[2:3], sys.argv[3:]))'
+cat <<END
+
+Next, score texts of your own, a prompt and a response:
+  cd $(printf '%q' "$top")
+  $(printf '%q' "$PYTHON") -c '$code' \\
+    $(printf '%q' "$output") "Human: How do I clean a lamp? Assistant:" " Wipe it with a damp cloth."
+and train on your own pairs, lines like {"prompt": "…", "chosen": "…", "rejected": "…"} in a file:
+  cd $(printf '%q' "$here")
+  $(printf '%q' "$PYTHON") main.py --model_name_or_path $(printf '%q' "$demo/model") --learning_rate 1e-3 \\
+    --data_path $(printf '%q' "$demo/data/train.jsonl") --output_dir $(printf '%q' "$demo/second")
+with your file as --data_path, and a pretrained model, its hub name or folder, in place of the tiny one.
+END
