@@ -5,6 +5,7 @@ Nothing of the machine that runs the tests reaches it: no variable, no pip setti
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -82,11 +83,12 @@ class Machine:
             shutil.copy(SCRIPTS / name, self.checkout / "training_scripts")
         for name in ("pyproject.toml", "constraints.txt"):
             shutil.copy(TOP / name, self.checkout)
-        pins = dict(line.split("==") for line in (TOP / "constraints.txt").read_text().split() if "==" in line)
+        pins = re.findall(r"^([\w-]+)==([\w.]+)", (TOP / "constraints.txt").read_text(), re.MULTILINE)
         for need in requirements:
             lowest = need.text.split(">=")[1].split(",")[0] if ">=" in need.text else "1.0"
             if need.name != "torch":
-                wheel(self.wheels, need.name, pins.get(need.name, lowest), needs=["torch"] * (need.name == "peft"))
+                for version in {v for name, v in pins if name == need.name} or {lowest}:
+                    wheel(self.wheels, need.name, version, needs=["torch"] * (need.name == "peft"))
         torch_wheel(self.wheels, says="2.13.0+cu130", cuda="13.0")  # as PyPI has it
         self.tool("nvidia-smi", "#!/bin/sh\nexit 9\n")  # as with a driver and no GPU
         wheel(self.wheels, "uv", "0.9", scripts={"uv": UV_SCRIPT.format(log=self.uv_log, builds=self.builds)})
@@ -122,9 +124,10 @@ class Machine:
             zipfile.ZipFile(path).extractall(prefix / "lib" / TAG / "site-packages")
 
     def put_all(self, python, *but):
-        """Every package that is needed, except some."""
-        for path in self.wheels.glob("*.whl"):
-            if path.name.split("-")[0] not in ("uv", *but):
+        """Every package that is needed, in its newest version, except some."""
+        newest = {path.name.split("-")[0]: path for path in sorted(self.wheels.glob("*.whl"))}
+        for name, path in newest.items():
+            if name not in ("uv", *but):
                 self.put(python, path)
 
     def tool(self, name, text):

@@ -17,6 +17,7 @@ from runs import PAIRS, TOP, Metrics
 NAMES = ("torch", "deepspeed", "transformers", "datasets", "peft", "numpy")
 ENVIRONMENTS = {  # name → Python, how uv chooses, what else it is told
     "lowest": ("3.10", "lowest-direct", []),
+    "pinned": ("3.11", "highest", ["-c", str(TOP / "constraints.txt"), "torch==2.13.0"]),
     "transformers-4": ("3.12", "highest", ["transformers<5"]),
     "newest": ("3.13", "highest", []),
 }
