@@ -6,13 +6,13 @@ from __future__ import annotations
 import importlib
 import sys
 
-from reward_model.errors import UserError
-from reward_model.quiet import quieten
+from reward_model.common.errors import UserError
+from reward_model.common.logging import quieten
 
 COMMANDS = {
-    "plan": ("reward_model.planning", "memory and communication of a run, and the line that launches it"),
+    "plan": ("reward_model.commands.plan", "memory and communication of a run, and the line that launches it"),
     "check": (
-        "reward_model.options",
+        "reward_model.commands.check",
         "whether main.py would take these flags: what can be seen without loading anything",
     ),
 }

@@ -6,7 +6,8 @@ from dataclasses import fields
 
 import datasets
 
-from reward_model.data import FEATURES, Comparison, Comparisons
+from reward_model.data.comparisons import Comparison, Comparisons
+from reward_model.data.preprocessing import FEATURES
 
 
 def pair(prompt, better, worse, prompt_hash=None, margin=math.nan):

@@ -53,7 +53,7 @@ def demo(tmp_path_factory):
     """The quick start's data, fewer rows of it, and its model."""
     import runs
 
-    from reward_model.demo import write_data, write_model
+    from reward_model.data.demo import write_data, write_model
 
     folder = tmp_path_factory.mktemp("demo")
     write_data(folder / "data")

@@ -14,17 +14,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from reward_model.distributed import prepare_environment, release_shared_memory
+from reward_model.common.distributed import prepare_environment, release_shared_memory
 
 prepare_environment()
-from reward_model.quiet import quieten
+from reward_model.common.logging import quieten
 
 quieten(debug=False)
 import torch
 
-from reward_model import trainer
-from reward_model.activations import Meter
-from reward_model.options import parse
+from reward_model.config.options import parse
+from reward_model.planning.activations import Meter
+from reward_model.training import trainer
 
 STEPS = 2  # the first makes the optimizer's states
 

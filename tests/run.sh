@@ -14,5 +14,6 @@ set_up --dev
 cd "$top"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check --quiet . || die "not formatted: run ruff format ."
+lint-imports >/dev/null || { lint-imports && die "a room imports from one above it"; }
 # a file stays with one process, for the fixtures that its tests share
 exec "$PYTHON" -m pytest --dist loadfile -n "$(($(nproc) < 8 ? $(nproc) : 8))" "$@"

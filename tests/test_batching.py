@@ -11,9 +11,10 @@ import pytest
 import torch
 from comparisons import answer, pair, table
 
-from reward_model.batching import Batch, Layout, Loading, Merged, collate, loader, merge
-from reward_model.data import Comparison
-from reward_model.sampling import EpochPlan, MicroBatch, Rule, single_rows
+from reward_model.batching.collate import Batch, Layout, Loading, Merged, collate, loader, merge
+from reward_model.batching.groups import single_rows
+from reward_model.batching.plan import EpochPlan, MicroBatch, Rule
+from reward_model.data.comparisons import Comparison
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

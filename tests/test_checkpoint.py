@@ -10,12 +10,14 @@ import tiny
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
-from reward_model import checkpoint
-from reward_model.errors import UserError
-from reward_model.model import Scorer, add_lora, head_layer, load_for_training, resize_embedding
-from reward_model.options import refuse_used_folder
+from reward_model.common.errors import UserError
+from reward_model.config.options import refuse_used_folder
+from reward_model.inference import load
+from reward_model.models import saving as checkpoint
+from reward_model.models.loading import load_for_training
+from reward_model.models.lora import add_lora
+from reward_model.models.scorer import Scorer, head_layer, resize_embedding
 from reward_model.reward_model import RewardModel
-from reward_model.scoring import load
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -88,7 +90,7 @@ def test_own_form_loads_with_our_loader_and_with_no_other(family, pooling, tmp_p
     scorer, tokenizer = trained(family, tmp_path / "base", pooling=pooling)
     batch = models.batch(tokenizer)
     checkpoint.save(scorer, tokenizer, tmp_path / "out")
-    assert "reward_model.scoring.load" in capsys.readouterr().out
+    assert "reward_model.inference.load" in capsys.readouterr().out
     torch.testing.assert_close(score(load(tmp_path / "out").scorer, batch), score(scorer, batch), atol=1e-6, rtol=1e-6)
     with pytest.raises((OSError, ValueError)):
         AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")

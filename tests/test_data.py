@@ -14,27 +14,15 @@ import pyarrow
 import pytest
 import tiny
 
-from reward_model import data
-from reward_model.data import (
-    BadRow,
-    Comparison,
-    Rules,
-    close_turn,
-    compare,
-    judge_answer,
-    judge_list,
-    judge_pair,
-    load_answers,
-    load_comparisons,
-    nothing_judged,
-    read_row,
-    tokenise,
-)
-from reward_model.errors import UserError
-from reward_model.objective import Objective
-from reward_model.options import parse
-from reward_model.sources import Source, read_sources
-from reward_model.tokenizer import SpecialTokens, choose_special_tokens
+from reward_model.common.errors import UserError
+from reward_model.config.options import parse
+from reward_model.data import preprocessing as data
+from reward_model.data.comparisons import BadRow, Comparison
+from reward_model.data.preprocessing import Rules, compare, load_answers, load_comparisons, nothing_judged, tokenise
+from reward_model.data.rows import close_turn, judge_answer, judge_list, judge_pair, read_row
+from reward_model.data.sources import Source, read_sources
+from reward_model.data.tokenizer import SpecialTokens, choose_special_tokens
+from reward_model.objectives.objective import Objective
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

@@ -8,8 +8,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from reward_model import demo
-from reward_model.metrics import accuracy
+from reward_model.data import demo
+from reward_model.evaluation.metrics import accuracy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,9 +7,9 @@ import shlex
 
 import pytest
 
-from reward_model.ds_config import ZERO_FOLDER, build_config
-from reward_model.errors import UserError
-from reward_model.options import parse
+from reward_model.common.errors import UserError
+from reward_model.config.deepspeed import ZERO_FOLDER, build_config
+from reward_model.config.options import parse
 
 FILES = sorted(path.stem for path in ZERO_FOLDER.glob("zero?*.json") if path.stem not in ("zero3_nvme", "zeropp"))
 LINES = (

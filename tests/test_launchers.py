@@ -15,7 +15,7 @@ import pytest
 import runs
 from runs import SCRIPTS, Metrics, free_port
 
-from reward_model.options import parse
+from reward_model.config.options import parse
 
 NASTY = 'it\'s 100%n of "$HOME"; a\\b\n*'
 PDSH = pytest.param("deepspeed", marks=pytest.mark.skipif(shutil.which("pdsh") is None, reason="no pdsh"))

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from reward_model.losses import (
+from reward_model.objectives.losses import (
     SPREAD_FLOOR,
     Thresholds,
     absolute_error,

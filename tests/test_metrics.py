@@ -7,7 +7,14 @@ import math
 import numpy as np
 import pytest
 
-from reward_model.metrics import QUANTILES, accuracy, calibration_error, correlation, pair_metrics, point_metrics
+from reward_model.evaluation.metrics import (
+    QUANTILES,
+    accuracy,
+    calibration_error,
+    correlation,
+    pair_metrics,
+    point_metrics,
+)
 
 
 def metrics(chosen, rejected, chosen_lengths=None, rejected_lengths=None, dtype=np.float32):

@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from reward_model import model as ours
-from reward_model.errors import UserError
-from reward_model.model import head_layer, load_for_training
+from reward_model.common.errors import UserError
+from reward_model.models import loading as ours
+from reward_model.models.loading import load_for_training
+from reward_model.models.scorer import head_layer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

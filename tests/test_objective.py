@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from reward_model.batching import Layout, collate, merge
-from reward_model.data import BadRow, Comparison, judge_answer, judge_list, judge_pair
-from reward_model.errors import UserError
-from reward_model.losses import LIST_LOSSES, PAIR_LOSSES, POINT_LOSSES, kind_of, length_penalty
-from reward_model.objective import MOST_GRADES, Objective
-from reward_model.options import parse
+from reward_model.batching.collate import Layout, collate, merge
+from reward_model.common.errors import UserError
+from reward_model.config.objectives import LIST_LOSSES, PAIR_LOSSES, POINT_LOSSES, kind_of
+from reward_model.config.options import parse
+from reward_model.data.comparisons import BadRow, Comparison
+from reward_model.data.rows import judge_answer, judge_list, judge_pair
+from reward_model.objectives.losses import length_penalty
+from reward_model.objectives.objective import MOST_GRADES, Objective
 from reward_model.reward_model import SCORE_PENALTIES, log_barrier, score_penalty
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from reward_model.errors import UserError
-from reward_model.options import LOSSES, SCHEDULERS, build_parser, cache_folder, explain_inherited, parse
+from reward_model.common.errors import UserError
+from reward_model.config.options import LOSSES, SCHEDULERS, build_parser, cache_folder, explain_inherited, parse
 
 MODEL = ["--model_name_or_path", "facebook/opt-350m"]
 
@@ -380,9 +380,8 @@ def test_the_cache_is_the_users_own_unless_named(monkeypatch, tmp_path):
 
 
 def test_a_wrong_flag_is_told_before_anything_heavy_is_imported():
-    code = (
-        "import sys, reward_model.options; print({'datasets', 'transformers', 'reward_model.trainer'} & {*sys.modules})"
-    )
+    heavy = {"datasets", "transformers", "reward_model.training"}
+    code = f"import sys, reward_model.config.options; print({heavy} & {{*sys.modules}})"
     top = Path(__file__).resolve().parent.parent
     words = [sys.executable, "-c", code]
     assert subprocess.run(words, cwd=top, capture_output=True, text=True, check=True).stdout == "set()\n"

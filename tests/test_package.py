@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from reward_model.ds_config import ZERO_FOLDER
+from reward_model.config.deepspeed import ZERO_FOLDER
 
 TOP = Path(__file__).resolve().parent.parent
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
@@ -88,14 +88,14 @@ def test_check_runs_where_there_is_no_checkout(command, demo):
 def test_a_model_is_loaded_where_there_is_no_checkout(command, demo, tmp_path):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from reward_model.scoring import load
+    from reward_model.inference import load
 
     tokenizer = AutoTokenizer.from_pretrained(demo / "model")
     model = AutoModelForSequenceClassification.from_pretrained(demo / "model", num_labels=1)
     model.config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(tmp_path / "output")
     tokenizer.save_pretrained(tmp_path / "output")
-    code = "import reward_model.scoring as s; print(s.__file__, s.load('output').score(['a'], [' b'])[0])"
+    code = "import reward_model.inference as s; print(s.__file__, s.load('output').score(['a'], [' b'])[0])"
     where, score = command("-c", code, program=()).split()[-2:]
     assert str(TOP) not in where
     assert float(score) == pytest.approx(load(tmp_path / "output").score(["a"], [" b"])[0], abs=1e-6)

@@ -17,13 +17,28 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForSequenceClassification, LlamaConfig
 
-from reward_model import planning
 from reward_model.__main__ import main
-from reward_model.activations import MEASURED_LAYERS, activations, build_on_meta, count_parameters, layers_of, passes
-from reward_model.ds_config import ZERO_FOLDER
-from reward_model.model import Scorer
-from reward_model.options import parse
-from reward_model.states import SETTINGS, Cluster, Counts, communication, deepspeed_estimate, model_states
+from reward_model.config.deepspeed import ZERO_FOLDER
+from reward_model.config.options import parse
+from reward_model.models.scorer import Scorer
+from reward_model.planning import on_paper
+from reward_model.planning import plan as planning
+from reward_model.planning.activations import (
+    MEASURED_LAYERS,
+    activations,
+    build_on_meta,
+    count_parameters,
+    layers_of,
+    passes,
+)
+from reward_model.planning.model_states import (
+    SETTINGS,
+    Cluster,
+    Counts,
+    communication,
+    deepspeed_estimate,
+    model_states,
+)
 
 GIB = 2**30
 BY_NAME = {setting.name: setting for setting in SETTINGS}
@@ -342,7 +357,7 @@ def test_memory_of_the_gpu_that_is_there(folder, capsys, monkeypatch):
 
 
 def test_scale_table_by_hand():
-    rows = planning.scale_table().splitlines()
+    rows = on_paper.scale_table().splitlines()
     assert len(rows) == 2 + 3 * 4
     cells = next(row for row in rows if row.startswith("| 70 B | 64 |")).strip("| ").split(" | ")
     total, layer = 70e9, 32_000 * 8_192
@@ -358,4 +373,4 @@ def test_the_recipes_show_the_scale_table():
     block = page.read_text(encoding="utf-8").split("<!-- scale -->")[1].split("<!-- /scale -->")[0]
     if not block.strip():
         pytest.skip("the table is not there yet")
-    assert block.strip() == planning.scale_table()
+    assert block.strip() == on_paper.scale_table()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import runs
 
-from reward_model.options import parse
+from reward_model.config.options import parse
 
 TOP = Path(__file__).resolve().parent.parent
 SCRIPTS = TOP / "training_scripts"

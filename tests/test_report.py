@@ -7,8 +7,8 @@ import struct
 import numpy as np
 import pytest
 
-from reward_model.metrics import pair_metrics, point_metrics
-from reward_model.report import draw, read_metrics
+from reward_model.evaluation.metrics import pair_metrics, point_metrics
+from reward_model.evaluation.pictures import draw, read_metrics
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -10,17 +10,11 @@ import numpy as np
 import pytest
 from comparisons import answer, pair, table
 
-from reward_model.batching import Layout, Loading, merge
-from reward_model.data import FEATURES, Comparison, Comparisons
-from reward_model.sampling import (
-    EpochPlan,
-    Rule,
-    Units,
-    plan_evaluation,
-    rows_by_prompt,
-    rows_to_evaluate,
-    single_rows,
-)
+from reward_model.batching.collate import Layout, Loading, merge
+from reward_model.batching.groups import Units, rows_by_prompt, rows_to_evaluate, single_rows
+from reward_model.batching.plan import EpochPlan, Rule, plan_evaluation
+from reward_model.data.comparisons import Comparison, Comparisons
+from reward_model.data.preprocessing import FEATURES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -8,12 +8,13 @@ import models
 import pytest
 import torch
 
-from reward_model import sharing
-from reward_model.batching import Layout, collate
-from reward_model.data import Comparison
-from reward_model.model import add_lora, load_for_training
+from reward_model.batching.collate import Layout, collate
+from reward_model.data.comparisons import Comparison
+from reward_model.models import shared_prefix as sharing
+from reward_model.models.loading import load_for_training
+from reward_model.models.lora import add_lora
+from reward_model.models.shared_prefix import DENSE, ON_CPU, ON_CUDA, SEPARATE, disagreement
 from reward_model.reward_model import pairwise_loss
-from reward_model.sharing import DENSE, ON_CPU, ON_CUDA, SEPARATE, disagreement
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,8 +9,8 @@ import datasets
 import numpy as np
 import pytest
 
-from reward_model.errors import UserError
-from reward_model.sources import ADAPTERS, NO_REJECTED, read_sources, split_indices
+from reward_model.common.errors import UserError
+from reward_model.data.sources import ADAPTERS, NO_REJECTED, read_sources, split_indices
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

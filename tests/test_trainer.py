@@ -15,8 +15,8 @@ import runs
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from reward_model import distributed
-from reward_model.scoring import load
+from reward_model.common import distributed
+from reward_model.inference import load
 
 STEPS = runs.PAIRS // 16
 
@@ -129,7 +129,9 @@ def test_uneven_shares_count_every_pair_once(demo, tmp_path):
         assert two.final[name] == pytest.approx(one.final[name], abs=1e-5), name
 
 
-SEPARATELY = "import runpy, sys; import reward_model.sharing as s; s.ON_CPU = (); sys.argv[0] = 'main.py'; "
+SEPARATELY = (
+    "import runpy, sys; import reward_model.models.shared_prefix as s; s.ON_CPU = (); sys.argv[0] = 'main.py'; "
+)
 
 
 @pytest.mark.parametrize("level", ["sequence", "token"])
@@ -229,7 +231,7 @@ def test_mean_pooling_says_how_to_load_and_its_mean_is_subtracted(demo, tmp_path
     flags = ["--loss", "prior_cosine", "--prior_model", tmp_path / "encoder", "--normalize_scores", "train"]
     metrics = runs.train(demo, tmp_path / "out", "--pooling", "mean", *flags)
     assert re.search(r"likeness of answers by .*encoder: cosine 0\.\d\d ± 0\.\d\d over 320 pairs", metrics.output)
-    assert "reward_model.scoring.load" in metrics.output
+    assert "reward_model.inference.load" in metrics.output
     reward = load(tmp_path / "out")
     ours = np.array(reward.score(*zip(*runs.held_out(demo)[0])))
     (scale,) = metrics.scales
@@ -440,7 +442,7 @@ def test_default_dtype_follows_the_device(monkeypatch):
 def test_dropout_flag_reaches_every_dropout():
     from transformers import BertConfig, GPT2Config, OPTConfig
 
-    from reward_model.model import set_dropout
+    from reward_model.models.loading import set_dropout
 
     for config in (BertConfig(), GPT2Config(), OPTConfig(layerdrop=0.3)):
         set_dropout(config, 0.25)

@@ -25,7 +25,7 @@ SCORE = """
 import json, sys, torch
 from pathlib import Path
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from reward_model.scoring import load
+from reward_model.inference import load
 folder, rows = sys.argv[1], [json.loads(line) for line in Path(sys.argv[2]).open()]
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
@@ -86,7 +86,7 @@ def run(python, tmp_path_factory):
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         return done
 
-    call("-m", "reward_model.demo", home / "demo")
+    call("-m", "reward_model.data.demo", home / "demo")
     rows = home / "demo" / "data" / "train.jsonl"
     rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:PAIRS]))
 

@@ -9,10 +9,10 @@ import pytest
 import runs
 import torch
 
-from reward_model import distributed
-from reward_model.ds_config import ZERO_FOLDER, build_config
-from reward_model.errors import UserError
-from reward_model.options import parse
+from reward_model.common import distributed
+from reward_model.common.errors import UserError
+from reward_model.config.deepspeed import ZERO_FOLDER, build_config
+from reward_model.config.options import parse
 
 FILES = sorted(path.name for path in ZERO_FOLDER.glob("*.json"))
 README = (ZERO_FOLDER / "README.md").read_text()

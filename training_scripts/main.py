@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout's package, installed or not
 
-from reward_model.distributed import prepare_environment, release_shared_memory
+from reward_model.common.distributed import prepare_environment, release_shared_memory
 
 LAUNCHER_GRACE = 3.0  # seconds in which a launcher ends the other ranks once the first has said what is wrong
 
@@ -26,18 +26,18 @@ LOST_CONTACT = ("closed by peer", "Connection reset", "Connection refused", "Bro
 def main() -> int:
     """Run and return the exit status; an error that the user can mend is one line, said by the first rank."""
     prepare_environment()
-    from reward_model.quiet import quieten
+    from reward_model.common.logging import quieten
 
     debug = "--debug" in sys.argv
     quieten(debug)
     import torch
 
-    from reward_model.errors import UserError, first_line
-    from reward_model.options import parse
+    from reward_model.common.errors import UserError, first_line
+    from reward_model.config.options import parse
 
     try:
         options = parse()
-        from reward_model.trainer import run  # seconds of imports, which a typo need not wait for
+        from reward_model.training.trainer import run  # seconds of imports, which a typo need not wait for
 
         run(options)
     except UserError as error:

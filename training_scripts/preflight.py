@@ -53,7 +53,7 @@ def look(checkout: str, flags: list[str]) -> dict:
     there = next(folder for folder in (output, *output.parents) if folder.exists())
     count = gpus()
     data = [*options.data_path, *options.eval_data_path]
-    code = ("reward_model/*.py", "training_scripts/*.py", "reward_model/config/zero/*.json")
+    code = ("reward_model/**/*.py", "reward_model/config/zero/*.json", "training_scripts/*.py")
     files = [file for pattern in code for file in Path(checkout).glob(pattern)]
     return {
         "time": time.time(),

@@ -24,7 +24,7 @@ if [ -e "$output" ]; then
   say "an earlier run is kept as $earlier"
 fi
 say "writing data and a tiny model to $demo"
-PYTHONPATH=$top "$PYTHON" -m reward_model.demo "$demo"
+PYTHONPATH=$top "$PYTHON" -m reward_model.data.demo "$demo"
 
 # quiet COMMAND...: without the log lines of DeepSpeed's launcher, of which only errors concern a first run
 quiet() {
@@ -54,7 +54,7 @@ quiet "$PYTHON" -m deepspeed.launcher.runner --num_gpus 1 --master_port "$port" 
   "$@"
 
 [ -e "$output/config.json" ] || exit 0 # the flags named another place
-code='import sys; from reward_model.scoring import load; print(load(sys.argv[1]).score(sys.argv[2:3], sys.argv[3:]))'
+code='import sys; from reward_model.inference import load; print(load(sys.argv[1]).score(sys.argv[2:3], sys.argv[3:]))'
 cat <<END
 
 Next, score texts of your own, a prompt and a response:

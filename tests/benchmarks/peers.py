@@ -90,15 +90,15 @@ class Clock:
 def ours(options: argparse.Namespace) -> dict:
     """``training_scripts/main.py`` as it is, DeepSpeed's engine included."""
     sys.path.insert(0, str(TOP))
-    from reward_model.distributed import prepare_environment
-    from reward_model.quiet import quieten
+    from reward_model.common.distributed import prepare_environment
+    from reward_model.common.logging import quieten
 
     prepare_environment()  # before what it is for is imported: main.py would come too late
     quieten(debug=False)
     from importlib.metadata import version
 
     import reward_model
-    from reward_model import trainer
+    from reward_model.training import trainer
 
     clocks: list[Clock] = []
     watch(trainer, clocks)

@@ -43,10 +43,10 @@ def train(folder: Path, flags: list[str]) -> None:
     begin = time.perf_counter()
     top = Path(__file__).resolve().parent.parent.parent
     sys.path.insert(0, str(top))
-    from reward_model.distributed import prepare_environment
+    from reward_model.common.distributed import prepare_environment
 
     prepare_environment()
-    from reward_model import trainer
+    from reward_model.training import trainer
 
     imported = time.perf_counter()
     end_step, times = trainer.StepLog.end_step, []

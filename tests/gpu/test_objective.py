@@ -4,11 +4,12 @@
 import pytest
 import torch
 
-from reward_model.batching import Layout, collate
-from reward_model.data import Comparison, judge_answer, judge_list, judge_pair
-from reward_model.losses import LIST_LOSSES, PAIR_LOSSES, POINT_LOSSES
-from reward_model.objective import Objective
-from reward_model.options import parse
+from reward_model.batching.collate import Layout, collate
+from reward_model.config.objectives import LIST_LOSSES, PAIR_LOSSES, POINT_LOSSES
+from reward_model.config.options import parse
+from reward_model.data.comparisons import Comparison
+from reward_model.data.rows import judge_answer, judge_list, judge_pair
+from reward_model.objectives.objective import Objective
 from reward_model.reward_model import SCORE_PENALTIES
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

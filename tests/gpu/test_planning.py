@@ -10,16 +10,17 @@ import runs
 import torch
 import transformers
 
-from reward_model.activations import build_on_meta, passes
-from reward_model.planning import Plan
-from reward_model.states import SETTINGS, Cluster, model_states
+from reward_model.planning.activations import build_on_meta, passes
+from reward_model.planning.model_states import SETTINGS, Cluster, model_states
+from reward_model.planning.plan import Plan
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 BY_NAME = {setting.name: setting for setting in SETTINGS}
 # main.py, which then says the most that PyTorch has allocated, and the most tokens of a forward pass
 MEASURED = (
-    "import atexit, runpy, sys, torch, reward_model.trainer as t; most = [0]; plain = t.Trainer.train_micro_batch\n"
+    "import atexit, runpy, sys, torch, reward_model.training.trainer as t\n"
+    "most = [0]; plain = t.Trainer.train_micro_batch\n"
     "def noted(self, batch, log):\n"
     "    most[0] = max(most[0], batch.input_ids.numel()); plain(self, batch, log)\n"
     "t.Trainer.train_micro_batch = noted; sys.argv[0] = 'main.py'\n"

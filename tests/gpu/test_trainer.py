@@ -7,7 +7,7 @@ import pytest
 import runs
 import torch
 
-from reward_model.scoring import load
+from reward_model.inference import load
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -40,8 +40,8 @@ def test_prompts_are_shared_by_flex_attention(plain, demo, tmp_path, monkeypatch
     assert "prompts are shared (flex attention)" in plain.output
     for ways, said in (("()", "each answer has a row of its own"), ("(s.DENSE,)", "prompts are shared (dense")):
         program = (
-            f"import runpy, sys; import reward_model.sharing as s; s.ON_CUDA = {ways}; sys.argv[0] = 'main.py'; "
-            "runpy.run_path('main.py', run_name='__main__')"
+            f"import runpy, sys; import reward_model.models.shared_prefix as s; s.ON_CUDA = {ways}; "
+            "sys.argv[0] = 'main.py'; runpy.run_path('main.py', run_name='__main__')"
         )
         monkeypatch.setattr(runs, "command", lambda *_, program=program: [sys.executable, "-c", program])
         monkeypatch.setenv("PYTHONPATH", str(runs.TOP))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from reward_model.options import build_parser, parse
+from reward_model.config.options import build_parser, parse
 
 FOLDER = "applications/DeepSpeed-Chat/training/step2_reward_model_finetuning"
 MODEL = "facebook/opt-350m"

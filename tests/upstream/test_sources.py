@@ -11,8 +11,8 @@ from types import ModuleType
 import datasets
 import pytest
 
-from reward_model.errors import UserError
-from reward_model.sources import ADAPTERS, NO_REJECTED, read_sources, split_indices
+from reward_model.common.errors import UserError
+from reward_model.data.sources import ADAPTERS, NO_REJECTED, read_sources, split_indices
 
 FOLDER = "applications/DeepSpeed-Chat/dschat/utils/data"
 ANSWER = ("yes", "no, never", "", "It is (see [1]) so [2].", "[a]b (c) d", "他是", "two\nlines ", " 1. one")

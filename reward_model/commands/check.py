@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``reward-model check``: whether main.py would take some flags, by what can be seen without loading anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from reward_model.config.options import (
+    parse,
+    refuse_used_folder,
+    require_model_folder,
+)
+
+
+def main(arguments: list[str]) -> int:
+    """Look at main.py's flags as a launcher does before it starts any process: values, and folders that are named.
+
+    Raises:
+        UserError: a wrong flag, an output folder that holds another run, a model that is a path and not there.
+    """
+    options = parse(arguments)
+    if options.output_dir:
+        refuse_used_folder(Path(options.output_dir))
+    require_model_folder(options.model_name_or_path)
+    return 0

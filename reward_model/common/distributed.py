@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""This process among the others: rank, device, and what DeepSpeed needs of the machine before it can start."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import shutil
+import socket
+import sys
+import sysconfig
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from reward_model.common.errors import UserError
+from reward_model.common.logging import hushed, say
+
+
+@dataclass(frozen=True)
+class Place:
+    """Rank of this process, how many there are, and its device."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+def prepare_environment() -> None:
+    """Settings that DeepSpeed, Transformers and datasets read when they are imported; called before that."""
+    if "RANK" not in os.environ:  # python main.py: one process without a launcher
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    # DeepSpeed calls ninja by name, and an environment that was not activated has it only beside its interpreter
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    # compiled ops fit one environment's torch: keep them in it
+    if os.access(sys.prefix, os.W_OK):
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "var" / "torch_extensions"))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if os.environ["RANK"] != "0":
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def release_shared_memory() -> None:
+    """Remove the 66 MiB a rank that a run on CPUs holds in /dev/shm, and that DeepSpeed leaves there at its end.
+
+    Those of all local ranks: one that has not ended yet keeps what it has opened.
+    """
+    folder = Path("/dev/shm")
+    for path in folder.glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*_{os.environ['MASTER_PORT']}_*"):
+        path.unlink(missing_ok=True)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(options: argparse.Namespace) -> Place:
+    """Join the other processes.
+
+    Raises:
+        UserError: no C++ compiler or ninja where DeepSpeed compiles an op before it can communicate.
+    """
+    with hushed(options.debug):
+        import deepspeed
+        from deepspeed.accelerator import get_accelerator
+
+        accelerator = get_accelerator()
+    on_cpu = accelerator.device_name() == "cpu"
+    if on_cpu or options.offload:
+        _require_compiler()
+    local_rank = int(os.environ.get("LOCAL_RANK", max(options.local_rank, 0)))
+    if not on_cpu:
+        if local_rank >= accelerator.device_count():
+            raise UserError(f"local rank {local_rank} on {accelerator.device_count()} devices: start fewer processes")
+        accelerator.set_device(local_rank)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+    if on_cpu and os.environ["RANK"] == "0" and not _has_compiled_ops():
+        say("DeepSpeed compiles its communication op, once: about half a minute")
+    with hushed(options.debug):
+        deepspeed.init_distributed()
+    return Place(
+        torch.distributed.get_rank(),
+        torch.distributed.get_world_size(),
+        torch.device(accelerator.current_device_name()),
+    )
+
+
+def require_zero(zero: dict, nvme_path: str | None) -> None:
+    """What a filled ZeRO section needs of this node, said before a model is loaded.
+
+    Raises:
+        UserError: no GPU for quantised communication, no libaio, or a folder for NVMe that cannot be used.
+    """
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    device = get_accelerator().device_name()
+    quantised = [key for key, value in zero.items() if key.startswith("zero_quantized_") and value]
+    if quantised and device != "cuda":
+        raise UserError(f"{' and '.join(quantised)}: DeepSpeed's quantiser needs a CUDA GPU, this is a {device}")
+    if not any((zero.get(name) or {}).get("device") == "nvme" for name in ("offload_optimizer", "offload_param")):
+        return
+    _require_compiler()
+    if not AsyncIOBuilder().is_compatible():
+        raise UserError("NVMe: DeepSpeed's async_io op is built on libaio; install it, e.g. apt install libaio-dev")
+    if nvme_path:
+        _require_direct_writes(Path(nvme_path))
+
+
+def _require_direct_writes(folder: Path) -> None:
+    probe = folder / f".probe-{os.getpid()}"
+    try:
+        os.close(os.open(probe, os.O_CREAT | os.O_WRONLY | os.O_DIRECT))
+    except OSError as error:
+        # EINVAL: tmpfs before Linux 6.6, some network disks
+        why = "a file system without direct I/O (O_DIRECT)" if error.errno == errno.EINVAL else error.strerror
+        raise UserError(f"--nvme_path {folder}: {why}") from error
+    finally:
+        with suppress(OSError):
+            probe.unlink()
+
+
+def release_swap_files(zero: dict, nvme_path: str) -> None:
+    """Remove what a run leaves in --nvme_path of this node: some 14 bytes a parameter. The file's own paths stay."""
+    for name in ("offload_optimizer", "offload_param"):
+        folder = Path((zero.get(name) or {}).get("nvme_path", "."))
+        if os.environ["LOCAL_RANK"] == "0" and folder.parent == Path(nvme_path).resolve():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _has_compiled_ops() -> bool:
+    """Whether any op lies where PyTorch keeps those of this environment."""
+    folder = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
+    return any(Path(folder).rglob("*.so"))
+
+
+def _require_compiler() -> None:
+    compiler = os.environ.get("CXX", "c++")
+    if not (shutil.which(compiler) or shutil.which("g++")):
+        raise UserError(f"no C++ compiler ({compiler}): DeepSpeed compiles an op; install one, e.g. apt install g++")
+    if not shutil.which("ninja"):
+        raise UserError("no ninja: DeepSpeed compiles an op; install it with pip install ninja")
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if not header.is_file():
+        raise UserError(f"no {header}: DeepSpeed compiles an op; install it, e.g. apt install python3-dev")
+
+
+def default_dtype() -> str:
+    """bf16 on a GPU that has it, fp16 on one that has not, fp32 on a CPU, where half precision saves no time."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        return "fp32"
+    return "bf16" if accelerator.is_bf16_supported() else "fp16"
+
+
+def require_dtype(dtype: str) -> None:
+    """Raises UserError for a dtype that DeepSpeed refuses on this device."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    supported = {"fp32": True, "bf16": accelerator.is_bf16_supported(), "fp16": accelerator.is_fp16_supported()}
+    if not supported[dtype]:
+        others = ", ".join(name for name, has in supported.items() if has)
+        raise UserError(
+            f"--dtype {dtype}: DeepSpeed cannot train in it on this {accelerator.device_name()}; {others} can"
+        )
+
+
+def sum_over_ranks(tensor: torch.Tensor) -> torch.distributed.Work | None:
+    """Begin to sum a tensor in place over all ranks; wait for what is returned before reading it."""
+    return torch.distributed.all_reduce(tensor, async_op=True)
+
+
+def gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """The rows of all ranks, which may give different numbers of them. (m, …) → (sum of all m, …)"""
+    world_size = torch.distributed.get_world_size()
+    counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(world_size)]
+    torch.distributed.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
+    padded = rows.new_zeros(int(max(counts)), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in counts]
+    torch.distributed.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts)])
+
+
+def first_text(text: str) -> str:
+    """What the first rank that has something to say says; empty: no rank has."""
+    texts: list[str] = [""] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(texts, text)
+    return next(filter(None, texts), "")

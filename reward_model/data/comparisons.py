@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One shape for all data: a prompt, its responses, and what was judged of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+
+import datasets
+import numpy as np
+import pyarrow
+
+GRADES = {  # Llama 2's, arXiv 2307.09288, table 27; as numbers they are its large margins, a third of them its small
+    "significantly better": 3.0,
+    "better": 2.0,
+    "slightly better": 1.0,
+    "negligibly better": 0.0,
+    "unsure": 0.0,
+    "negligibly better / unsure": 0.0,
+}
+
+
+class BadRow(Exception):
+    """Why a row cannot be used."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A prompt, K responses, and what was judged of them.
+
+    prompt: ids that every response shares, the longest common prefix of the jointly tokenised texts.
+    responses: K lists of ids that follow it; each ends with an end token.
+    better, worse: judged pairs as indices into ``responses``; better[i] beat worse[i].
+    margin: by how much, one number per judged pair; NaN where the row says nothing.
+    prompt_hash: equal for rows that were asked the same; None: unlike any other.
+    rating: Llama 2's grade of each judged pair, 3 (significantly better) to 0; NaN or none at all: not said.
+    probability: that better beats worse, per judged pair; NaN or none at all: not said.
+    similarity: cosine of the embeddings of a judged pair's answers; none at all: not computed.
+    ranks: of the responses, 0 the best, equal where tied; none at all: the row says no order.
+    targets: score or label of each response; NaN or none at all: not said.
+    prompt_tokens: of what was asked; the responses may go on alike. None: the whole prompt.
+    """
+
+    prompt: list[int]
+    responses: list[list[int]]
+    better: list[int] = field(default_factory=list)
+    worse: list[int] = field(default_factory=list)
+    margin: list[float] = field(default_factory=list)
+    prompt_hash: int | None = None
+    rating: list[float] = field(default_factory=list)
+    probability: list[float] = field(default_factory=list)
+    similarity: list[float] = field(default_factory=list)
+    ranks: list[int] = field(default_factory=list)
+    targets: list[float] = field(default_factory=list)
+    prompt_tokens: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens to compute when the responses share the prompt."""
+        return len(self.prompt) + sum(len(response) for response in self.responses)
+
+
+class Comparisons:
+    """A sequence of Comparisons in an Arrow file; reads one from disk when asked for it.
+
+    For each of them, (r,) int64: ``lengths`` of the longest text, ``tokens`` of the prompt and all responses,
+    ``prompt_tokens`` of what was asked (the responses may go on alike), ``pairs`` judged. What planning needs lies in
+    memory, 8 bytes a number; the tokens stay in the file.
+    """
+
+    def __init__(self, table: datasets.Dataset):
+        self.table = table
+        self.lengths = self._numbers("length")
+        self.tokens = self._numbers("tokens")
+        self.prompt_tokens = self._numbers("prompt_tokens")
+        self.pairs = np.asarray(self._arrow("better").value_lengths(), dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> Comparison:
+        row = self.table[int(index)]
+        return Comparison(**{f.name: row[f.name] for f in fields(Comparison) if f.name in row})
+
+    def _arrow(self, column: str) -> pyarrow.Array:
+        values = self.table.with_format("arrow")[column][:]
+        return values.combine_chunks() if isinstance(values, pyarrow.ChunkedArray) else values
+
+    def _numbers(self, column: str) -> np.ndarray:
+        return np.asarray(self._arrow(column), dtype=np.int64)
+
+    def prompt_hashes(self) -> np.ndarray:
+        """Equal numbers, equal prompts. (r,)"""
+        return self._numbers("prompt_hash")
+
+    def texts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of each whole text, one row's after the other, a hash and its tokens, (t,); texts of each row, (r,)."""
+        hashes = self._arrow("text_hashes")
+        lengths = self._arrow("text_lengths").flatten()
+        return tuple(
+            np.asarray(values, dtype=np.int64) for values in (hashes.flatten(), lengths, hashes.value_lengths())
+        )
+
+    def targets(self) -> np.ndarray:
+        """Score or label of every response, one row's after the other; NaN where there is none. (t,)"""
+        return np.asarray(self._arrow("targets").flatten(), dtype=np.float64)
+
+    def select(self, indices: np.ndarray) -> Comparisons:
+        return Comparisons(self.table.select(indices))
+
+    def with_similarity(self, cosines: np.ndarray) -> Comparisons:
+        """With a cosine for each judged pair, one row's after the other."""
+        values = np.split(cosines.astype(np.float32), np.cumsum(self.pairs)[:-1])
+        return Comparisons(self.table.add_column("similarity", [v.tolist() for v in values]))
+
+
+def answers(row: Comparison) -> str:
+    """How many there are, in words."""
+    count = len(row.targets)
+    return "one answer" if count == 1 else f"{ {2: 'two', 3: 'three', 4: 'four'}.get(count, count) } answers"
+
+
+def common_prefix(first: Sequence, second: Sequence) -> int:
+    """How many items, ids or characters, two sequences begin with in common."""
+    for i, (a, b) in enumerate(zip(first, second)):
+        if a != b:
+            return i
+    return min(len(first), len(second))

@@ -1,0 +1,343 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of a data set → Comparisons: token ids of a prompt and its responses, and what was judged of them.
+
+A row that cannot be used stops the run or is counted by reason; an over-long one loses the left of its prompt and is
+counted; nothing else happens to a row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import datasets
+import numpy as np
+from filelock import FileLock
+from transformers import PreTrainedTokenizerBase
+
+from reward_model.common.errors import UserError
+from reward_model.common.logging import say
+from reward_model.data import comparisons, rows, sources
+from reward_model.data.comparisons import BadRow, Comparison, Comparisons, answers, common_prefix
+from reward_model.data.rows import (
+    PAIR,
+    Texts,
+    read_row,
+    require_different,
+)
+from reward_model.data.sources import Source, read_sources
+from reward_model.data.tokenizer import SpecialTokens
+
+EVAL_SHARE = 0.1  # of the prompts, where a data set brings no evaluation rows: upstream's share too
+CODE = (sys.modules[__name__], comparisons, rows, sources)  # which what is cached depends on
+ROWS_PER_PROCESS = 2_000  # below this a fast tokenizer's own threads beat starting a process
+
+FEATURES = datasets.Features(
+    {
+        "prompt": datasets.List(datasets.Value("int32")),
+        "responses": datasets.List(datasets.List(datasets.Value("int32"))),
+        "better": datasets.List(datasets.Value("int32")),
+        "worse": datasets.List(datasets.Value("int32")),
+        "margin": datasets.List(datasets.Value("float32")),
+        "rating": datasets.List(datasets.Value("float32")),
+        "probability": datasets.List(datasets.Value("float32")),
+        "ranks": datasets.List(datasets.Value("int32")),
+        "targets": datasets.List(datasets.Value("float32")),
+        "length": datasets.Value("int32"),
+        "tokens": datasets.Value("int32"),
+        "prompt_hash": datasets.Value("int64"),
+        "prompt_tokens": datasets.Value("int32"),
+        "text_hashes": datasets.List(datasets.Value("int64")),
+        "text_lengths": datasets.List(datasets.Value("int32")),
+        "cut": datasets.Value("bool"),
+        "problem": datasets.Value("string"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How rows become Comparisons.
+
+    max_seq_len: longest text in tokens. on_bad_row: ``stop`` or ``skip``. cache: folder for tokenised rows.
+    processes: for tokenising; 0: as many as there are cores and work. lack: what a training row, given as a Comparison
+    without its tokens, lacks for the loss; it raises BadRow, or gives None.
+    """
+
+    max_seq_len: int
+    on_bad_row: str
+    cache: Path
+    processes: int = 0
+    lack: Callable[[Comparison], str | None] | None = None
+
+
+def load_comparisons(
+    train_paths: list[str],
+    eval_paths: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    special: SpecialTokens,
+    rules: Rules,
+    seed: int,
+    data_split: str | None = None,
+) -> tuple[Comparisons, Comparisons]:
+    """Training and evaluation Comparisons, tokenised once and then read from the cache.
+
+    Evaluation rows are those of ``eval_paths``; else those that the training entries bring; else, for an entry that
+    brings none, a tenth of its prompts is held out.
+
+    Raises:
+        UserError: unreadable data, a bad row under ``stop``, or nothing left.
+    """
+    train, evaluation, undivided = [], [], []
+    for path in train_paths:
+        train_sources, eval_sources = read_sources(path, seed, data_split, hold_out=not eval_paths)
+        tokenised = [tokenise(source, tokenizer, special, rules, rules.lack) for source in train_sources]
+        if eval_paths or eval_sources:
+            train += tokenised
+        else:
+            undivided += tokenised
+        if not eval_paths:
+            evaluation += [tokenise(source, tokenizer, special, rules, nothing_judged) for source in eval_sources]
+    for path in eval_paths:
+        evaluation += _evaluation_rows(path, tokenizer, special, rules, seed, nothing_judged)
+    if any(len(part) for part in undivided):
+        undivided, held_out = _hold_out(undivided, seed)
+        train, evaluation = train + undivided, evaluation + held_out
+    for name, parts in (("training", train), ("evaluation", evaluation)):
+        if sum(len(part) for part in parts) == 0:
+            raise UserError(f"no {name} rows are left")
+    return _join(train), _join(evaluation)
+
+
+def load_answers(path: str, tokenizer, special: SpecialTokens, rules: Rules, seed: int) -> Comparisons:
+    """The rows of a file, or the evaluation rows of a folder or hub name, whether they judge anything or not.
+
+    Raises:
+        UserError: unreadable data, or a bad row under ``stop``.
+    """
+    return _join(_evaluation_rows(path, tokenizer, special, rules, seed, None))
+
+
+def _evaluation_rows(path: str, tokenizer, special, rules: Rules, seed: int, lack) -> list[Comparisons]:
+    # a folder or hub name stands for its evaluation rows, a file for all of its rows
+    first, second = read_sources(path, seed)
+    return [tokenise(source, tokenizer, special, rules, lack) for source in second or first]
+
+
+def nothing_judged(row: Comparison) -> str | None:
+    """What an evaluation row lacks, which needs an order or a score of some kind."""
+    if row.better or not np.isnan(row.targets).all():
+        return None
+    return f"the row has {answers(row)} and no order, score or label: nothing to evaluate"
+
+
+def _join(parts: list[Comparisons]) -> Comparisons:
+    return parts[0] if len(parts) == 1 else Comparisons(datasets.concatenate_datasets([p.table for p in parts]))
+
+
+def _hold_out(parts: list[Comparisons], seed: int) -> tuple[list[Comparisons], list[Comparisons]]:
+    """Keep a tenth of the prompts of some parts for evaluation, so that no prompt is on both sides."""
+    hashes = [part.prompt_hashes() for part in parts]
+    prompts = np.unique(np.concatenate(hashes))
+    order = np.random.RandomState(seed).permutation(len(prompts))
+    held = prompts[order[: max(1, round(EVAL_SHARE * len(prompts)))]]
+    if len(prompts) < 2:
+        raise UserError("there is one prompt and there are no evaluation rows: name some with --eval_data_path")
+    masks = [np.isin(h, held) for h in hashes]
+    rows = sum(int(mask.sum()) for mask in masks)
+    say(f"no evaluation rows: held out {len(held)} of {len(prompts)} prompts ({rows} rows)")
+    train = [part.select(np.flatnonzero(~mask)) for part, mask in zip(parts, masks)]
+    evaluation = [part.select(np.flatnonzero(mask)) for part, mask in zip(parts, masks)]
+    return train, evaluation
+
+
+def tokenise(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    special: SpecialTokens,
+    rules: Rules,
+    lack: Callable[[Comparison], str | None] | None = None,
+) -> Comparisons:
+    """One source's rows as Comparisons, from the cache if this content was tokenised like this before.
+
+    Args:
+        lack: as in :class:`Rules`; None: any row will do.
+
+    Raises:
+        UserError: a bad row under ``stop``; names the source, the row's number and the reason.
+    """
+    work = partial(
+        _tokenise_rows,
+        source=replace(source, rows=None, numbers=None),
+        tokenizer=tokenizer,
+        special=special,
+        max_seq_len=rules.max_seq_len,
+    )
+    key = _fingerprint(source, tokenizer, special, rules)
+    rules.cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = rules.processes or min(cores, len(source.rows) // ROWS_PER_PROCESS)
+    # whoever comes first on this machine does the work, the others wait here and then read the cache
+    with FileLock(rules.cache / f"{key}.lock"):
+        table = source.rows.map(
+            work,
+            batched=True,
+            num_proc=processes if processes > 1 else None,
+            remove_columns=source.rows.column_names,
+            features=FEATURES,
+            new_fingerprint=key,
+            cache_file_name=str(rules.cache / f"{key}.arrow"),
+            desc=f"tokenising {os.path.basename(source.name)}",
+        )
+    return Comparisons(_without_bad_rows(source, table, rules, lack))
+
+
+def _fingerprint(source: Source, tokenizer, special: SpecialTokens, rules: Rules) -> str:
+    """A name for the tokenised rows: content of the source, the tokenizer's own files, the rules, and this code."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    parts = [
+        source.rows._fingerprint,
+        source.adapt.__name__,
+        vocabulary,
+        tokenizer.chat_template,
+        [special.end, sorted(special.endings), sorted(special.starts)],
+        rules.max_seq_len,
+        *[Path(module.__file__).read_text(encoding="utf-8") for module in CODE],
+    ]
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:32]
+
+
+def _without_bad_rows(source: Source, table: datasets.Dataset, rules: Rules, lack) -> datasets.Dataset:
+    problems = np.array(table["problem"][:], dtype=object)
+    if lack is not None:
+        judged = ("better", "worse", "margin", "rating", "probability", "ranks", "targets")
+        parts = table.select_columns(list(judged)).with_format("arrow").iter(ROWS_PER_PROCESS)
+        rows = (row for part in parts for row in part.to_pylist())
+        problems = np.array([p or _lacking(lack, Comparison([], [], **row)) for p, row in zip(problems, rows)], object)
+    bad = np.flatnonzero(problems != None)  # noqa: E711  (elementwise)
+    if len(bad) and rules.on_bad_row == "stop":
+        advice = f"{len(bad)} of {len(problems)} rows cannot be used; --on_bad_row skip leaves them out"
+        if len(bad) == len(problems):
+            advice = f"none of the {len(problems)} rows can be used"
+        raise UserError(f"{source.name}, row {source.numbers[bad[0]]}: {problems[bad[0]]} ({advice})")
+    for reason, count in Counter(problems[bad]).most_common():
+        say(f"{source.name}: skipped {count} of {len(problems)} rows: {reason}")
+    good = table.select(np.flatnonzero(problems == None)) if len(bad) else table  # noqa: E711
+    cut = int(np.sum(good["cut"][:]))
+    note = f", {cut} with the prompt cut from the left to fit {rules.max_seq_len} tokens" if cut else ""
+    say(f"{source.name}: {len(good)} rows{note}")
+    return good
+
+
+def _lacking(lack, row: Comparison) -> str | None:
+    try:
+        return lack(row)
+    except BadRow as problem:
+        return str(problem)
+
+
+def _tokenise_rows(rows: dict[str, list], source, tokenizer, special, max_seq_len) -> dict[str, list]:
+    """A batch of rows in columns → a batch of FEATURES in columns."""
+    size = len(next(iter(rows.values())))
+    texts: list[Texts | str] = []
+    for i in range(size):
+        try:
+            row = source.read({name: column[i] for name, column in rows.items()})
+            texts.append(read_row(row, tokenizer))
+        except BadRow as problem:
+            texts.append(str(problem))
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            texts.append(
+                f"the row lacks what {source.adapt.__name__.strip('_')} needs ({type(error).__name__}: {error})"
+            )
+    ids = _encode(tokenizer, [text for text in texts if isinstance(text, Texts)])
+    out: dict[str, list] = {name: [] for name in FEATURES}
+    for text in texts:
+        record = {name: [] for name in FEATURES}
+        record |= dict.fromkeys(("length", "tokens", "prompt_hash", "prompt_tokens"), 0)
+        record |= {"cut": False, "problem": None}
+        if isinstance(text, str):
+            record["problem"] = text
+        else:
+            try:
+                prompt, *whole = next(ids)
+                record |= compare(prompt, whole, special, max_seq_len, text.names) | text.judged
+                record["prompt_hash"] = _hash(text.prompt.encode("utf-8", "replace"))
+            except BadRow as problem:
+                record["problem"] = str(problem)
+        for name, column in out.items():
+            column.append(record[name])
+    return out
+
+
+def _hash(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big", signed=True)
+
+
+def _encode(tokenizer, texts: list[Texts]):
+    """Ids of the prompt and of each whole text of each row, one row after the other."""
+    ids: dict[bool, object] = {}
+    for templated in (False, True):
+        group = [part for t in texts if t.templated is templated for part in (t.prompt, *t.whole)]
+        encoded = tokenizer(group, add_special_tokens=not templated, verbose=False)["input_ids"] if group else []
+        ids[templated] = iter(encoded)
+    for text in texts:
+        yield [next(ids[text.templated]) for _ in range(1 + len(text.whole))]
+
+
+def compare(
+    prompt: list[int],
+    whole: list[list[int]],
+    special: SpecialTokens,
+    max_seq_len: int,
+    names: Sequence[str] = PAIR,
+) -> dict:
+    """Token ids of a prompt and of whole texts → a Comparison's tokens, and what planning needs to know of them.
+
+    Closes the texts, and cuts the prompt to fit the limit.
+
+    Args:
+        prompt: ids of the prompt alone; only its part that all texts begin with may be cut.
+        whole: ids of each answer after its prompt.
+        names: of the answers, for messages.
+
+    Raises:
+        BadRow: the same ids twice, or an answer longer than the limit.
+    """
+    whole = [end_text(text, special) for text in whole]
+    require_different(whole, names, how=" once tokenised")
+    prompt_length = min(common_prefix(prompt, text) for text in whole)
+    surplus = max(map(len, whole)) - max_seq_len
+    if surplus > 0:
+        # a start token stays: the model has never seen a text without one
+        start = 1 if prompt_length and prompt[0] in special.starts else 0
+        if start + surplus > prompt_length:
+            raise BadRow(f"an answer alone is longer than --max_seq_len {max_seq_len}")
+        whole = [text[:start] + text[start + surplus :] for text in whole]
+        prompt_length -= surplus
+    # each response keeps a token of its own: the one its score is read at
+    shared = min(common_prefix(whole[0], text) for text in whole[1:]) if len(whole) > 1 else prompt_length
+    shared = min(shared, *(len(text) - 1 for text in whole))
+    return {
+        "prompt": whole[0][:shared],
+        "responses": [text[shared:] for text in whole],
+        "length": max(map(len, whole)),
+        "tokens": sum(map(len, whole)) - (len(whole) - 1) * shared,
+        "prompt_tokens": min(prompt_length, shared),
+        "text_hashes": [_hash(np.array(text, dtype=np.int32).tobytes()) for text in whole],
+        "text_lengths": [len(text) for text in whole],
+        "cut": surplus > 0,
+    }
+
+
+def end_text(ids: list[int], special: SpecialTokens) -> list[int]:
+    """The ids with one end token at their end, unless they already end in one that closes a text or a turn."""
+    return ids if ids and ids[-1] in special.endings else [*ids, special.end]

@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A row of a data set → text, and what it says of its answers.
+
+A row holds a pair (``prompt, chosen, rejected``, or ``chosen, rejected`` with the prompt inside, Anthropic's form), a
+list (``prompt, responses`` with ``scores`` or ``ranks``), or one answer (``prompt, response`` with a ``score`` or
+``label``); text, which is joined as it is, or chat messages.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from reward_model.data.comparisons import GRADES, BadRow, common_prefix
+
+ASSISTANT = "\n\nAssistant:"  # Anthropic's mark of the last turn
+PAIR = ("chosen", "rejected")
+OTHER_ROWS = "responses with scores or ranks, or response with a score or label"
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A row as text.
+
+    prompt: what was asked. whole: the texts that begin with it, one for each answer. names: of the answers, for
+    messages. judged: the fields of a Comparison that say what was judged. templated: a chat template wrote the texts,
+    special tokens included.
+    """
+
+    prompt: str
+    whole: list[str]
+    names: Sequence[str]
+    judged: dict
+    templated: bool
+
+
+def read_row(row: dict, tokenizer: PreTrainedTokenizerBase) -> Texts:
+    """Check a row and write it as text.
+
+    Raises:
+        BadRow: a field is missing, empty or of the wrong type, a number is none, or two answers are equal.
+    """
+    is_pair = all(row.get(name) not in (None, "") for name in PAIR)  # a CSV file has "" for nothing
+    if row.get("responses") is not None and not is_pair:
+        found, names, judged = _list(row)
+    elif row.get("response") is not None and not is_pair:
+        found, names, judged = [row["response"]], ["response"], judge_answer(row)
+    else:
+        found, names, judged = [row.get(name) for name in PAIR], PAIR, judge_pair(row)
+    prompt = row.get("prompt")
+    for name, value in zip(names, found):
+        if value is None:
+            others = ", ".join(row)
+            is_absent = names is PAIR and name not in row
+            needs = f"; the row has {others}, and needs prompt, chosen, rejected (or {OTHER_ROWS})"
+            raise BadRow(f"{name} is missing" + (needs if is_absent else ""))
+        if not isinstance(value, str) and not _is_chat(value):
+            raise BadRow(f"{name} is {_type(value)}, not text or chat messages")
+    if prompt is not None and not isinstance(prompt, str) and not _is_chat(prompt):
+        raise BadRow(f"prompt is {_type(prompt)}, not text or chat messages")
+    if "prompt" in row and prompt is None:
+        raise BadRow("prompt is missing")
+    require_different(found, names)
+    if not all(isinstance(value, str) for value in (*found, prompt or "")):
+        return _read_chat(prompt, found, names, judged, tokenizer)
+    if prompt is None:
+        prompt = _common_prompt(found)
+        found = [text[len(prompt) :] for text in found]
+    for name, text in zip(names, found):
+        if not text.strip():
+            raise BadRow(f"{name} is empty")
+    return Texts(prompt, [prompt + text for text in found], names, judged, templated=False)
+
+
+def require_different(found: list, names: Sequence[str], how: str = "") -> None:
+    for i, value in enumerate(found):
+        if value in found[:i]:
+            raise BadRow(f"{names[found.index(value)]} and {names[i]} are equal{how}")
+
+
+def judge_pair(row: dict) -> dict:
+    """What a row says of its chosen and rejected answer; a margin that it does not name is that of its scores.
+
+    A rating or probability that is none is left out, since other data sets use these words for other things: whoever
+    needs one will miss it.
+
+    Raises:
+        BadRow: a margin or score that is no number.
+    """
+    scores = [_number(row, f"{name}_score", f"score_{name}") for name in PAIR]
+    margin = _number(row, "margin")
+    return {
+        "better": [0],
+        "worse": [1],
+        "margin": [scores[0] - scores[1] if math.isnan(margin) else margin],
+        "rating": [_within(row.get("rating"), 3, GRADES)],
+        "probability": [_within(row.get("probability"), 1)],
+        "ranks": [0, 1],
+        "targets": scores,
+    }
+
+
+def _list(row: dict) -> tuple[list, list[str], dict]:
+    """The answers of a list, their names, and what the row says of them."""
+    found = row["responses"]
+    if not isinstance(found, list) or not found:
+        raise BadRow(f"responses is {'empty' if found == [] else _type(found)}, not a list of answers")
+    numbers = {}
+    for name in ("scores", "ranks"):
+        values = row.get(name)
+        if values is None:
+            continue
+        if not isinstance(values, list) or len(values) != len(found):
+            count = f"has {len(values)} numbers" if isinstance(values, list) else f"is {_type(values)}"
+            raise BadRow(f"{name} {count}, and there are {len(found)} responses")
+        labels = [f"number {i} of {name}" for i in range(1, len(values) + 1)]
+        numbers[name] = [_number({label: value}, label) for label, value in zip(labels, values)]
+        for label, value in zip(labels, numbers[name]):
+            if math.isnan(value):
+                raise BadRow(f"{label} is missing")
+    return found, [f"response {i}" for i in range(1, len(found) + 1)], judge_list(len(found), **numbers)
+
+
+def judge_list(size: int, scores: list[float] | None = None, ranks: list[float] | None = None) -> dict:
+    """What numbers of a list's answers say: every pair of them that is not tied, by how much, and their order.
+
+    Args:
+        scores: higher is better. ranks: lower is better; they decide where there are both.
+    """
+    order = ranks if ranks is not None else [-score for score in scores or []]
+    dense = np.unique(order, return_inverse=True)[1].tolist() if order else []
+    pairs = [(i, j) for i in range(len(dense)) for j in range(len(dense)) if dense[i] < dense[j]]
+    return {
+        "better": [i for i, _ in pairs],
+        "worse": [j for _, j in pairs],
+        "margin": [scores[i] - scores[j] if scores else math.nan for i, j in pairs],
+        "rating": [math.nan] * len(pairs),
+        "probability": [math.nan] * len(pairs),
+        "ranks": dense,
+        "targets": scores or [math.nan] * size,
+    }
+
+
+def judge_answer(row: dict) -> dict:
+    """What a row says of its one answer.
+
+    Raises:
+        BadRow: a score or label that is none, or both.
+    """
+    if row.get("score") is not None and row.get("label") is not None:
+        raise BadRow("the row has a score and a label: keep one of them")
+    if isinstance(row.get("label"), bool):
+        row = row | {"label": int(row["label"])}
+    nothing = {name: [] for name in ("better", "worse", "margin", "rating", "probability", "ranks")}
+    return nothing | {"targets": [_number(row, "score", "label")]}
+
+
+def _number(row: dict, *names: str) -> float:
+    """The number under the first of some names that holds something; NaN: none does."""
+    name, value = next(((name, row[name]) for name in names if row.get(name) is not None), ("", None))
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise BadRow(f"{name} is {_type(value)}, not a number")
+    if not abs(value) <= float(np.finfo(np.float32).max):
+        raise BadRow(f"{name} is {value}")
+    return float(value)
+
+
+def _within(value, most: float, words: dict[str, float] | None = None) -> float:
+    """A number from 0 to ``most``, or what a word stands for; NaN: neither."""
+    if isinstance(value, str):
+        value = (words or {}).get(" ".join(value.lower().split()))
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if is_number and 0 <= value <= most else math.nan
+
+
+def _type(value) -> str:
+    names = {str: "text", bool: "a truth value", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return names.get(type(value), type(value).__name__)
+
+
+def _is_chat(value) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in value)
+    )
+
+
+def _common_prompt(texts: list[str]) -> str:
+    """What whole dialogues share, up to the last "Assistant:" where there is one; nothing, if there is one text."""
+    shared = texts[0] if len(texts) > 1 else ""
+    for text in texts[1:]:
+        shared = shared[: common_prefix(shared, text)]
+    turn = shared.rfind(ASSISTANT)
+    if turn >= 0:
+        return shared[: turn + len(ASSISTANT)]
+    # no turns: do not cut inside a word
+    return shared[: max(shared.rfind(" "), shared.rfind("\n")) + 1]
+
+
+def _read_chat(prompt, found: list, names: Sequence[str], judged: dict, tokenizer) -> Texts:
+    if not tokenizer.chat_template:
+        raise BadRow("chat messages need a tokenizer with a chat template, and this one has none")
+    found = [_as_messages(value) for value in found]
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    prompt = _as_messages(prompt or [])
+    # UltraFeedback and others give the prompt twice: alone, and at the head of each answer
+    if not all(_holds(messages[:-1], prompt) for messages in found):
+        found = [prompt + messages for messages in found]
+    first, turns = found[0], 0
+    while turns < min(map(len, found)) - 1 and all(messages[turns] == first[turns] for messages in found):
+        turns += 1
+    for name, messages in zip(names, found):
+        content = messages[-1]["content"]
+        if content is None or not str(content).strip():
+            raise BadRow(f"{name} is empty")
+        if messages[-1]["role"] != "assistant":
+            raise BadRow(f"{name} ends with a message of role {messages[-1]['role']}, not assistant")
+    written = []
+    try:
+        for messages in found:
+            written.append(close_turn(tokenizer.apply_chat_template(messages, tokenize=False), tokenizer))
+        head = tokenizer.apply_chat_template(first[:turns], tokenize=False, add_generation_prompt=True) if turns else ""
+    except Exception as error:  # templates raise what they like
+        raise BadRow(f"the chat template refuses it: {error}") from error
+    require_different(written, names)
+    # a template may write a lone prompt differently: keep what is really shared
+    prompt = head[: min(common_prefix(head, text) for text in written)]
+    return Texts(prompt, written, names, judged, templated=True)
+
+
+def _as_messages(value) -> list[dict]:
+    if isinstance(value, str):
+        return [{"role": "assistant", "content": value}]
+    # Arrow fills every message with the keys of all others
+    return [{k: v for k, v in message.items() if v is not None or k == "content"} for message in value]
+
+
+def _holds(messages: list[dict], prompt: list[dict]) -> bool:
+    """Whether the prompt's messages stand in a row somewhere among the others."""
+    starts = range(len(messages) - len(prompt) + 1)
+    return any(messages[i : i + len(prompt)] == prompt for i in starts)
+
+
+def close_turn(text: str, tokenizer) -> str:
+    """Drop the line break that templates write after the last end-of-turn token: the score is read at that token."""
+    stripped = text.rstrip()
+    closing = {str(token) for token in tokenizer.all_special_tokens}
+    closing |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return stripped if any(stripped.endswith(token) for token in closing) else text

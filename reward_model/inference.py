@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores of texts from any model that the trainer saves.
+
+from reward_model.inference import load
+reward = load("output")
+reward.score(["Human: 2 + 2? Assistant:"], [" 4"])
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from huggingface_hub import load_torch_model
+from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase
+
+from reward_model.common.errors import UserError
+from reward_model.data.preprocessing import end_text
+from reward_model.data.rows import close_turn
+from reward_model.data.tokenizer import choose_special_tokens, load_tokenizer
+from reward_model.models.loading import load_for_training, no_pooler, on_drop_in
+from reward_model.models.saving import DSCHAT_WEIGHTS, OWN_CONFIG, OWN_WEIGHTS
+from reward_model.models.scorer import Scorer, embedding_name, embedding_rows
+from reward_model.objectives.losses import likeliest_grade
+
+
+class RewardScorer:
+    """A saved model with its tokenizer, scoring as the trainer's evaluation does."""
+
+    def __init__(self, scorer: Scorer, tokenizer: PreTrainedTokenizerBase, device: torch.device | str = "cpu"):
+        self.device = torch.device(device)
+        self.scorer = scorer.to(self.device).eval()
+        self.tokenizer = tokenizer
+        self.special = choose_special_tokens(tokenizer, embedding_rows(scorer))
+        self.mean = getattr(scorer.config, "score_mean", 0.0)  # of a normalised model: its head has no bias to take it
+        self.thresholds = [value - self.mean for value in getattr(scorer.config, "score_thresholds", [])]
+        self.lowest_grade = getattr(scorer.config, "lowest_grade", 0)
+
+    def grades(self, scores: Sequence[float]) -> list[int]:
+        """The likeliest grade of each score, by the thresholds that ``--loss ordinal`` has learned.
+
+        Raises:
+            UserError: a model that was trained with another loss.
+        """
+        if not self.thresholds:
+            raise UserError("this model has no thresholds: it was not trained with --loss ordinal")
+        found, thresholds = (torch.tensor(values, dtype=torch.float64) for values in (scores, self.thresholds))
+        return (likeliest_grade(found, thresholds) + self.lowest_grade).tolist()
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str], batch_size: int = 16) -> list[float]:
+        """The score of each response to its prompt; the two are joined as they are, and closed with the end token.
+
+        A model that was saved with ``--normalize_scores`` gives its reference rows mean 0 and standard deviation 1.
+        Nothing is cut: a text longer than those of the training is scored as it is.
+
+        Raises:
+            UserError: not as many responses as prompts.
+        """
+        if isinstance(prompts, str) or isinstance(responses, str):
+            raise UserError("give lists of prompts and responses, not text")
+        if len(prompts) != len(responses):
+            raise UserError(f"{len(prompts)} prompts and {len(responses)} responses: give one of each per text")
+        texts = [prompt + response for prompt, response in zip(prompts, responses)]
+        return self._score(self.tokenizer(texts, verbose=False)["input_ids"] if texts else [], batch_size)
+
+    def score_chats(self, chats: Sequence[list[dict]], batch_size: int = 16) -> list[float]:
+        """The score of each list of chat messages, through the tokenizer's template."""
+        texts = [close_turn(self.tokenizer.apply_chat_template(chat, tokenize=False), self.tokenizer) for chat in chats]
+        return self._score(self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"], batch_size)
+
+    @torch.no_grad()
+    def _score(self, ids: list[list[int]], batch_size: int) -> list[float]:
+        scores = torch.empty(len(ids))
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # texts of one length need no pads
+        for first in range(0, len(ids), batch_size):
+            chosen = order[first : first + batch_size]
+            rows = [torch.tensor(end_text(ids[i], self.special)) for i in chosen]
+            lengths = torch.tensor([len(row) for row in rows])
+            input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.special.pad)
+            mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
+            ends = torch.arange(len(rows)) * input_ids.shape[1] + lengths - 1
+            batch = (tensor.to(self.device) for tensor in (input_ids, mask, ends))
+            scores[chosen] = self.scorer(*batch).float().cpu()
+        return (scores - self.mean).tolist()
+
+
+def load(folder: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> RewardScorer:
+    """A model that the trainer saved, in whichever form it was saved.
+
+    Args:
+        dtype: of the weights; None: as saved.
+
+    Raises:
+        UserError: no such model, or weights missing.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    tokenizer = load_tokenizer(str(folder))
+    own = folder / OWN_CONFIG
+    if own.is_file():
+        scorer = _empty(folder, dtype, json.loads(own.read_text())["pooling"])
+        load_torch_model(scorer.model, folder, strict=True, filename_pattern=OWN_WEIGHTS)
+    elif (folder / DSCHAT_WEIGHTS).is_file() and not list(folder.glob("*.safetensors")):
+        scorer = _empty(folder, dtype, "last")
+        state = torch.load(folder / DSCHAT_WEIGHTS, map_location="cpu", weights_only=True)
+        # before October 2023 upstream spelt it otherwise
+        state = {name.replace("rwtranrsformer.", "rwtransformer.", 1): weight for name, weight in state.items()}
+        embedding = state.get(f"rwtransformer.{embedding_name(scorer)}")
+        rows = embedding_rows(scorer) if embedding is None else len(embedding)
+        if rows != embedding_rows(scorer):
+            scorer.model.rwtransformer.resize_token_embeddings(rows, mean_resizing=False)
+        try:
+            scorer.model.load_state_dict(state)
+        except RuntimeError as error:
+            raise UserError(f"{folder / DSCHAT_WEIGHTS} does not fit its config.json: {error}") from error
+    else:
+        scorer = load_for_training(str(folder), dtype or "auto", seed=0, expect_head=True)
+    return RewardScorer(scorer, tokenizer, device)
+
+
+def _empty(folder: Path, dtype: torch.dtype | None, pooling: str) -> Scorer:
+    config = AutoConfig.from_pretrained(folder)
+    dtype = dtype or getattr(config, "dtype", None) or torch.float32
+    backbone = AutoModel.from_config(config, dtype=dtype, **no_pooler(config))
+    return on_drop_in(backbone, pooling)

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA: adapters beside a model's linear layers, and the weights that they amount to."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from reward_model.common.errors import UserError
+from reward_model.common.logging import say
+from reward_model.models.scorer import (
+    Scorer,
+    count,
+)
+from reward_model.reward_model import RewardModel
+
+
+def add_lora(scorer: Scorer, dim: int, alpha: float, module_name: str | None) -> Scorer:
+    """Freeze the backbone and put LoRA adapters (PEFT) beside its linear layers; the head stays trainable.
+
+    Args:
+        module_name: only layers whose name contains it; None: every linear layer of the backbone.
+
+    Raises:
+        UserError: no such layer.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    model = scorer.unwrapped
+    inside = next(name for name, module in model.named_modules() if module is scorer.backbone)
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and name.startswith(inside + ".")
+    ]
+    targets = [name for name in linear if (module_name or "") in name]
+    if not targets:
+        raise UserError(f"--lora_module_name {module_name}: in no layer's name; the layers are named like {linear[0]}")
+    heads = [name for name, child in model.named_children() if name != inside and any(True for _ in child.parameters())]
+    config = LoraConfig(
+        r=dim,
+        lora_alpha=alpha,
+        lora_dropout=0.0,
+        target_modules=targets,
+        modules_to_save=heads,
+        fan_in_fan_out=isinstance(model.get_submodule(targets[0]), Conv1D),
+        task_type=None if isinstance(model, RewardModel) else "SEQ_CLS",
+    )
+    # adapters in the base's dtype: DeepSpeed refuses mixed ones under ZeRO 3
+    scorer.model = get_peft_model(model, config, autocast_adapter_dtype=False)
+    trained = sum(count(p) for p in scorer.parameters() if p.requires_grad)
+    total = sum(count(p) for p in scorer.parameters())
+    say(f"LoRA: {len(targets)} layers, dimension {dim}; the base is frozen, {trained:,} of {total:,} parameters train")
+    return scorer
+
+
+def merge_lora(scorer: Scorer, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A PEFT model's state dict → the base model's, W + alpha/r · B·A in float32, heads as trained."""
+    config = scorer.model.peft_config["default"]
+    scale = config.lora_alpha / config.r
+    prefix = "base_model.model."
+    merged = {}
+    for name, weight in state.items():
+        name = name.removeprefix(prefix)
+        if ".lora_" in name or ".original_module." in name:
+            continue
+        if name.endswith(".base_layer.weight"):
+            layer = name.removesuffix(".base_layer.weight")
+            a, b = (state[f"{prefix}{layer}.lora_{side}.default.weight"].float() for side in "AB")
+            update = scale * (b @ a)  # (out, r) @ (r, in)
+            transposed = isinstance(scorer.unwrapped.get_submodule(layer).base_layer, Conv1D)
+            weight = (weight.float() + (update.T if transposed else update)).to(weight.dtype)
+        merged[name.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")] = weight
+    return merged

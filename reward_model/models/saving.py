@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writing a trained model, in one of three forms.
+
+- Transformers' own: ``AutoModelForSequenceClassification`` loads it (safetensors, one label, pad token set).
+- ``reward_model*.safetensors``, for what Transformers has no class for (``--pooling mean``, decoders without a
+  sequence-classification class): ``reward_model.inference.load`` reads it, and Transformers' loaders refuse it, which
+  beats scoring with another pooling in silence.
+- DeepSpeed-Chat's: ``pytorch_model.bin`` with ``rwtransformer.*`` and ``v_head.weight``, for upstream's step 3.
+
+Files are written beside their place and moved there when all are complete.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from reward_model.common.errors import UserError
+from reward_model.common.logging import say
+from reward_model.models.lora import merge_lora
+from reward_model.models.scorer import Scorer, embedding_name, gathered
+from reward_model.reward_model import RewardModel
+
+OWN_WEIGHTS = "reward_model{suffix}.safetensors"
+OWN_CONFIG = "reward_model.json"
+DSCHAT_WEIGHTS = "pytorch_model.bin"
+SCALE = ("score_mean", "score_std", "score_thresholds", "lowest_grade")  # fields of config.json
+
+
+def require_dschat(scorer: Scorer) -> None:
+    """Raises UserError if a model cannot be saved for DeepSpeed-Chat."""
+    if scorer.pooling != "last":
+        raise UserError(f"--save_format dschat: step 3 scores the last token, this model's pooling is {scorer.pooling}")
+
+
+def require_space(folder: Path, need: int) -> None:
+    """Raises UserError if fewer than ``need`` bytes are free where ``folder`` lies."""
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise UserError(f"--output_dir {folder}: {free / 1e9:.2f} GB free, the model takes {need / 1e9:.2f} GB")
+
+
+def save(
+    scorer: Scorer,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    save_format: str = "hf",
+    is_writer: bool = True,
+) -> None:
+    """Write a model with its tokenizer; LoRA merged, its adapter in ``adapter/``. Called by every rank.
+
+    Args:
+        save_format: ``hf``, ``dschat`` or ``both``, in one folder.
+        is_writer: this rank writes; the others only give their part of the weights.
+
+    Raises:
+        UserError: the disk is full, or the model has no DeepSpeed-Chat form.
+    """
+    state = whole_state_dict(scorer.model, keep=is_writer)
+    if not is_writer:
+        return
+    staging = folder / ".saving"
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        if hasattr(scorer.model, "peft_config"):
+            scorer.model.save_pretrained(staging / "adapter", state_dict=state)
+            state = merge_lora(scorer, state)
+        tokenizer.save_pretrained(staging)
+        if save_format in ("hf", "both"):
+            _save_for_loading(scorer, state, staging)
+        if save_format in ("dschat", "both"):
+            _save_dschat(scorer, state, tokenizer, staging)
+        _share(staging)
+        for item in staging.iterdir():
+            os.replace(item, folder / item.name)
+        staging.rmdir()
+    except Exception as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        # safetensors and torch.save have exceptions of their own for a write that fails
+        if any(words in str(error) for words in ("No space left", "Disk quota", "PytorchStreamWriter")):
+            raise UserError(f"no space left on the disk of {folder}: the model was not saved") from error
+        raise
+
+
+def _share(folder: Path) -> None:
+    """Give files the permissions that the user's umask asks for; safetensors lets only their owner read them."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.rglob("*"):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+
+
+def forget_scale(config) -> None:
+    """Take out of a config what an earlier training said of its scores."""
+    for name in SCALE:
+        if hasattr(config, name):
+            delattr(config, name)
+
+
+def whole_state_dict(model: nn.Module, keep: bool = True) -> dict[str, torch.Tensor]:
+    """Every weight on the host, gathered one by one under ZeRO 3; an empty dict on ranks that keep nothing."""
+    state = {}
+    tensors = model.state_dict(keep_vars=True)
+    for name, tensor in tensors.items():
+        with gathered([tensor]):
+            if keep:
+                state[name] = tensor.detach().to("cpu", copy=True).contiguous()
+    return state
+
+
+def _save_for_loading(scorer: Scorer, state: dict[str, torch.Tensor], folder: Path) -> None:
+    model = scorer.unwrapped
+    if isinstance(model, PreTrainedModel):
+        model.save_pretrained(folder, state_dict=state)
+        return
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    (folder / OWN_CONFIG).write_text(json.dumps({"pooling": scorer.pooling}) + "\n")
+    save_torch_state_dict(state, folder, filename_pattern=OWN_WEIGHTS)
+    say(
+        "saved in our own form, which reward_model.inference.load reads: Transformers has no class that scores this way"
+    )
+
+
+def _save_dschat(scorer: Scorer, state: dict[str, torch.Tensor], tokenizer, folder: Path) -> None:
+    require_dschat(scorer)
+    model = scorer.unwrapped
+    backbone = "rwtransformer." if isinstance(model, RewardModel) else model.base_model_prefix + "."
+    head = "v_head.weight" if isinstance(model, RewardModel) else "score.weight"
+    renamed = {
+        "rwtransformer." + name.removeprefix(backbone): weight
+        for name, weight in state.items()
+        if name.startswith(backbone)
+    }
+    renamed["v_head.weight"] = state[head]
+    _fit_vocabulary(scorer, renamed, 8 * -(-len(tokenizer) // 8))
+    if not (folder / "config.json").exists():
+        model.config.save_pretrained(folder)
+    torch.save(renamed, folder / DSCHAT_WEIGHTS)
+
+
+def _fit_vocabulary(scorer: Scorer, state: dict[str, torch.Tensor], rows: int) -> None:
+    """Upstream fits its embedding to the tokenizer, in multiples of 8, before it loads: give it as many rows."""
+    name = f"rwtransformer.{embedding_name(scorer)}"
+    embedding = state[name]
+    missing = max(0, rows - len(embedding))
+    state[name] = torch.cat([embedding[:rows], embedding.new_zeros(missing, embedding.shape[1])])

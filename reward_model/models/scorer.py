@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Transformers model with one score on top: scores at given tokens, and its head and embedding.
+
+Notation: b rows, s tokens, h hidden units.
+"""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from reward_model.common.errors import UserError
+from reward_model.common.logging import say
+from reward_model.objectives.losses import Thresholds
+from reward_model.reward_model import RewardModel, ValueHead
+
+
+class Scorer(nn.Module):
+    """Scores of texts, from one of three kinds of model.
+
+    - pooling ``last``: a decoder, scored at the last token of each text: the ``score`` layer of its
+      sequence-classification class, or the drop-in's ``v_head`` where Transformers has no such class.
+    - pooling ``mean``: a decoder or an encoder, scored at the mean over its tokens; the drop-in's ``v_head``.
+    - pooling ``own``: an encoder's sequence-classification class, called as it is.
+
+    The linear layer that makes the score is stored in the model's dtype and multiplied in float32.
+    """
+
+    def __init__(self, model: nn.Module, pooling: str):
+        super().__init__()
+        self.model = model
+        self.pooling = pooling
+        self.thresholds: Thresholds | None = None  # of an ordinal loss, which learns them
+        takes_cache = "use_cache" in inspect.signature(self.backbone.forward).parameters  # decoders keep one by default
+        self.backbone_options = {"use_cache": False} if takes_cache else {}
+
+    @property
+    def unwrapped(self) -> nn.Module:
+        """The model without the LoRA wrapper."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    @property
+    def backbone(self) -> nn.Module:
+        model = self.unwrapped
+        return model.rwtransformer if isinstance(model, RewardModel) else model.base_model
+
+    @property
+    def config(self) -> PretrainedConfig:
+        return self.unwrapped.config
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        at: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        states: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Scores at given tokens, in the shape of ``at``; pooling ``mean`` and ``own``: of whole rows, (b,). float32.
+
+        With thresholds, if there are any: ZeRO 3 has the whole of a weight only while the engine computes.
+
+        Args:
+            input_ids: (b, s).
+            attention_mask: (b, s), padded on the right, or what ``attention_mask`` of ``shared_prefix.py`` makes.
+            at: indices into the b·s tokens, any shape. Only these reach the head.
+            position_ids: (b, s); None: the model's own.
+            states: the hidden states instead of the scores, one more dimension h (pooling ``last`` only).
+        """
+        scores = self._scores(input_ids, attention_mask, at, position_ids, states)
+        return scores if self.thresholds is None else (scores, self.thresholds())
+
+    def _scores(self, input_ids, attention_mask, at, position_ids, states) -> torch.Tensor:
+        model = self.unwrapped
+        if self.pooling == "own":
+            return model(input_ids, attention_mask=attention_mask).logits.squeeze(-1)
+        backbone, head = self.backbone, model.v_head if isinstance(model, RewardModel) else model.score
+        options = self.backbone_options | ({} if position_ids is None else {"position_ids": position_ids})
+        hidden = backbone(input_ids, attention_mask=attention_mask, **options)[0]  # (b, s, h)
+        if self.pooling == "mean":
+            mask = attention_mask.unsqueeze(-1)
+            return head((hidden.float() * mask).sum(1) / mask.sum(1)).squeeze(-1)
+        # index_select: its backward adds rows, where the one of hidden[at] sorts the indices first
+        picked = hidden.flatten(0, 1).index_select(0, at.flatten()).unflatten(0, at.shape)
+        return picked if states else head(picked).squeeze(-1)
+
+
+def head_layer(scorer: Scorer) -> nn.Linear:
+    """The linear layer whose one output is the score."""
+    model = scorer.unwrapped
+    inside = {id(module) for module in scorer.backbone.modules()}
+    heads = [module for module in model.modules() if isinstance(module, nn.Linear) and id(module) not in inside]
+    heads = [module for module in heads if module.out_features == 1]
+    if not heads:
+        raise UserError(f"{type(model).__name__} has no linear layer with one output to score with")
+    return heads[-1]  # PEFT keeps the one that it does not train before it
+
+
+def divide_head(scorer: Scorer, by: float) -> None:
+    """Divide every score by a number."""
+    head = head_layer(scorer)
+    for parameter in [head.weight] if head.bias is None else [head.weight, head.bias]:
+        with gathered([parameter], modify=True), torch.no_grad():
+            parameter.div_(by)
+
+
+def multiply_in_float32(model: nn.Module) -> None:
+    """Give a classification model's last layer the drop-in's float32 product.
+
+    Only the class changes: a new module would lose what DeepSpeed ZeRO 3 has hung on the weight.
+    """
+    head_layer(Scorer(model, "own")).__class__ = ValueHead
+
+
+def init_head(scorer: Scorer, seed: int) -> None:
+    """Draw a new head's weights, the same for every ZeRO stage and number of ranks."""
+    weight = head_layer(scorer).weight
+    with gathered([weight], modify=True):
+        width = weight.shape[1]
+        drawn = torch.randn(1, width, generator=torch.Generator().manual_seed(seed)) / (width + 1)
+        with torch.no_grad():
+            weight.copy_(drawn)
+
+
+def gathered(parameters: list[nn.Parameter], modify: bool = False):
+    """The whole of parameters that ZeRO 3 has partitioned; nothing to do for others."""
+    if not any(hasattr(p, "ds_id") for p in parameters):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if modify else None)
+
+
+def resize_embedding(scorer: Scorer, rows: int) -> None:
+    """Let the embedding hold ``rows`` ids; never shrinks it. Before ``deepspeed.initialize``."""
+    model = scorer.unwrapped
+    model = model.rwtransformer if isinstance(model, RewardModel) else model
+    weight = model.get_input_embeddings().weight
+    have = getattr(weight, "ds_shape", weight.shape)[0]
+    if rows > have:
+        rows = 8 * -(-rows // 8)  # widths that matrix units like
+        model.resize_token_embeddings(rows, mean_resizing=False)
+        say(f"embedding: {have} → {rows} rows")
+
+
+def embedding_name(scorer: Scorer) -> str:
+    """The input embedding's weight among the backbone's parameters."""
+    weight = scorer.backbone.get_input_embeddings().weight
+    return next(name for name, parameter in scorer.backbone.named_parameters() if parameter is weight)
+
+
+def embedding_rows(scorer: Scorer) -> int:
+    weight = scorer.backbone.get_input_embeddings().weight
+    return getattr(weight, "ds_shape", weight.shape)[0]
+
+
+def count(parameter: nn.Parameter) -> int:
+    """Elements of a parameter, partitioned or not."""
+    return getattr(parameter, "ds_numel", parameter.numel())

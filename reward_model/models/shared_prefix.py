@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention for responses that share a prompt in one row: each sees the prompt and itself.
+
+Three ways give a model that attention, each through what it takes as its 4-D attention mask; which of them a model
+takes, if any, is tried out on the model itself.
+
+- ``slices``: all comparisons in one row, one product of queries and keys per segment. No pads, no mask of s² numbers.
+- ``flex``: all comparisons in one row, FlexAttention with a block mask (CUDA: it has no backward pass on a CPU).
+- ``dense``: a comparison in a row, and a mask (b, 1, s, s) in the model's dtype.
+
+Notation: b rows, s tokens, d units of an attention head, n responses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from transformers import PretrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from reward_model.batching.collate import Batch, Layout, collate
+from reward_model.common.distributed import first_text
+from reward_model.common.errors import first_line
+from reward_model.data.comparisons import Comparison
+
+SLICES = "reward_model_slices"  # its name among Transformers' attention functions
+BLOCK = 128  # FlexAttention's blocks; rows of a multiple of it also mean fewer shapes to compile for
+
+# Largest relative difference of two ways to compute one hidden state: rounding over many layers, not a wrong mask
+TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+LEAK = 1e-5  # the same sums with other numbers behind the mask: these differ by nothing, or by a kernel's order
+
+
+@dataclass(frozen=True)
+class Way:
+    """One of the ways above, or separate rows.
+
+    name: as in the head of this file. layout: of the batches that it wants. attention: the name under which
+    Transformers knows its attention function; None: the one that the model came with.
+    """
+
+    name: str
+    layout: str
+    attention: str | None = None
+    multiple: int = 1
+
+
+SEPARATE = Way("separate", "separate")
+DENSE = Way("dense", "shared")
+ON_CPU = (Way("slices", "packed", SLICES), DENSE)
+ON_CUDA = (Way("flex", "packed", "flex_attention", multiple=BLOCK), DENSE)
+
+
+def attention_mask(batch: Batch, way: Way, dtype: torch.dtype) -> torch.Tensor:
+    """What the model is given as its attention mask.
+
+    Returns:
+        (b, s) of ones and zeros for separate rows; ``slices``: the batch's sizes as (1, 1, 1, m); ``flex``: a
+        BlockMask; ``dense``: (b, 1, s, s), 0 where a token sees another and −inf elsewhere, in ``dtype``.
+    """
+    if way.name == "separate":
+        return batch.attention_mask
+    if way.name == "slices":
+        return batch.sizes[None, None, None]
+    if way.name == "flex":
+        return _block_mask(batch)
+    rows, size = batch.input_ids.shape
+    row, index = (torch.arange(n, device=batch.input_ids.device) for n in (rows, size))
+    sees = _rule(batch.comparison, batch.response)(row[:, None, None], None, index[:, None], index)
+    return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill(~sees, -math.inf)[:, None]
+
+
+def _rule(comparison: torch.Tensor, response: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """Whether a query sees a key: an earlier token, or itself, of the prompt or of its own response."""
+
+    def sees(row, head, query, key):
+        same = comparison[row, query] == comparison[row, key]
+        shared = (response[row, key] == 0) | (response[row, query] == response[row, key])
+        return (query >= key) & same & shared
+
+    return sees
+
+
+def _block_mask(batch: Batch):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    rows, size = batch.input_ids.shape
+    rule, device = _rule(batch.comparison, batch.response), batch.input_ids.device
+    # compiled, it never holds all s² answers
+    return create_block_mask(
+        rule, B=rows, H=None, Q_LEN=size, KV_LEN=size, device=device, _compile=device.type == "cuda"
+    )
+
+
+def sliced_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **others,
+) -> tuple[torch.Tensor, None]:
+    """An attention function in Transformers' sense: each segment of a packed row against what it sees.
+
+    Args:
+        query: (1, heads, s, d); key, value: as many or fewer heads, of which each serves as many queries.
+        attention_mask: :attr:`Batch.sizes`, (1, 1, 1, m).
+
+    Raises:
+        NotImplementedError: a model that changes the products in a way that this function does not know.
+    """
+    unknown = [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]
+    if unknown:
+        raise NotImplementedError(f"{unknown[0]} in the attention of {type(module).__name__}")
+    comparisons = _segments(attention_mask.flatten().tolist())
+    lengths = [length for segments in comparisons for length in segments]
+    queries, keys, values = (iter(states.split(lengths, dim=2)) for states in (query, key, value))
+    options = {"scale": scaling, "dropout_p": dropout, "enable_gqa": key.shape[1] != query.shape[1]}
+    outputs = []
+    for prompt, *responses in comparisons:
+        prompt_query, prompt_key, prompt_value = next(queries), next(keys), next(values)
+        if prompt:
+            attended = F.scaled_dot_product_attention(prompt_query, prompt_key, prompt_value, is_causal=True, **options)
+            outputs.append(attended)
+        for length in responses:
+            seen_key = torch.cat([prompt_key, next(keys)], dim=2)
+            seen_value = torch.cat([prompt_value, next(values)], dim=2)
+            mask = _lower_right(length, prompt + length, query.dtype)
+            outputs.append(
+                F.scaled_dot_product_attention(next(queries), seen_key, seen_value, attn_mask=mask, **options)
+            )
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(SLICES, sliced_attention)
+
+
+def _segments(sizes: list[int]) -> list[list[int]]:
+    """[K, prompt, K responses, K, …] → [[prompt, response, …], …]"""
+    found, at = [], 0
+    while at < len(sizes):
+        found.append(sizes[at + 1 : at + 2 + sizes[at]])
+        at += 2 + sizes[at]
+    return found
+
+
+def _lower_right(queries: int, keys: int, dtype: torch.dtype) -> torch.Tensor:
+    """0 where a query sees a key, −inf elsewhere; the last query sees all. (queries, keys)"""
+    hidden = torch.ones(queries, keys, dtype=torch.bool).triu(keys - queries + 1)
+    return torch.zeros(queries, keys, dtype=dtype).masked_fill(hidden, -math.inf)
+
+
+def window(config: PretrainedConfig) -> float:
+    """Tokens that a layer of the model looks back on at most; a mask of ours would take that limit away."""
+    config = config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    limits = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+    used = [name for kind, name in limits.items() if kinds is None or kind in kinds]
+    return min([getattr(config, name, None) or math.inf for name in used], default=math.inf)
+
+
+Hidden = Callable[[Batch, Way, bool], torch.Tensor]  # … and whether in training: states at the responses' ends (n, h)
+
+
+def choose(ways: Sequence[Way], hidden: Hidden, dtype: torch.dtype, ids: Sequence[int], pad: int) -> tuple[Way, str]:
+    """The first of some ways in which the model gives the states of separate rows, on every rank; else separate rows.
+
+    Args:
+        hidden, ids, pad: of :func:`disagreement`. dtype: the model's.
+
+    Returns:
+        The way, and a line that says which and why.
+    """
+    faults = []
+    for way in ways:
+        fault = first_text(_fault(way, hidden, TOLERANCES[dtype], ids, pad))
+        if not fault:
+            return way, f"prompts are shared ({way.name} attention)"
+        faults.append(f"{way.name}: {fault}")
+    return SEPARATE, f"prompts are not shared, each answer has a row of its own ({'; '.join(faults)})"
+
+
+def _fault(way: Way, hidden: Hidden, tolerance: float, ids: Sequence[int], pad: int) -> str:
+    try:
+        difference, leak = disagreement(hidden, way, ids, pad)
+        disagreement(hidden, way, ids, pad, training=True)  # some models refuse only there, for their dropout
+    except Exception as error:  # in whatever manner a model refuses
+        return first_line(error) or type(error).__name__
+    if not difference <= tolerance:
+        return f"differs by {difference:.1g} from separate rows"
+    return "" if leak <= LEAK else f"an answer moves another's score by {leak:.1g}"
+
+
+def disagreement(hidden: Hidden, way: Way, ids: Sequence[int], pad: int, training: bool = False) -> tuple[float, float]:
+    """How far a way is from separate rows, on two small comparisons.
+
+    Args:
+        hidden: runs the model, in training or not.
+        ids: ordinary tokens, 60 or more, to make texts of.
+
+    Returns:
+        The largest relative difference of a hidden state from the one of separate rows, and how far it moves when
+        another response, or another comparison in its row, changes (0: no leak).
+    """
+    ids = list(ids)
+
+    def comparisons(first: list[int]) -> list[Comparison]:
+        return [
+            Comparison(ids[:9], [first, ids[16:28], ids[28:33]], better=[0, 1], worse=[1, 2], margin=[0.0, 0.0]),
+            Comparison(ids[33:37], [ids[37:40], ids[40:49]], better=[0], worse=[1], margin=[0.0]),
+        ]
+
+    def states(first: list[int], chosen: Way) -> torch.Tensor:
+        layout = Layout(chosen.layout, pad, multiple=chosen.multiple)
+        return hidden(collate(comparisons(first), layout), chosen, training).double()
+
+    separate, together = states(ids[9:16], SEPARATE), states(ids[9:16], way)
+    changed = states(ids[50:57], way)[1:]  # all but the response that is another one now
+    size = separate.norm(dim=1)
+    return float(((together - separate).norm(dim=1) / size).max()), float(
+        ((changed - together[1:]).norm(dim=1) / size[1:]).max()
+    )

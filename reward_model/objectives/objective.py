@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flags → the loss of a batch: which objectives, of which judgements, with which weights; and what a row needs for it.
+
+An objective learns from pairs, from ranked lists, or from single answers with a score or label. One objective of pairs
+alone takes the pair for its element: every pair of a batch weighs the same. Any other choice takes the row: a row's
+pairs share its weight, and so do its answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from reward_model.batching.collate import Batch
+from reward_model.common.errors import UserError
+from reward_model.config.objectives import PAIR_LOSSES, kind_of
+from reward_model.data.comparisons import GRADES, BadRow, Comparison, Comparisons, answers
+from reward_model.objectives import losses
+from reward_model.objectives.losses import LIST_FUNCTIONS
+from reward_model.reward_model import pairwise_loss, score_penalty, span_loss
+
+MOST_GRADES = 1_000
+
+PairLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Objective:
+    """The loss that the flags name. ``kinds``: of each objective, ``pairs``, ``lists`` or ``points``."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        self.weights = dict(zip(options.loss, options.loss_weight))
+        self.kinds = {name: kind_of(name) for name in self.weights}
+        self.names = {kind: name for name, kind in self.kinds.items()}
+        self.lowest_grade = 0.0
+
+    @property
+    def by_row(self) -> bool:
+        """Whether the batch size counts rows, not pairs."""
+        return set(self.kinds.values()) != {"pairs"}
+
+    def __call__(
+        self,
+        batch: Batch,
+        scores: torch.Tensor,
+        every: torch.Tensor | None = None,
+        thresholds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The loss of a batch, 0-d, float32.
+
+        Args:
+            scores: of the responses (n,).
+            every: of each of their tokens (n, r), for ``--loss_level token``.
+            thresholds: of ``ordinal``.
+        """
+        total = scores.new_zeros(())
+        for name, weight in self.weights.items():
+            if name in PAIR_LOSSES:
+                part = (self.pair_losses(batch, scores, every) * batch.pair_weights).sum()
+            elif name in LIST_FUNCTIONS:
+                part = (LIST_FUNCTIONS[name](scores[batch.listed], batch.ranks) * batch.list_weights).sum()
+            else:
+                part = (self.point_losses(batch, scores, thresholds) * batch.point_weights).sum()
+            total = total + weight * part
+        return total + self.penalties(batch, scores)
+
+    def pair_losses(self, batch: Batch, scores: torch.Tensor, every: torch.Tensor | None = None) -> torch.Tensor:
+        """Of each judged pair, (p,)."""
+        pair_loss = self.pair_loss(batch, per_token=every is not None)
+        if every is None:
+            return pair_loss(scores[batch.better], scores[batch.worse])
+        lengths = batch.token_lengths
+        end = torch.minimum(lengths[batch.better], lengths[batch.worse])  # no pad has a score
+        return span_loss(every[batch.better], every[batch.worse], batch.start, end, pair_loss)
+
+    def pair_loss(self, batch: Batch, per_token: bool) -> PairLoss:
+        """Chosen and rejected scores, (p,) or per token (p, r), → losses of the same shape."""
+        options, name = self.options, self.names["pairs"]
+
+        def per_pair(value):
+            return value[:, None] if per_token and isinstance(value, torch.Tensor) else value
+
+        margin = per_pair(self.margin(batch))
+        if name == "scaled":
+            return lambda c, r: losses.scaled_loss(c, r, margin)
+        if name == "hinge":
+            return lambda c, r: losses.hinge_loss(c, r, margin)
+        if name == "focal":
+            return lambda c, r: losses.focal_loss(c, r, options.focal_gamma)
+        if name == "direct":
+            return losses.direct_loss
+        if name == "logistic":
+            smoothing = options.label_smoothing
+            smoothing = per_pair(1 - batch.probability) if smoothing == "column" else smoothing
+            return lambda c, r: pairwise_loss(c, r, margin, smoothing)
+        if name == "prior_length":
+            own = batch.token_lengths[batch.better] - batch.start, batch.token_lengths[batch.worse] - batch.start
+            similarity = losses.length_similarity(*own)
+        else:
+            similarity = losses.angular_similarity(batch.similarity)
+        bound = per_pair(losses.prior_bound(similarity, *options.prior_beta))
+        return lambda c, r: losses.prior_constrained_loss(c, r, bound)
+
+    def margin(self, batch: Batch) -> torch.Tensor | float:
+        """A number, or (p,)."""
+        values = {"column": batch.margin, "large": batch.rating, "small": batch.rating / 3}
+        return values.get(self.options.margin, self.options.margin)
+
+    def point_losses(self, batch: Batch, scores: torch.Tensor, thresholds: torch.Tensor | None = None) -> torch.Tensor:
+        """Of each answer (a,); whatever the loss of 0 is where an answer has no target."""
+        name, scores = self.names["points"], scores[batch.answers]
+        if name == "mse":
+            return losses.squared_error(scores, batch.targets)
+        if name == "mae":
+            return losses.absolute_error(scores, batch.targets)
+        if name == "huber":
+            return losses.huber_loss(scores, batch.targets, self.options.huber_delta)
+        if name == "bce":
+            return losses.binary_loss(scores, batch.targets)
+        grade = (batch.targets - self.lowest_grade).clamp(0, len(thresholds))
+        return losses.ordinal_loss(scores, grade, thresholds)
+
+    def right_labels(self, batch: Batch, scores: torch.Tensor, thresholds: torch.Tensor | None) -> torch.Tensor:
+        """Whether each answer (a,) gets its label, 1 or 0: the likeliest grade, or the side of 0; NaN: no such loss."""
+        name, scores = self.names.get("points"), scores[batch.answers]
+        if name == "ordinal":
+            return (losses.likeliest_grade(scores, thresholds) == batch.targets - self.lowest_grade).float()
+        if name == "bce":
+            return ((scores > 0) == (batch.targets > 0.5)).float()
+        return torch.full_like(scores, math.nan)
+
+    def penalties(self, batch: Batch, scores: torch.Tensor) -> torch.Tensor | float:
+        """What is added for the scores' scale and for what follows length: over rows, and their answers."""
+        options, total = self.options, 0.0
+        own = scores[batch.answers]
+        if options.score_penalty == "centre":  # (r_1 + r_2)² of a pair: four times the squared mean of a row
+            shares = batch.answer_weights / batch.row_weights[batch.answer_rows]
+            means = own.new_zeros(len(batch.row_weights)).index_add(0, batch.answer_rows, own * shares)
+            total = options.score_penalty_weight * score_penalty("centre", means, means, batch.row_weights)
+        elif options.score_penalty:
+            total = options.score_penalty_weight * score_penalty(options.score_penalty, own, own, batch.answer_weights)
+        if options.length_penalty:
+            lengths = batch.response_lengths[batch.answers]
+            total = total + options.length_penalty * losses.length_penalty(own, lengths, batch.answer_weights)
+        return total
+
+    def start_thresholds(self, train_set: Comparisons) -> torch.Tensor | None:
+        """The thresholds between the grades that the training rows have, to begin with; None: the loss has none.
+
+        Raises:
+            UserError: one grade alone, or more than a thousand.
+        """
+        if "ordinal" not in self.kinds:
+            return None
+        grades = train_set.targets()
+        grades = grades[~np.isnan(grades)]
+        self.lowest_grade = grades.min()
+        count = int(grades.max() - grades.min()) + 1
+        if not 2 <= count <= MOST_GRADES:
+            raise UserError(f"--loss ordinal: the labels span {count} grades; 2 to {MOST_GRADES} can be told apart")
+        return losses.frequency_thresholds(torch.from_numpy(np.bincount((grades - grades.min()).astype(int))))
+
+    def require_rows(self, train_set: Comparisons) -> None:
+        """Raises UserError if one of several objectives has no row to learn from."""
+        has = {
+            "pairs": (train_set.pairs > 0).any(),
+            "lists": (train_set.pairs > 0).any(),
+            "points": not np.isnan(train_set.targets()).all(),
+        }
+        for name, kind in self.kinds.items():
+            if not has[kind]:
+                what = "a score or a label" if kind == "points" else "an order"
+                raise UserError(f"--loss {name} has nothing to learn from: no training row has {what}")
+
+    def lack(self, row: Comparison) -> str | None:
+        """What a training row lacks, if there is nothing to learn from it.
+
+        Raises:
+            BadRow: what it has does not suit the loss.
+        """
+        checks = {"pairs": self._lack_pairs, "lists": self._lack_lists, "points": self._lack_points}
+        missing = [checks[kind](row, name) for name, kind in self.kinds.items()]
+        return " and ".join(missing) if all(missing) else None
+
+    def _lack_pairs(self, row: Comparison, name: str) -> str | None:
+        if not row.better:
+            return f"--loss {name} needs a preferred answer, and the row has {answers(row)}{_no_order(row)}"
+        margin = self.options.margin
+        if margin == "column" and any(map(math.isnan, row.margin)):
+            raise BadRow("margin is missing, and --margin column needs one, or two scores")
+        if margin in ("small", "large") and any(map(math.isnan, row.rating)):
+            grades = ", ".join(list(GRADES)[:5])
+            raise BadRow(f"the row has no rating that --margin {margin} knows: 0 to 3, or {grades}")
+        if "scaled" in self.kinds and margin == "column" and min(row.margin) < 0:
+            raise BadRow(f"margin is {min(row.margin):g}, and --loss scaled weighs a pair by it: give 0 or more")
+        if self.options.label_smoothing == "column" and any(map(math.isnan, row.probability)):
+            raise BadRow("the row has no probability from 0 to 1, and --label_smoothing column needs one")
+        return None
+
+    def _lack_lists(self, row: Comparison, name: str) -> str | None:
+        if not row.better:
+            return f"--loss {name} needs ranked lists, and the row has {answers(row)}{_no_order(row)}"
+        if name == "plackett_luce" and len(set(row.ranks)) < len(row.ranks):
+            one, other = _tied(row.ranks, max(row.ranks, key=row.ranks.count))
+            raise BadRow(
+                f"responses {one} and {other} are tied, and --loss {name} needs a strict order; rank_list takes ties"
+            )
+        if name == "best_of_k" and row.ranks.count(0) > 1:
+            one, other = _tied(row.ranks, 0)
+            raise BadRow(
+                f"responses {one} and {other} are both the best, and --loss {name} needs one; rank_list takes ties"
+            )
+        return None
+
+    def _lack_points(self, row: Comparison, name: str) -> str | None:
+        targets = [target for target in row.targets if not math.isnan(target)]
+        if not targets:
+            return f"--loss {name} needs a score or label, and the row has none"
+        for target in targets:
+            if name == "bce" and not 0 <= target <= 1:
+                raise BadRow(f"the label {target:g} is not in [0, 1], as --loss {name} needs it")
+            if name == "ordinal" and not target.is_integer():
+                raise BadRow(f"the label {target:g} is not a whole number, as --loss {name} needs it")
+        return None
+
+
+def _no_order(row: Comparison) -> str:
+    if len(row.targets) == 1:
+        return ""
+    return " that are all tied" if row.ranks else " and no order (scores or ranks)"
+
+
+def _tied(ranks: list[int], rank: int) -> list[int]:
+    """The first two responses of one rank, counted from 1."""
+    return [i for i, found in enumerate(ranks, 1) if found == rank][:2]
