@@ -16,10 +16,13 @@ import torch
 from huggingface_hub import load_torch_model
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase
 
+from reward_model.batching.collate import collate
 from reward_model.common.errors import UserError
+from reward_model.data.comparisons import Comparison
 from reward_model.data.preprocessing import end_text
 from reward_model.data.rows import close_turn
 from reward_model.data.tokenizer import choose_special_tokens, load_tokenizer
+from reward_model.models.forward import ForwardPass
 from reward_model.models.loading import load_for_training, no_pooler, on_drop_in
 from reward_model.models.saving import DSCHAT_WEIGHTS, OWN_CONFIG, OWN_WEIGHTS
 from reward_model.models.scorer import Scorer, embedding_name, embedding_rows
@@ -30,10 +33,12 @@ class RewardScorer:
     """A saved model with its tokenizer, scoring as the trainer's evaluation does."""
 
     def __init__(self, scorer: Scorer, tokenizer: PreTrainedTokenizerBase, device: torch.device | str = "cpu"):
-        self.device = torch.device(device)
-        self.scorer = scorer.to(self.device).eval()
+        device = torch.device(device)
+        self.scorer = scorer.to(device).eval()
         self.tokenizer = tokenizer
         self.special = choose_special_tokens(tokenizer, embedding_rows(scorer))
+        dtype = next(scorer.parameters()).dtype
+        self.forward = ForwardPass(self.scorer, self.scorer, dtype, device, self.special.pad)
         self.mean = getattr(scorer.config, "score_mean", 0.0)  # of a normalised model: its head has no bias to take it
         self.thresholds = [value - self.mean for value in getattr(scorer.config, "score_thresholds", [])]
         self.lowest_grade = getattr(scorer.config, "lowest_grade", 0)
@@ -76,13 +81,9 @@ class RewardScorer:
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # texts of one length need no pads
         for first in range(0, len(ids), batch_size):
             chosen = order[first : first + batch_size]
-            rows = [torch.tensor(end_text(ids[i], self.special)) for i in chosen]
-            lengths = torch.tensor([len(row) for row in rows])
-            input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.special.pad)
-            mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
-            ends = torch.arange(len(rows)) * input_ids.shape[1] + lengths - 1
-            batch = (tensor.to(self.device) for tensor in (input_ids, mask, ends))
-            scores[chosen] = self.scorer(*batch).float().cpu()
+            rows = [Comparison([], [end_text(ids[i], self.special)]) for i in chosen]
+            batch = collate(rows, self.forward.layout).to(self.forward.device)
+            scores[chosen] = self.forward(batch, batch.ends).float().cpu()
         return (scores - self.mean).tolist()
 
 

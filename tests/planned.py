@@ -23,8 +23,9 @@ quieten(debug=False)
 import torch
 
 from reward_model.config.options import parse
+from reward_model.models.scorer import count
 from reward_model.planning.activations import Meter
-from reward_model.training import trainer
+from reward_model.training import run, trainer
 
 STEPS = 2  # the first makes the optimizer's states
 
@@ -93,8 +94,8 @@ class Watched(trainer.Trainer):
 
     def end(self):
         parameters = list(self.engine.module.parameters())
-        self.most["total"] = sum(trainer.count(p) for p in parameters)
-        self.most["trained"] = sum(trainer.count(p) for p in parameters if p.requires_grad)
+        self.most["total"] = sum(count(p) for p in parameters)
+        self.most["trained"] = sum(count(p) for p in parameters if p.requires_grad)
         (Path(sys.argv[1]) / f"rank{self.place.rank}.json").write_text(json.dumps(self.most))
         torch.distributed.barrier()
         release_shared_memory()
@@ -103,14 +104,14 @@ class Watched(trainer.Trainer):
 
 def main():
     options = parse(sys.argv[2:])
-    build = trainer.build_scorer
+    build = run.build_scorer
 
     def build_scorer(*args):
         Watched.before = storages()
         return build(*args)
 
-    trainer.build_scorer, trainer.Trainer = build_scorer, Watched
-    trainer.run(options)
+    run.build_scorer, run.Trainer = build_scorer, Watched
+    run.run(options)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def main() -> int:
 
     try:
         options = parse()
-        from reward_model.training.trainer import run  # seconds of imports, which a typo need not wait for
+        from reward_model.training.run import run  # seconds of imports, which a typo need not wait for
 
         run(options)
     except UserError as error:

@@ -87,7 +87,7 @@ class Meter(TorchDispatchMode):
 
 
 def build_on_meta(config: PretrainedConfig, options: argparse.Namespace) -> Scorer:
-    """The scorer that :func:`reward_model.training.trainer.build_scorer` would load, without its weights.
+    """The scorer that :func:`reward_model.training.engine.build_scorer` would load, without its weights.
 
     Raises:
         UserError: Transformers cannot build it.

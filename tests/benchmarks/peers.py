@@ -98,10 +98,12 @@ def ours(options: argparse.Namespace) -> dict:
     from importlib.metadata import version
 
     import reward_model
-    from reward_model.training import trainer
+    from reward_model.training import engine
+    from reward_model.training.records import Records
+    from reward_model.training.step_log import StepLog
 
     clocks: list[Clock] = []
-    watch(trainer, clocks)
+    watch(StepLog, Records, clocks)
     flags = {
         "--model_name_or_path": options.folder / "model",
         "--data_path": options.folder / "data",
@@ -118,18 +120,17 @@ def ours(options: argparse.Namespace) -> dict:
     except SystemExit as end:
         if end.code:
             raise
-    assert trainer.BETAS == BETAS
+    assert engine.BETAS == BETAS
     return clocks[0].result(f"reward_model {reward_model.__version__}, DeepSpeed {version('deepspeed')}")
 
 
-def watch(trainer: ModuleType, clocks: list[Clock]) -> None:
+def watch(log: type, records: type, clocks: list[Clock]) -> None:
     """Have the trainer's log of steps keep a clock too, which begins with it and lands in ``clocks``."""
-    log, run = trainer.StepLog, trainer.Trainer
-    start, add, end, record = log.__init__, log.add, log.end_step, run.record
+    start, add, end, record = log.__init__, log.add, log.end_step, records.add
 
-    def start_clock(self, of: trainer.Trainer, *rest):
-        start(self, of, *rest)
-        clocks.append(Clock(of.total_steps))
+    def start_clock(self, place, records, bar):
+        start(self, place, records, bar)
+        clocks.append(Clock(bar.total))
 
     def add_batch(self, loss, chosen, rejected, batch):
         add(self, loss, chosen, rejected, batch)
@@ -144,7 +145,7 @@ def watch(trainer: ModuleType, clocks: list[Clock]) -> None:
         if values["split"] == "train":
             clocks[0].losses.append(values["loss"])
 
-    log.__init__, log.add, log.end_step, run.record = start_clock, add_batch, end_step, note_loss
+    log.__init__, log.add, log.end_step, records.add = start_clock, add_batch, end_step, note_loss
 
 
 def train_with_trl(options: argparse.Namespace, **settings) -> dict:

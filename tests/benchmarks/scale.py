@@ -46,13 +46,13 @@ def train(folder: Path, flags: list[str]) -> None:
     from reward_model.common.distributed import prepare_environment
 
     prepare_environment()
-    from reward_model.training import trainer
+    from reward_model.training.step_log import StepLog
 
     imported = time.perf_counter()
-    end_step, times = trainer.StepLog.end_step, []
+    end_step, times = StepLog.end_step, []
 
-    def stop(self, step, epoch):
-        end_step(self, step, epoch)
+    def stop(self, step, *others):
+        end_step(self, step, *others)
         times.append((time.perf_counter(), time.process_time()))
         if step == STEPS:
             pairs = (STEPS - FIRST) * BATCH
@@ -65,7 +65,7 @@ def train(folder: Path, flags: list[str]) -> None:
             print(json.dumps(result), flush=True)
             os._exit(0)
 
-    trainer.StepLog.end_step = stop
+    StepLog.end_step = stop
     given = ["--model_name_or_path", folder / "model", "--data_path", folder / "data"]
     given += ["--data_output_path", folder / "cache", "--per_device_train_batch_size", BATCH]
     sys.argv = ["main.py", *map(str, given), *flags]

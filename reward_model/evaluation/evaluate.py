@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A data set scored on all ranks, and the metrics of the whole of it. Needs no DeepSpeed: any forward pass will do.
+
+Notation: n responses of a batch, p pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from reward_model.batching.collate import Batch
+from reward_model.common.distributed import Place, gather_rows
+from reward_model.common.progress import progress
+from reward_model.evaluation.metrics import pair_metrics, point_metrics
+from reward_model.models.forward import ForwardPass
+from reward_model.objectives.objective import Objective
+
+Read = Callable[[Batch, torch.Tensor], list[torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found.
+
+    metrics: name → number, as ``metrics.jsonl`` has them. scores: name of a group, such as ``chosen``, → its scores.
+    """
+
+    metrics: dict = field(default_factory=dict)
+    scores: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def score_batches(forward: ForwardPass, batches: Iterable[list[Batch]], place: Place, read: Read) -> list[np.ndarray]:
+    """Score batches on all ranks, each row once, and put together what is read of each.
+
+    Args:
+        batches: lists of one batch; a batch of weight 0 is a filler, and nothing of it counts.
+        read: a batch and its scores (n,) → tables with a line for each pair, answer or list of it.
+
+    Returns:
+        The tables, their lines from all ranks.
+    """
+    forward.module.eval()
+    found = []
+    for (batch,) in progress(batches, desc="evaluating", unit="batch", leave=False, disable=not place.is_first):
+        batch = batch.to(forward.device)
+        tables = read(batch, forward(batch, batch.ends))
+        found.append([table if batch.weight else table[:0] for table in tables])
+    return [gather_rows(torch.cat(parts)).cpu().numpy() for parts in zip(*found)]
+
+
+def evaluate(
+    forward: ForwardPass, objective: Objective, batches: Iterable[list[Batch]], place: Place
+) -> Evaluation | None:
+    """Metrics of the whole set, however many ranks share it; None: a score is not finite."""
+
+    def read(batch: Batch, scores: torch.Tensor) -> list[torch.Tensor]:
+        return read_judged(batch, scores, objective, forward.thresholds)
+
+    pairs, points, hits = score_batches(forward, batches, place, read)
+    if not (np.isfinite(pairs).all() and np.isfinite(points[:, 0]).all()):
+        return None
+    metrics, scores = {}, {}
+    if len(pairs):
+        scores = {"chosen": pairs[:, 0], "rejected": pairs[:, 1]}
+        metrics |= pair_metrics(*pairs.T)
+    if len(points):
+        metrics |= point_metrics(*points.T)
+        scores = scores or {"scored answers": points[:, 0]}
+    if len(hits):
+        metrics |= {"lists": len(hits), "best_of_list_accuracy": float(hits.mean())}
+    return Evaluation(metrics, scores)
+
+
+def read_judged(
+    batch: Batch, scores: torch.Tensor, objective: Objective, thresholds: torch.Tensor | None
+) -> list[torch.Tensor]:
+    """What an evaluation needs of a batch.
+
+    Returns:
+        Of each pair: chosen and rejected score, chosen and rejected length (p, 4); of each scored answer: score,
+        target, loss, whether its label is right (·, 4); of each list: whether its best answer has the highest score.
+    """
+    sides = (batch.better, batch.worse)
+    pairs = torch.stack([v[side].float() for v in (scores, batch.response_lengths) for side in sides], dim=1)
+    scored = batch.point_weights > 0
+    losses = torch.full_like(batch.targets, math.nan)
+    if "points" in objective.names:
+        losses = objective.point_losses(batch, scores, thresholds)
+    right = objective.right_labels(batch, scores, thresholds)
+    points = torch.stack([scores[batch.answers], batch.targets, losses, right], dim=1)[scored]
+    absent = batch.ranks < 0
+    hits = scores.new_zeros(0, 1)
+    if len(batch.ranks):
+        best = scores[batch.listed].masked_fill(absent, -math.inf).argmax(1, keepdim=True)
+        hits = (batch.ranks.gather(1, best) == 0)[(~absent).sum(1) > 2].float()  # of two answers, the pair tells
+    return [pairs, points, hits]
+
+
+def described(metrics: dict, names: dict[str, str]) -> str:
+    """An evaluation in a line.
+
+    Args:
+        names: kind → name of the objectives.
+    """
+    m, said = metrics, []
+    if "accuracy" in m:
+        kind = "loss" if list(names.values()) == ["logistic"] else "logistic loss"
+        said.append(
+            f"held-out accuracy {m['accuracy']:.4f}, {kind} {m['loss']:.4f}, gap {m['gap_mean']:.3f}, "
+            f"chosen {m['chosen_mean']:.3f} ± {m['chosen_std']:.3f}, "
+            f"rejected {m['rejected_mean']:.3f} ± {m['rejected_std']:.3f}"
+        )
+    if "rated" in m:
+        loss = f", {names['points']} {m['point_loss']:.4f}" if "point_loss" in m else ""
+        label = f", right label {m['label_accuracy']:.4f}" if "label_accuracy" in m else ""
+        said.append(f"{m['rated']} scored answers: correlation {m['pearson']:.4f}{loss}{label}")
+    return "; ".join(said)
+
+
+def summary(metrics: dict, names: dict[str, str]) -> list[str]:
+    """What a user wants to know at the end, in lines."""
+    m, said = metrics, []
+    if "accuracy" in m:
+        pairs, longer = m["pairs"], m["longer_wins_accuracy"]
+        said.append(f"held-out accuracy {m['accuracy']:.4f} on {pairs} pairs (always the longer answer: {longer:.4f})")
+    if "rated" in m and ("points" in names or "accuracy" not in m):
+        right = f" (right label: {m['label_accuracy']:.4f})" if "label_accuracy" in m else ""
+        said.append(f"correlation of scores with {m['rated']} held-out targets: {m['pearson']:.4f}{right}")
+    return said

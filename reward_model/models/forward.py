@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one forward pass: a scorer or the engine around it, an attention backend, a batch → scores.
+
+Training, evaluations, the check at the start of a run and scoring with a saved model all go through it.
+
+Notation: n responses, r tokens of the longest, h hidden units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from reward_model.batching.collate import Batch, Layout
+from reward_model.models import shared_prefix
+from reward_model.models.scorer import Scorer, embedding_rows
+from reward_model.models.shared_prefix import SEPARATE, Way
+
+
+class ForwardPass:
+    """What computes the scores of a batch.
+
+    attention: the way in which responses share their prompt; separate rows until another is chosen.
+    thresholds: those that an ordinal loss has learned, as of the last call; None: there are none.
+    """
+
+    def __init__(
+        self,
+        module: Callable,
+        scorer: Scorer,
+        dtype: torch.dtype,
+        device: torch.device,
+        pad: int,
+        most_responses: int = 16,
+    ):
+        """
+        Args:
+            module: the scorer, or the DeepSpeed engine around it.
+            dtype: in which it computes.
+            pad: id that fills rows.
+            most_responses: of a prompt, in one row.
+        """
+        self.module, self.scorer, self.dtype, self.device = module, scorer, dtype, device
+        self.pad, self.most_responses = pad, most_responses
+        self.own_attention = scorer.backbone.config._attn_implementation
+        self.attention = SEPARATE
+        self.thresholds: torch.Tensor | None = None
+
+    @property
+    def layout(self) -> Layout:
+        """Of the batches that the attention wants."""
+        return Layout(self.attention.layout, self.pad, self.most_responses, self.attention.multiple)
+
+    def use(self, attention: Way) -> None:
+        """Take another attention from now on; what is saved should name none of ours, hence SEPARATE before that."""
+        self.attention = attention
+        self.scorer.backbone.set_attn_implementation(attention.attention or self.own_attention)
+
+    def __call__(self, batch: Batch, at: torch.Tensor, states: bool = False) -> torch.Tensor:
+        """Scores at tokens of a batch, in the shape of ``at``; float32.
+
+        Args:
+            batch: on this device.
+            at: indices into its tokens, such as ``batch.ends`` (n,) or ``batch.tokens`` (n, r).
+            states: the hidden states instead, one more dimension h.
+        """
+        shared = self.attention is not SEPARATE
+        mask = shared_prefix.attention_mask(batch, self.attention, self.dtype)
+        found = self.module(
+            batch.input_ids, mask, at, position_ids=batch.position_ids if shared else None, states=states
+        )
+        if isinstance(found, tuple):
+            found, self.thresholds = found
+        return found
+
+    @torch.no_grad()
+    def choose_attention(self, longest: int) -> str:
+        """Take the fastest way to share prompts that this model computes rightly; all ranks take the same.
+
+        Args:
+            longest: tokens of the longest text that will come.
+
+        Returns:
+            A line that says which, and why.
+        """
+        on_gpu, chosen = self.device.type == "cuda", SEPARATE
+        if self.scorer.pooling != "last":
+            said = "prompts are not shared: only a decoder that is scored at the last token can do that"
+        elif longest > shared_prefix.window(self.scorer.config):
+            said = f"prompts are not shared: the longest text, {longest} tokens, is beyond the attention's window"
+        else:
+            ways = shared_prefix.ON_CUDA if on_gpu else shared_prefix.ON_CPU
+            ids = np.random.default_rng(0).integers(embedding_rows(self.scorer), size=60).tolist()
+            with torch.random.fork_rng([self.device] if on_gpu else []):
+                chosen, said = shared_prefix.choose(ways, self._small_states, self.dtype, ids, self.pad)
+        self.use(chosen)
+        return said
+
+    def _small_states(self, batch: Batch, attention: Way, training: bool) -> torch.Tensor:
+        """The hidden state at each response's end, (n, h)."""
+        self.use(attention)
+        self.module.train(training)
+        batch = batch.to(self.device)
+        return self(batch, batch.ends, states=True)

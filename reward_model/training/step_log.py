@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sums of a step over its micro-batches and all ranks.
+
+Notation: p pairs.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+from tqdm import tqdm
+
+from reward_model.batching.collate import Batch
+from reward_model.common import distributed
+from reward_model.common.distributed import Place
+from reward_model.common.errors import UserError
+from reward_model.training.records import Records
+
+
+class StepLog:
+    """Reports each step one step late, so that no step waits for its numbers."""
+
+    def __init__(self, place: Place, records: Records, bar: tqdm):
+        self.place, self.records, self.bar = place, records, bar
+        self.sums = self._zeros()
+        self.pending = None
+        self.clock = time.perf_counter()
+
+    def _zeros(self) -> torch.Tensor:
+        # loss, pairs, correct, chosen scores, rejected scores, tokens, those and pads, ranks' forward passes, rows
+        return torch.zeros(9, dtype=torch.float64, device=self.place.device)
+
+    def add(self, loss: torch.Tensor, chosen: torch.Tensor, rejected: torch.Tensor, batch: Batch) -> None:
+        """Count a micro-batch: its weighted loss (0-d) and the scores of its winners and losers (p,)."""
+        self.sums[0] += loss
+        self.sums[6] += batch.input_ids.numel()
+        self.sums[7] += 1
+        if batch.weight:
+            correct = (chosen > rejected).double() + 0.5 * (chosen == rejected)
+            parts = (torch.ones_like(correct), correct, chosen, rejected)
+            self.sums[1:5] += torch.stack([part.sum(dtype=torch.float64) for part in parts])
+            self.sums[5] += batch.attention_mask.sum()
+            self.sums[8] += len(batch.row_weights)
+
+    def end_step(self, step: int, epoch: float, learning_rate: float, grad_norm) -> None:
+        """Begin to add up the ranks, and report the step before."""
+        work = distributed.sum_over_ranks(self.sums)
+        now = time.perf_counter()
+        seconds, self.clock = now - self.clock, now
+        ended = (step, epoch, seconds, self.sums, work, learning_rate, grad_norm)
+        self.flush()
+        self.pending = ended
+        self.sums = self._zeros()
+
+    def flush(self) -> None:
+        """Report the step that is pending, if there is one.
+
+        Raises:
+            UserError: its loss is not finite.
+        """
+        if self.pending is None:
+            return
+        step, epoch, seconds, sums, work, learning_rate, grad_norm = self.pending
+        self.pending = None
+        work.wait()
+        loss, pairs, correct, chosen, rejected, tokens, computed, passes, rows = sums.tolist()
+        if not math.isfinite(loss):
+            raise UserError(f"step {step}: the loss is {loss}; lower --learning_rate, or take --dtype bf16")
+        values = {
+            "split": "train",
+            "step": step,
+            "epoch": round(epoch, 4),
+            "loss": loss,
+            "learning_rate": learning_rate,
+            "rows": int(rows),
+            "pairs": int(pairs),
+            "tokens": int(tokens),
+            "padding": round(1 - tokens / computed, 4),
+            "micro_batches": int(passes) // self.place.world_size,
+            "rows_per_second": rows / seconds,
+            "pairs_per_second": pairs / seconds,
+            "tokens_per_second": tokens / seconds,
+        }
+        if pairs:
+            values["accuracy"] = correct / pairs
+            values["gap"] = (chosen - rejected) / pairs
+            values["chosen_mean"], values["rejected_mean"] = chosen / pairs, rejected / pairs
+        if grad_norm is not None:  # DeepSpeed keeps none at stage 0 in float32
+            values["grad_norm"] = float(grad_norm)
+        self.records.add(values)
+        shown = {"loss": f"{loss:.3f}"}
+        if pairs:
+            shown |= {"acc": f"{values['accuracy']:.2f}", "gap": f"{values['gap']:.2f}"}
+        shown |= {"pairs_s": f"{pairs / seconds:.0f}"} if pairs else {"rows_s": f"{rows / seconds:.0f}"}
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update(step - self.bar.n)
+
+    def restart_clock(self) -> None:
+        """Leave what happens in between, an evaluation say, out of the speed."""
+        self.clock = time.perf_counter()
