@@ -53,7 +53,7 @@ class Watched(trainer.Trainer):
         self.most, self.steps, self.meter = {}, 0, None
         self.evaluate = lambda *args, **kwargs: None
         engine = self.engine
-        self.step, engine.step = engine.step, self.watched_step
+        self.engine_step, engine.step = engine.step, self.watched_step
         inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
         self.inner, inner.step = inner.step, self.watched_inner
         super().train()
@@ -82,7 +82,7 @@ class Watched(trainer.Trainer):
             self.meter.peak = self.meter.now
         if self.steps == STEPS:
             self.note("backward", self.held())
-        result = self.step(*args, **kwargs)
+        result = self.engine_step(*args, **kwargs)
         if self.steps == STEPS:
             self.note("step_peak", self.base + self.meter.peak)
         return result
