@@ -11,7 +11,12 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # threads th
 import pytest
 import torch
 
+# a file stays with one worker, so these begin first: what is left at the end is short, and the cores share it
+LONGEST = ("test_trainer", "test_setup", "test_bad_input")
+
 sys.path.insert(0, str(Path(__file__).parent))
+# ops that DeepSpeed compiles are compiled once, also by tests that set another environment
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "var" / "torch_extensions"))
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: no test waits for the network
 
 
@@ -20,6 +25,9 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
+    items.sort(
+        key=lambda item: item.path.stem not in LONGEST
+    )  # what takes longest begins first, so that cores share it
     if not config.getoption("--all"):
         for item in items:
             if "slow" in item.keywords:

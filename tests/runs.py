@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real runs of main.py, in processes of their own."""
+"""Real runs of main.py: in processes of their own, or forked from one that has done its imports."""
 
+import functools
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -37,7 +40,7 @@ def free_port():
 
 def command(launcher, processes):
     """The words that start main.py."""
-    if launcher == "python":
+    if launcher in ("python", "warm"):
         return [sys.executable, "main.py"]
     port = str(free_port())
     if launcher == "deepspeed":
@@ -47,12 +50,41 @@ def command(launcher, processes):
     return [*runner, "--nproc_per_node", str(processes), "main.py"]
 
 
-def launch(*flags, launcher="python", processes=1, timeout=300, environment=None):
-    """Run main.py where a user would; what it printed, and its exit status."""
+@functools.cache
+def warm_parent():
+    """A process of this test run that forks runs of main.py; it ends with its standard input."""
+    values = environment(HF_HUB_OFFLINE="1", RANK=None, WORLD_SIZE=None, LOCAL_RANK=None)
+    words = [sys.executable, str(TOP / "tests" / "warm.py")]
+    return subprocess.Popen(words, env=values, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def launch(*flags, launcher="warm", processes=1, timeout=300, environment=None):
+    """Run main.py where a user would; what it printed, and its exit status.
+
+    launcher: ``python``, ``deepspeed`` or ``torchrun`` start it as a user does; ``warm`` forks it from a process that
+    has done its imports, which is for tests of what comes after them. With variables of its own it starts afresh.
+    """
     values = {name: v for name, v in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     values |= {"HF_HUB_OFFLINE": "1"} | (environment or {})
-    words = [*command(launcher, processes), *[str(flag) for flag in flags]]
-    return subprocess.run(words, cwd=SCRIPTS, env=values, capture_output=True, text=True, timeout=timeout)
+    flags = [str(flag) for flag in flags]
+    if launcher == "warm" and (environment or "--debug" in flags):
+        launcher = "python" if processes == 1 else "torchrun"
+    words = [*command(launcher, processes), *flags]
+    if launcher != "warm":
+        return subprocess.run(words, cwd=SCRIPTS, env=values, capture_output=True, text=True, timeout=timeout)
+    with tempfile.TemporaryDirectory() as folder:
+        request = {"flags": flags, "environment": values, "processes": processes, "port": free_port()}
+        parent = warm_parent()
+        parent.stdin.write(json.dumps(request | {"timeout": timeout, "output": folder}) + "\n")
+        parent.stdin.flush()
+        status = int(parent.stdout.readline())
+        said = (
+            "".join(Path(folder, f"{name}{rank}").read_text() for rank in range(processes)) for name in ("out", "err")
+        )
+        result = subprocess.CompletedProcess(words, status, *said)
+    if status == -signal.SIGKILL:
+        raise subprocess.TimeoutExpired(words, timeout, result.stdout, result.stderr)
+    return result
 
 
 def train(demo, output, *flags, **launching):

@@ -61,7 +61,7 @@ def test_transformers_scores_the_held_out_pairs_as_the_last_evaluation_did(plain
 
 
 def test_a_second_run_gives_the_same_numbers(plain, demo, tmp_path):
-    metrics = runs.train(demo, tmp_path / "out")
+    metrics = runs.train(demo, tmp_path / "out", launcher="python")  # a fresh process
     assert metrics.losses == plain[0].losses
     assert metrics.final == plain[0].final
 
@@ -99,7 +99,7 @@ def test_zero3_on_two_processes_with_lora(demo, tmp_path):
     assert "the base is frozen" in one.output
     assert one.final["loss"] < 0.5
     two_flags = ["--zero_stage", 3, "--per_device_train_batch_size", 8]
-    two = runs.train(demo, tmp_path / "two", *flags, *two_flags, launcher="deepspeed", processes=2)
+    two = runs.train(demo, tmp_path / "two", *flags, *two_flags, processes=2)
     # 20 steps at a high rate let the rounding of sums in another order grow: 1.2e-5 on one kind of CPU
     assert two.losses == pytest.approx(one.losses, abs=5e-5)
     for folder, metrics in ((tmp_path / "one", one), (tmp_path / "two", two)):
@@ -121,7 +121,7 @@ def test_bfloat16_follows_float32(stage, plain, demo, tmp_path):
 def test_uneven_shares_count_every_pair_once(demo, tmp_path):
     """50 held-out pairs in batches of 7 over two processes; 320 pairs in global batches of 18, the last one of 14."""
     flags = ["--per_device_eval_batch_size", 7, "--per_device_train_batch_size", 9]
-    two = runs.train(demo, tmp_path / "two", *flags, launcher="torchrun", processes=2)
+    two = runs.train(demo, tmp_path / "two", *flags, processes=2)
     flags = ["--per_device_eval_batch_size", 50, "--per_device_train_batch_size", 18]
     one = runs.train(demo, tmp_path / "one", *flags)
     assert two.losses == pytest.approx(one.losses, abs=1e-5)
@@ -143,7 +143,7 @@ def test_shared_prompts_train_as_separate_rows_do(level, plain, demo, tmp_path, 
     words = [sys.executable, "-c", f"{SEPARATELY} runpy.run_path('main.py', run_name='__main__')"]
     monkeypatch.setattr(runs, "command", lambda launcher, processes: words)
     monkeypatch.setenv("PYTHONPATH", str(runs.TOP))
-    separate = runs.train(demo, tmp_path / "separate", *flags)
+    separate = runs.train(demo, tmp_path / "separate", *flags, launcher="python")
     assert "each answer has a row of its own" in separate.output
     assert separate.losses == pytest.approx(shared.losses, abs=1e-5)
     assert separate.final["loss"] == pytest.approx(shared.final["loss"], abs=1e-5)
@@ -158,7 +158,7 @@ def test_a_token_budget_changes_no_step(stage, processes, plain, demo, tmp_path)
     """1,170 to 1,390 tokens a step: two forward passes of 650 for some, three for others."""
     flags = ["--tokens_per_batch", 650 // processes, "--zero_stage", stage]
     flags += ["--per_device_train_batch_size", 16 // processes]
-    metrics = runs.train(demo, tmp_path / "out", *flags, launcher="deepspeed", processes=processes)
+    metrics = runs.train(demo, tmp_path / "out", *flags, processes=processes)
     close_to(metrics, plain)
     assert {r["micro_batches"] for r in metrics.train} == {2, 3}
 
@@ -178,7 +178,7 @@ def test_prompts_brought_together(plain, demo, tmp_path):
     assert together.final["loss"] < 0.5
     flags = ["--merge", "prompt", "--batch_element", "prompt", "--score_penalty", "centre"]
     two = ["--per_device_train_batch_size", 4, "--tokens_per_batch", 300]
-    prompts = runs.train(demo, tmp_path / "prompts", *flags, *two, launcher="torchrun", processes=2)
+    prompts = runs.train(demo, tmp_path / "prompts", *flags, *two, processes=2)
     assert sum(r["pairs"] for r in prompts.train) == runs.PAIRS
     assert prompts.final["loss"] < 0.5
     whole = runs.train(demo, tmp_path / "whole", *flags, "--per_device_train_batch_size", 8)
@@ -322,7 +322,7 @@ def test_grades_are_learned_and_their_thresholds_kept(graded):
 def test_grades_on_two_processes(stage, graded, demo, tmp_path):
     metrics, folder = graded
     flags = [*ORDINAL[:-1], 16, "--zero_stage", stage, "--data_path", folder / "data", "--normalize_scores", "eval"]
-    two = runs.train(demo, tmp_path / "out", *flags, launcher="deepspeed", processes=2)
+    two = runs.train(demo, tmp_path / "out", *flags, processes=2)
     assert two.losses == pytest.approx(metrics.losses, abs=1e-5)
     one, other = load(folder / "out").thresholds, load(tmp_path / "out")
     assert [other.mean + t for t in other.thresholds] == pytest.approx(
@@ -341,7 +341,7 @@ def test_a_mixture_cut_into_passes_is_that_of_one_batch(processes, demo, tmp_pat
     flags = ["--data_path", data, "--loss", "logistic", "mse", "--loss_weight", 1, 0.5, "--score_penalty", "l2"]
     whole = runs.train(demo, tmp_path / "whole", *flags)
     flags += ["--tokens_per_batch", 300, "--per_device_train_batch_size", 16 // processes]
-    cut = runs.train(demo, tmp_path / "cut", *flags, launcher="deepspeed", processes=processes)
+    cut = runs.train(demo, tmp_path / "cut", *flags, processes=processes)
     assert cut.losses == pytest.approx(whole.losses, abs=1e-5)
     assert cut.train[0]["micro_batches"] * processes > 2
     assert cut.final["pearson"] == pytest.approx(whole.final["pearson"], abs=1e-4)
@@ -404,7 +404,7 @@ def test_fp16_at_stage_0_becomes_stage_1(demo, tmp_path):
 @pytest.mark.parametrize("setting", ["0", "1", "2", "3", "1 --offload", "2 --offload", "3 --offload"])
 def test_every_setting_trains_the_same_model(setting, dtype, processes, plain, demo, tmp_path):
     flags = ["--zero_stage", *setting.split(), "--dtype", dtype, "--per_device_train_batch_size", 16 // processes]
-    metrics = runs.train(demo, tmp_path / "out", *flags, launcher="deepspeed", processes=processes, timeout=600)
+    metrics = runs.train(demo, tmp_path / "out", *flags, processes=processes, timeout=600)
     close_to(metrics, plain) if dtype == "fp32" else close_to(metrics, plain, tolerance=0.05)
 
 

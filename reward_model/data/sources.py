@@ -151,7 +151,7 @@ def _phase_two(source: Source, shares: str, seed: int) -> Source:
 
 
 def _jsonfile_folder() -> Path:
-    for folder in (Path.cwd() / "data", Path(__file__).resolve().parent.parent / "data"):
+    for folder in (Path.cwd() / "data", Path(__file__).resolve().parents[2] / "data"):
         if (folder / "train.json").is_file() and (folder / "eval.json").is_file():
             return folder
     raise UserError("local/jsonfile: put train.json and eval.json into a folder data/ where you start the run")

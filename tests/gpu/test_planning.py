@@ -47,7 +47,7 @@ def test_a_run_holds_what_the_plan_says(name, more, larger, demo, tmp_path, monk
     monkeypatch.setattr(runs, "command", lambda *_: [sys.executable, "-c", MEASURED])
     monkeypatch.setenv("PYTHONPATH", str(runs.TOP))
     setting = [*shlex.split(BY_NAME[name].flags), "--dtype", "bf16", *shlex.split(more)]
-    metrics = runs.train(demo, tmp_path / "out", *setting, "--model_name_or_path", larger)
+    metrics = runs.train(demo, tmp_path / "out", *setting, "--model_name_or_path", larger, launcher="python")
     held, tokens = (int(word) for word in metrics.output.split("HELD ")[1].split()[:2])
     fields = {"lora_dim": 16 if "lora" in more else 0, "lora_module_name": None, "pooling": None, "dropout": None}
     options = argparse.Namespace(dtype="bf16", model_name_or_path=str(larger), **fields)

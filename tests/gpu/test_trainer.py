@@ -45,7 +45,7 @@ def test_prompts_are_shared_by_flex_attention(plain, demo, tmp_path, monkeypatch
         )
         monkeypatch.setattr(runs, "command", lambda *_, program=program: [sys.executable, "-c", program])
         monkeypatch.setenv("PYTHONPATH", str(runs.TOP))
-        other = runs.train(demo, tmp_path / f"out{len(ways)}", "--dtype", "fp32")
+        other = runs.train(demo, tmp_path / f"out{len(ways)}", "--dtype", "fp32", launcher="python")
         assert said in other.output
         assert other.losses == pytest.approx(plain.losses, abs=1e-3)
 
