@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # SPDX-License-Identifier: Apache-2.0
 # Sourced by the launchers: an interpreter, the flags of main.py, and the words that start the processes of a node.
-# What a launcher reads from its environment is told in README.md, under "Launchers".
+# What a launcher reads from its environment is told in training_scripts/README.md, under "Launchers".
 
 scripts=${SCRIPTS:-$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)}
 # shellcheck source=training_scripts/setup.sh
