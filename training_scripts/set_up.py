@@ -45,7 +45,7 @@ TORCH = "2.13.0"
 TORCH_CUDA = "13.0"  # of the build of it that PyPI has for x86-64
 # Measured on x86-64 with Python 3.11 and the versions of constraints.txt, all packages, in 10⁹ bytes
 CPU_SIZE = "0.4 GB to download, 1.6 GB on disk"
-CUDA_SIZE = "2.9 GB to download, 5.6 GB on disk"
+CUDA_SIZE = "3.0 GB to download, 5.6 GB on disk"
 CUDA_ROOM = 6.5e9
 TORCH_INDEX = "https://download.pytorch.org/whl/"
 
