@@ -96,7 +96,7 @@ class Watched(trainer.Trainer):
         parameters = list(self.engine.module.parameters())
         self.most["total"] = sum(count(p) for p in parameters)
         self.most["trained"] = sum(count(p) for p in parameters if p.requires_grad)
-        (Path(sys.argv[1]) / f"rank{self.place.rank}.json").write_text(json.dumps(self.most))
+        (Path(sys.argv[1]) / f"rank{self.context.rank}.json").write_text(json.dumps(self.most))
         torch.distributed.barrier()
         release_shared_memory()
         os._exit(0)

@@ -11,9 +11,9 @@ import pytest
 import torch
 from comparisons import answer, pair, table
 
-from reward_model.batching.collate import Batch, Layout, Loading, Merged, collate, loader, merge
+from reward_model.batching.collate import Batch, Layout, MergedComparison, PlannedBatches, collate, loader, merge
 from reward_model.batching.groups import single_rows
-from reward_model.batching.plan import EpochPlan, MicroBatch, Rule
+from reward_model.batching.plan import BatchSpec, EpochPlan, MicroBatch
 from reward_model.data.comparisons import Comparison
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -268,7 +268,8 @@ def test_beyond_the_limit_another_one_begins():
 
 def unmerged(pairs):
     return [
-        Merged(Comparison(c.prompt, c.responses, prompt_hash=c.prompt_hash), [(i, [0, 1])]) for i, c in enumerate(pairs)
+        MergedComparison(Comparison(c.prompt, c.responses, prompt_hash=c.prompt_hash), [(i, [0, 1])])
+        for i, c in enumerate(pairs)
     ]
 
 
@@ -406,8 +407,8 @@ def in_any_order(found):
 def test_what_was_judged_agrees_with_a_slow_reference(kind, seed, weighted):
     rows = random_mixture(seed)
     row_weights = np.random.default_rng(seed).random(len(rows)) if weighted else None
-    units = [row.prompt_hash for row in rows]
-    merged = collate(rows, Layout(kind, PAD), units=units, row_weights=row_weights)
+    groups = [row.prompt_hash for row in rows]
+    merged = collate(rows, Layout(kind, PAD), groups=groups, row_weights=row_weights)
     apart = collate([replace(row, prompt_hash=None) for row in rows], Layout(kind, PAD), row_weights=row_weights)
     slow = slow_judged(rows, row_weights, kind)
     assert fast_judged(apart) == slow
@@ -468,7 +469,7 @@ def test_lengths_are_of_what_follows_what_was_asked(kind, asked, lengths):
 @pytest.mark.parametrize("kind", ["packed", "shared"])
 def test_single_answers_of_a_prompt_share_it(kind):
     rows = [answer([1, 2, 3], [k, k + 1], k / 2, prompt_hash=0) for k in (4, 6, 8)]
-    batch = collate(rows, Layout(kind, PAD), units=[0, 0, 0])
+    batch = collate(rows, Layout(kind, PAD), groups=[0, 0, 0])
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 4, 3, 4]]
     assert batch.ends.tolist() == [4, 6, 8]
@@ -479,7 +480,7 @@ def test_single_answers_of_a_prompt_share_it(kind):
 @kinds
 def test_an_answer_that_was_scored_twice_is_there_once(kind):
     rows = [answer([1], [2], 0.25, 0), pair([1], [3], [2], 0), answer([1], [2], 0.75, 0)]
-    batch = collate(rows, Layout(kind, PAD), units=[0] * 3)
+    batch = collate(rows, Layout(kind, PAD), groups=[0] * 3)
     assert texts_in(batch) == [(1, 2), (1, 3)]
     assert (batch.answers.tolist(), batch.answer_rows.tolist()) == ([0, 1, 0, 0], [0, 1, 1, 2])
     assert batch.targets.tolist() == [0.25, 0, 0, 0.75]
@@ -507,9 +508,9 @@ def test_to_moves_every_tensor_and_keeps_the_rest():
 @pytest.mark.parametrize("make", [rows_of_prompts, lambda seed: random_mixture(seed, 12)], ids=["pairs", "mixture"])
 def test_the_loader_gives_the_batches_of_the_plan_in_order(kind, make):
     rows = [replace(row, similarity=[]) for row in make(0)]  # the file has none
-    plan = EpochPlan(single_rows(table(rows), by_row=True), Rule(2, 2, layout=kind), 1, 2, 0, 0)
+    plan = EpochPlan(single_rows(table(rows), by_row=True), BatchSpec(2, 2, layout=kind), 1, 2, 0, 0)
     layout = Layout(kind, PAD)
-    batches = list(loader(Loading(table(rows), plan, layout), on_gpu=False))
+    batches = list(loader(PlannedBatches(table(rows), plan, layout), on_gpu=False))
     assert [len(step) for step in batches] == [2, 2]  # of 8 rows and 4: half of them this rank's
     for step, micro_batches in zip(batches, plan):
         for batch, m in zip(step, micro_batches):
@@ -519,11 +520,11 @@ def test_the_loader_gives_the_batches_of_the_plan_in_order(kind, make):
 
 
 def test_padded_rows_merge_across_units_only_below_the_longest():
-    """Two rows of one prompt would make a row of 6 where the longest has 5; as one unit they do."""
+    """Two rows of one prompt would make a row of 6 where the longest has 5; as one group they do."""
     rows = [pair([1, 2], [3], [4], 7), pair([1, 2], [5], [6], 7), pair([9], [8, 8], [7, 7], 8)]
     assert [len(m.texts.responses) for m in merge(rows, Layout("shared", PAD))] == [2, 2, 2]
     assert [len(m.texts.responses) for m in merge(rows, Layout("packed", PAD))] == [4, 2]
-    assert [len(m.texts.responses) for m in merge(rows, Layout("shared", PAD), units=[0, 0, 1])] == [4, 2]
+    assert [len(m.texts.responses) for m in merge(rows, Layout("shared", PAD), groups=[0, 0, 1])] == [4, 2]
     longer = [*rows[:2], pair([9], [8, 8, 8], [7, 7, 7], 8)]
     assert [len(m.texts.responses) for m in merge(longer, Layout("shared", PAD))] == [4, 2]
 
@@ -531,14 +532,14 @@ def test_padded_rows_merge_across_units_only_below_the_longest():
 def test_a_unit_stays_whole_beside_another_of_its_prompt():
     """Two stars with three rays, limit 6: joined ray by ray, the second centre would be encoded twice."""
     stars = [pair([1], [centre], [centre + ray], 7) for centre in (10, 20) for ray in (1, 2, 3)]
-    merged = merge(stars, Layout("packed", PAD, most_responses=6), units=[0] * 3 + [1] * 3)
+    merged = merge(stars, Layout("packed", PAD, most_responses=6), groups=[0] * 3 + [1] * 3)
     assert [len(m.texts.responses) for m in merged] == [4, 4]
 
 
 def test_loading_hands_on_weights():
     rows = [pair([1], [2], [3]), pair([4], [5], [6])]
     plan = [[MicroBatch(np.array([1, 0]), 0.25, row_weights=np.array([0.75, 0.25]))], [MicroBatch(np.array([0]), 0.0)]]
-    loading = Loading(rows, plan, Layout("separate", PAD))
+    loading = PlannedBatches(rows, plan, Layout("separate", PAD))
     assert len(loading) == 2
     ((first,), (filler,)) = loading
     assert first.input_ids.tolist() == [[4, 5], [4, 6], [1, 2], [1, 3]]
@@ -550,8 +551,8 @@ def test_loading_hands_on_weights():
 @pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning")
 def test_loading_draws_no_random_numbers(on_gpu):
     rows = rows_of_prompts(0)
-    plan = EpochPlan(single_rows(table(rows)), Rule(2), 0, 1, 0, 0)
+    plan = EpochPlan(single_rows(table(rows)), BatchSpec(2), 0, 1, 0, 0)
     state = torch.get_rng_state()
-    batches = list(loader(Loading(rows, plan, Layout("packed", PAD)), on_gpu))
+    batches = list(loader(PlannedBatches(rows, plan, Layout("packed", PAD)), on_gpu))
     assert len(batches) == 6
     assert torch.equal(torch.get_rng_state(), state)

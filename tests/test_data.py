@@ -18,7 +18,14 @@ from reward_model.common.errors import UserError
 from reward_model.config.options import parse
 from reward_model.data import preprocessing as data
 from reward_model.data.comparisons import BadRow, Comparison
-from reward_model.data.preprocessing import Rules, compare, load_answers, load_comparisons, nothing_judged, tokenise
+from reward_model.data.preprocessing import (
+    PreprocessingConfig,
+    compare,
+    load_answers,
+    load_comparisons,
+    nothing_judged,
+    tokenise,
+)
 from reward_model.data.rows import close_turn, judge_answer, judge_list, judge_pair, read_row
 from reward_model.data.sources import Source, read_sources
 from reward_model.data.tokenizer import SpecialTokens, choose_special_tokens
@@ -32,7 +39,9 @@ ANSWER = {"prompt": TEXT["prompt"], "response": " fish", "score": 0.25}
 
 
 def rules(tmp_path, **changes):
-    return Rules(**{"max_seq_len": 64, "on_bad_row": "stop", "cache": tmp_path / "cache", "processes": 1, **changes})
+    return PreprocessingConfig(
+        **{"max_seq_len": 64, "on_bad_row": "stop", "cache": tmp_path / "cache", "processes": 1, **changes}
+    )
 
 
 def write(path, rows):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Units, and the plans of an epoch and of an evaluation, against slow counts."""
+"""Groups, and the plans of an epoch and of an evaluation, against slow counts."""
 
 import itertools
 import math
@@ -10,21 +10,21 @@ import numpy as np
 import pytest
 from comparisons import answer, pair, table
 
-from reward_model.batching.collate import Layout, Loading, merge
-from reward_model.batching.groups import Units, rows_by_prompt, rows_to_evaluate, single_rows
-from reward_model.batching.plan import EpochPlan, Rule, plan_evaluation
+from reward_model.batching.collate import Layout, PlannedBatches, merge
+from reward_model.batching.groups import RowGroups, rows_by_prompt, rows_to_evaluate, single_rows
+from reward_model.batching.plan import BatchSpec, EpochPlan, plan_evaluation
 from reward_model.data.comparisons import Comparison, Comparisons
 from reward_model.data.preprocessing import FEATURES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 LAYOUTS = ("packed", "shared", "separate")
-# units, micro_batch, accumulation, world_size: whole batches, a short last one, fewer units than ranks, one unit
+# groups, micro_batch, accumulation, world_size: whole batches, a short last one, fewer groups than ranks, one group
 SPLITS = [(24, 2, 3, 2), (23, 2, 3, 2), (25, 2, 3, 2), (7, 4, 1, 1), (3, 2, 2, 8), (1, 1, 1, 4), (100, 3, 4, 5)]
 
 
-def random_units(size, most_rows=1, seed=0, by_row=False):
-    """Units of 1 to so many rows each; with more than one, a row has 1 or 2 pairs."""
+def random_groups(size, most_rows=1, seed=0, by_row=False):
+    """Groups of 1 to so many rows each; with more than one, a row has 1 or 2 pairs."""
     rng = np.random.default_rng(seed)
     rows = rng.integers(1, most_rows + 1, size)
     starts = np.concatenate([[0], np.cumsum(rows)])
@@ -32,22 +32,22 @@ def random_units(size, most_rows=1, seed=0, by_row=False):
     total = np.add.reduceat(sizes, starts[:-1]) if size else np.zeros(0, np.int64)
     length = rng.integers(5, 50, size)
     tokens = length + rows * rng.integers(1, 20, size)
-    return Units(np.arange(starts[-1]), sizes, starts, total, rows + 1, length, tokens)
+    return RowGroups(np.arange(starts[-1]), sizes, starts, total, rows + 1, length, tokens)
 
 
 def pairs_of_rows(rows, most_rows):
     return 1 + np.arange(rows) % 2 * (most_rows > 1)
 
 
-def units_of(tokens, texts=2):
-    """One row and one pair in each; its longest text has as many tokens as the unit."""
+def groups_of(tokens, texts=2):
+    """One row and one pair in each; its longest text has as many tokens as the group."""
     tokens, ones = np.array(tokens), np.ones(len(tokens), np.int64)
-    return Units(np.arange(len(tokens)), ones, np.arange(len(tokens) + 1), ones, texts * ones, tokens, tokens)
+    return RowGroups(np.arange(len(tokens)), ones, np.arange(len(tokens) + 1), ones, texts * ones, tokens, tokens)
 
 
-def steps_of(units, rule, world_size, seed=1, epoch=0):
+def steps_of(groups, spec, world_size, seed=1, epoch=0):
     """For each step, a list of each rank's micro-batches."""
-    plans = [EpochPlan(units, rule, rank, world_size, seed, epoch) for rank in range(world_size)]
+    plans = [EpochPlan(groups, spec, rank, world_size, seed, epoch) for rank in range(world_size)]
     assert len({len(plan) for plan in plans}) == 1
     return list(zip(*plans))
 
@@ -57,21 +57,21 @@ def counted(step):
     return sorted(int(row) for micro_batches in step for m in micro_batches if m.weight for row in m.rows)
 
 
-def units_in(micro_batch, units):
-    """Which units a micro-batch holds; all of each."""
+def groups_in(micro_batch, groups):
+    """Which groups a micro-batch holds; all of each."""
     rows = micro_batch.rows.tolist()
-    found = [u for u in range(len(units)) if int(units.rows[units.starts[u]]) in rows]
-    assert sorted(rows) == sorted(row for u in found for row in units.rows_of(u))
+    found = [u for u in range(len(groups)) if int(groups.rows[groups.starts[u]]) in rows]
+    assert sorted(rows) == sorted(row for u in found for row in groups.rows_of(u))
     return found
 
 
-def cost(found, units, layout):
-    """Tokens and pads of units in a micro-batch."""
+def cost(found, groups, layout):
+    """Tokens and pads of groups in a micro-batch."""
     if layout == "packed":
-        return sum(units.tokens[u] for u in found)
+        return sum(groups.tokens[u] for u in found)
     if layout == "shared":
-        return len(found) * max(units.tokens[u] for u in found)
-    return sum(units.texts[u] for u in found) * max(units.length[u] for u in found)
+        return len(found) * max(groups.tokens[u] for u in found)
+    return sum(groups.texts[u] for u in found) * max(groups.length[u] for u in found)
 
 
 splits = pytest.mark.parametrize("split", SPLITS, ids=str)
@@ -81,7 +81,7 @@ unit_rows = pytest.mark.parametrize("most_rows", [1, 6])
 
 def rules(micro_batch, accumulation, **more):
     for layout, tokens in itertools.product(LAYOUTS, [0, 40, 200]):
-        yield Rule(micro_batch, accumulation, layout=layout, tokens=tokens, **more)
+        yield BatchSpec(micro_batch, accumulation, layout=layout, tokens=tokens, **more)
 
 
 @splits
@@ -90,26 +90,26 @@ def rules(micro_batch, accumulation, **more):
 @pytest.mark.parametrize("by_length", [False, True])
 def test_every_row_comes_once_an_epoch(split, most_rows, by_prompt, by_length):
     size, micro_batch, accumulation, world_size = split
-    units = random_units(size, most_rows)
-    for rule in rules(micro_batch, accumulation, by_prompt=by_prompt, by_length=by_length):
-        steps = steps_of(units, rule, world_size)
-        assert sorted(row for step in steps for row in counted(step)) == list(range(len(units.rows)))
+    groups = random_groups(size, most_rows)
+    for spec in rules(micro_batch, accumulation, by_prompt=by_prompt, by_length=by_length):
+        steps = steps_of(groups, spec, world_size)
+        assert sorted(row for step in steps for row in counted(step)) == list(range(len(groups.rows)))
 
 
 @splits
 @unit_rows
 def test_every_rank_takes_part_in_every_micro_batch(split, most_rows):
     size, micro_batch, accumulation, world_size = split
-    for rule in rules(micro_batch, accumulation):
-        steps = steps_of(random_units(size, most_rows), rule, world_size)
+    for spec in rules(micro_batch, accumulation):
+        steps = steps_of(random_groups(size, most_rows), spec, world_size)
         if most_rows == 1:
             assert len(steps) == math.ceil(size / (micro_batch * accumulation * world_size))
         for step in steps:
             (number,) = {len(micro_batches) for micro_batches in step}
-            assert number == accumulation or rule.tokens
+            assert number == accumulation or spec.tokens
             every = [m for micro_batches in step for m in micro_batches]
             assert all(len(m.rows) == 1 if m.weight == 0 else len(m.rows) >= 1 for m in every)
-            if most_rows == 1 and not rule.tokens:
+            if most_rows == 1 and not spec.tokens:
                 assert all(len(m.rows) <= micro_batch for m in every)
 
 
@@ -128,17 +128,19 @@ def gradient(micro_batch, gradients):
 def test_the_weights_make_the_mean_over_the_global_batch(split, most_rows, by_prompt, by_row):
     """Of its pairs, of its rows, or of its prompts, which are means of the one or of the other."""
     size, micro_batch, accumulation, world_size = split
-    units = random_units(size, most_rows, by_row=by_row)
+    groups = random_groups(size, most_rows, by_row=by_row)
     rng = np.random.default_rng(0)
-    gradients = [rng.normal(size=(pairs, 3)) for pairs in pairs_of_rows(len(units.rows), most_rows)]
-    for rule in rules(micro_batch, accumulation, by_prompt=by_prompt):
-        for step in steps_of(units, rule, world_size):
+    gradients = [rng.normal(size=(pairs, 3)) for pairs in pairs_of_rows(len(groups.rows), most_rows)]
+    for spec in rules(micro_batch, accumulation, by_prompt=by_prompt):
+        for step in steps_of(groups, spec, world_size):
             every = [*itertools.chain(*step)]
             rows = set(counted(step))
-            groups = [units.rows_of(u) for u in range(size) if units.rows_of(u)[0] in rows] if by_prompt else [[*rows]]
+            together = (
+                [groups.rows_of(u) for u in range(size) if groups.rows_of(u)[0] in rows] if by_prompt else [[*rows]]
+            )
             parts = [
                 [gradients[row].mean(axis=0, keepdims=by_row) if by_row else gradients[row] for row in group]
-                for group in groups
+                for group in together
             ]
             means = [np.concatenate(part).mean(axis=0) for part in parts]
             assert sum(m.weight for m in every) == pytest.approx(1)
@@ -147,24 +149,24 @@ def test_the_weights_make_the_mean_over_the_global_batch(split, most_rows, by_pr
 
 def test_weights_by_hand():
     # 3 pairs for 2 ranks of 2: one gets two of them, the other the third
-    ((first,), (second,)) = steps_of(units_of([3, 2, 1]), Rule(2), 2)[0]
+    ((first,), (second,)) = steps_of(groups_of([3, 2, 1]), BatchSpec(2), 2)[0]
     assert sorted([(len(m.rows), m.weight) for m in (first, second)]) == [
         (1, pytest.approx(1 / 3)),
         (2, pytest.approx(2 / 3)),
     ]
     # two prompts of 1 and 3 pairs
     more = np.array([2, 3]), *np.array([[5, 5], [8, 9]])
-    units = Units(np.arange(4), np.ones(4, np.int64), np.array([0, 1, 4]), np.array([1, 3]), *more)
-    (((m,),),) = steps_of(units, Rule(2, by_prompt=True), 1)
+    groups = RowGroups(np.arange(4), np.ones(4, np.int64), np.array([0, 1, 4]), np.array([1, 3]), *more)
+    (((m,),),) = steps_of(groups, BatchSpec(2, by_prompt=True), 1)
     weights = dict(zip(m.rows.tolist(), (m.row_weights / m.row_weights.sum()).tolist()))
     assert weights == pytest.approx({0: 1 / 2, 1: 1 / 6, 2: 1 / 6, 3: 1 / 6})
     assert m.weight == 1
     # pairs of 1, 3: shares of 4 on two ranks
-    assert sorted(m.weight for (m,) in steps_of(units, Rule(2), 2)[0]) == [1 / 4, 3 / 4]
+    assert sorted(m.weight for (m,) in steps_of(groups, BatchSpec(2), 2)[0]) == [1 / 4, 3 / 4]
     # one prompt with rows of 1 and 3 pairs beside one with a row of 4: pairs weigh 1/8 each, in a prompt as in none
-    units = Units(np.arange(3), np.array([1, 3, 4]), np.array([0, 2, 3]), np.array([4, 4]), *more)
+    groups = RowGroups(np.arange(3), np.array([1, 3, 4]), np.array([0, 2, 3]), np.array([4, 4]), *more)
     for by_prompt in (False, True):
-        (((m,),),) = steps_of(units, Rule(8, by_prompt=by_prompt), 1)
+        (((m,),),) = steps_of(groups, BatchSpec(8, by_prompt=by_prompt), 1)
         weights = dict(zip(m.rows.tolist(), (m.row_weights / m.row_weights.sum()).tolist()))
         assert weights == pytest.approx({0: 1 / 8, 1: 3 / 8, 2: 1 / 2})
 
@@ -172,32 +174,32 @@ def test_weights_by_hand():
 @unit_rows
 @pytest.mark.parametrize("by_length", [False, True])
 def test_a_step_holds_the_same_however_it_is_split(most_rows, by_length):
-    units = random_units(50, most_rows)
+    groups = random_groups(50, most_rows)
     contents = []
     for (micro_batch, accumulation, world_size), layout, tokens in itertools.product(
         [(8, 1, 1), (4, 2, 1), (2, 1, 4), (1, 2, 4)], LAYOUTS, [0, 100]
     ):
-        rule = Rule(micro_batch, accumulation, layout=layout, tokens=tokens, by_length=by_length)
-        contents.append([counted(step) for step in steps_of(units, rule, world_size)])
+        spec = BatchSpec(micro_batch, accumulation, layout=layout, tokens=tokens, by_length=by_length)
+        contents.append([counted(step) for step in steps_of(groups, spec, world_size)])
     assert len(contents[0]) > 5
     assert all(content == contents[0] for content in contents)
 
 
 def test_a_unit_of_many_pairs_goes_where_most_of_it_lies():
-    units = random_units(200, most_rows=6)
-    pairs = pairs_of_rows(len(units.rows), 6)
-    numbers = [pairs[counted(step)].sum() for step in steps_of(units, Rule(20), 1)]
+    groups = random_groups(200, most_rows=6)
+    pairs = pairs_of_rows(len(groups.rows), 6)
+    numbers = [pairs[counted(step)].sum() for step in steps_of(groups, BatchSpec(20), 1)]
     borders = 20 * np.arange(1, len(numbers))
     assert len(numbers) > 20
-    assert (np.abs(np.cumsum(numbers)[:-1] - borders) <= (units.size.max() + 1) / 2).all()
+    assert (np.abs(np.cumsum(numbers)[:-1] - borders) <= (groups.size.max() + 1) / 2).all()
 
 
 @pytest.mark.parametrize("by_length", [False, True])
 def test_the_order_depends_on_seed_and_epoch_alone(by_length):
-    units = random_units(64)
+    groups = random_groups(64)
 
     def order(**which):
-        steps = steps_of(units, Rule(4, by_length=by_length), 2, **which)
+        steps = steps_of(groups, BatchSpec(4, by_length=by_length), 2, **which)
         return tuple(tuple(counted(step)) for step in steps)
 
     assert order(seed=5, epoch=3) == order(seed=5, epoch=3)
@@ -211,16 +213,16 @@ def test_the_order_depends_on_seed_and_epoch_alone(by_length):
 @pytest.mark.parametrize("tokens", [40, 150, 1000])
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_no_micro_batch_exceeds_the_token_limit(layout, most_rows, tokens, world_size):
-    units = random_units(100, most_rows)
-    steps = steps_of(units, Rule(8, 2, layout=layout, tokens=tokens), world_size)
-    every = [units_in(m, units) for step in steps for m in itertools.chain(*step) if m.weight]
-    assert all(cost(found, units, layout) <= tokens for found in every if len(found) > 1)
+    groups = random_groups(100, most_rows)
+    steps = steps_of(groups, BatchSpec(8, 2, layout=layout, tokens=tokens), world_size)
+    every = [groups_in(m, groups) for step in steps for m in itertools.chain(*step) if m.weight]
+    assert all(cost(found, groups, layout) <= tokens for found in every if len(found) > 1)
     assert any(len(found) > 1 for found in every) or tokens == 40
 
 
 @layouts
 def test_a_wide_token_limit_is_one_micro_batch_of_each_rank(layout):
-    for step in steps_of(random_units(100), Rule(8, 2, layout=layout, tokens=10**6), 3):
+    for step in steps_of(random_groups(100), BatchSpec(8, 2, layout=layout, tokens=10**6), 3):
         assert [len(micro_batches) for micro_batches in step] == [1] * 3
 
 
@@ -234,15 +236,15 @@ def test_a_wide_token_limit_is_one_micro_batch_of_each_rank(layout):
 )
 def test_a_token_limit_by_hand(layout, expected):
     tokens = np.array([5, 10, 1, 6, 5])
-    plan = plan_evaluation(units_of(tokens), Rule(99, layout=layout, tokens=16), 0, 1)
+    plan = plan_evaluation(groups_of(tokens), BatchSpec(99, layout=layout, tokens=16), 0, 1)
     assert [tokens[m.rows].tolist() for m in plan] == expected
 
 
 def test_a_packed_step_takes_no_more_micro_batches_than_its_limit_needs():
     # 9 + 6 + 5 and 8 + 7 + 4; then 9 + 4, 8 + 5 and 7 + 6
-    units = units_of([4, 9, 5, 8, 6, 7])
+    groups = groups_of([4, 9, 5, 8, 6, 7])
     for limit, expected in ((39, 1), (20, 2), (19, 3)):
-        ((micro_batches,),) = steps_of(units, Rule(6, tokens=limit), 1)
+        ((micro_batches,),) = steps_of(groups, BatchSpec(6, tokens=limit), 1)
         assert len(micro_batches) == expected
 
 
@@ -250,13 +252,13 @@ def test_a_packed_step_takes_no_more_micro_batches_than_its_limit_needs():
 @pytest.mark.parametrize(("tokens", "world_size"), [(0, 1), (0, 4), (150, 4)])
 @pytest.mark.parametrize("size", [64, 61, 5])
 def test_packed_ranks_have_about_as_much_to_compute(most_rows, tokens, world_size, size):
-    units = random_units(size, most_rows)
-    rule = Rule(100 // world_size, 3, tokens=tokens)
-    for step in steps_of(units, rule, world_size):
-        found = [units_in(m, units) if m.weight else [] for together in zip(*step) for m in together]
-        loads = [sum(units.tokens[u] for u in part) for part in found]
+    groups = random_groups(size, most_rows)
+    spec = BatchSpec(100 // world_size, 3, tokens=tokens)
+    for step in steps_of(groups, spec, world_size):
+        found = [groups_in(m, groups) if m.weight else [] for together in zip(*step) for m in together]
+        loads = [sum(groups.tokens[u] for u in part) for part in found]
         # a round gives the least loaded the longest: a difference never grows past the longest of the round
-        assert max(loads) - min(loads) <= max(units.tokens[u] for part in found for u in part)
+        assert max(loads) - min(loads) <= max(groups.tokens[u] for part in found for u in part)
         if not tokens:
             assert max(map(len, found)) - min(map(len, found)) <= 1
         assert loads == sorted(loads, reverse=True)  # what runs at the same time: neighbours
@@ -265,29 +267,31 @@ def test_packed_ranks_have_about_as_much_to_compute(most_rows, tokens, world_siz
 def test_balance_by_hand():
     # 9 | 8, then 7 to the 8 and 6 to the 9, then 15 each: 5 | 4
     tokens = np.array([4, 9, 5, 8, 6, 7])
-    (step,) = steps_of(units_of(tokens), Rule(3), 2)
+    (step,) = steps_of(groups_of(tokens), BatchSpec(3), 2)
     assert sorted(sorted(tokens[m.rows].tolist()) for (m,) in step) == [[4, 7, 8], [5, 6, 9]]
 
 
 def test_padded_rows_are_about_as_long_as_their_neighbours():
     tokens = np.array([4, 9, 5, 8, 6, 7])
     for layout in ("shared", "separate"):
-        (step,) = steps_of(units_of(tokens), Rule(1, 3, layout=layout), 2)
+        (step,) = steps_of(groups_of(tokens), BatchSpec(1, 3, layout=layout), 2)
         assert [[tokens[m.rows].tolist() for m in rank] for rank in step] == [[[9], [7], [5]], [[8], [6], [4]]]
 
 
 def test_steps_by_length_hold_similar_lengths_in_random_order():
-    units = units_of(np.random.default_rng(0).integers(1, 1000, 1003))
+    groups = groups_of(np.random.default_rng(0).integers(1, 1000, 1003))
 
     def lengths(by_length, epoch=0):
-        return [units.length[counted(step)] for step in steps_of(units, Rule(8, by_length=by_length), 1, epoch=epoch)]
+        return [
+            groups.length[counted(step)] for step in steps_of(groups, BatchSpec(8, by_length=by_length), 1, epoch=epoch)
+        ]
 
     def spread(steps):
         return np.mean([step.max() - step.min() for step in steps[:-1]])
 
     steps, random = lengths(True), lengths(False)
     assert [len(step) for step in steps] == [8] * 125 + [3]
-    assert sorted(np.concatenate(steps)) == sorted(units.length)
+    assert sorted(np.concatenate(steps)) == sorted(groups.length)
     assert spread(steps) < 0.1 * spread(random)  # 1000 · 8 / 400 and 1000 · 7 / 9
     means = [step.mean() for step in steps]
     assert abs(np.corrcoef(means, range(len(means)))[0, 1]) < 0.3
@@ -298,16 +302,16 @@ def test_steps_by_length_hold_similar_lengths_in_random_order():
 
 @pytest.mark.parametrize("by_length", [False, True])
 def test_no_units_are_no_steps(by_length):
-    for rule in rules(2, 1, by_length=by_length):
-        assert steps_of(random_units(0), rule, 2) == []
+    for spec in rules(2, 1, by_length=by_length):
+        assert steps_of(random_groups(0), spec, 2) == []
 
 
 def test_a_step_can_be_asked_for_alone():
-    units = random_units(100_000)
-    plan = EpochPlan(units, Rule(4, 2), 1, 4, 0, 0)
+    groups = random_groups(100_000)
+    plan = EpochPlan(groups, BatchSpec(4, 2), 1, 4, 0, 0)
     assert len(plan) == 3125  # of 32
     assert [len(m.rows) for m in plan[2500]] == [4, 4]
-    again = EpochPlan(units, Rule(4, 2), 1, 4, 0, 0)
+    again = EpochPlan(groups, BatchSpec(4, 2), 1, 4, 0, 0)
     assert [m.rows.tolist() for m in again[2500]] == [m.rows.tolist() for m in plan[2500]]
     assert [m.rows.tolist() for m in plan[2501]] != [m.rows.tolist() for m in plan[2500]]
 
@@ -327,19 +331,19 @@ def random_rows(seed, prompts=6, texts=7, rows=60):
     return found
 
 
-def sizes(units):
-    return sorted(np.diff(units.starts).tolist(), reverse=True)
+def sizes(groups):
+    return sorted(np.diff(groups.starts).tolist(), reverse=True)
 
 
-def test_single_rows_are_units():
+def test_single_rows_are_groups():
     rows = [*random_rows(0, rows=5), Comparison([1], [[2], [3, 4], [5]], [0, 1], [1, 2], [0.0, 0.0], 0)]
-    units = single_rows(table(rows))
-    assert [units.rows_of(u).tolist() for u in range(len(units))] == [[i] for i in range(6)]
-    assert units.size.tolist() == units.sizes.tolist() == [1] * 5 + [2]
+    groups = single_rows(table(rows))
+    assert [groups.rows_of(u).tolist() for u in range(len(groups))] == [[i] for i in range(6)]
+    assert groups.size.tolist() == groups.sizes.tolist() == [1] * 5 + [2]
     assert single_rows(table(rows), by_row=True).size.tolist() == [1] * 6
-    assert units.texts.tolist() == [2] * 5 + [3]
-    assert units.length.tolist() == [len(c.prompt) + max(map(len, c.responses)) for c in rows]
-    assert units.tokens.tolist() == [c.tokens for c in rows]
+    assert groups.texts.tolist() == [2] * 5 + [3]
+    assert groups.length.tolist() == [len(c.prompt) + max(map(len, c.responses)) for c in rows]
+    assert groups.tokens.tolist() == [c.tokens for c in rows]
 
 
 @pytest.mark.parametrize("limits", [(2, 1), (2, 100), (3, 2), (4, 6), (16, 3), (16, 100)], ids=str)
@@ -347,25 +351,25 @@ def test_single_rows_are_units():
 def test_rows_come_together_by_prompt(limits, seed):
     most_responses, most_pairs = limits
     rows = random_rows(seed)
-    units = rows_by_prompt(table(rows), *limits, seed)
-    assert sorted(units.rows) == list(range(len(rows)))
-    assert len(units.starts) == len(units) + 1
-    for u in range(len(units)):
-        unit = [rows[row] for row in units.rows_of(u)]
-        texts = {(*c.prompt, *response) for c in unit for response in c.responses}
-        assert len({c.prompt_hash for c in unit}) == 1
-        assert 1 <= len(unit) == units.size[u] == units.sizes_of(u).sum() <= most_pairs
-        assert len(texts) == units.texts[u] <= most_responses
-        assert units.length[u] == max(map(len, texts))
-        assert units.tokens[u] == sum(map(len, texts)) - (len(texts) - 1) * len(unit[0].prompt)
-        (merged,) = merge(unit, Layout("packed", 0, most_responses))
-        assert units.tokens[u] == merged.texts.tokens
+    groups = rows_by_prompt(table(rows), *limits, seed)
+    assert sorted(groups.rows) == list(range(len(rows)))
+    assert len(groups.starts) == len(groups) + 1
+    for u in range(len(groups)):
+        group = [rows[row] for row in groups.rows_of(u)]
+        texts = {(*c.prompt, *response) for c in group for response in c.responses}
+        assert len({c.prompt_hash for c in group}) == 1
+        assert 1 <= len(group) == groups.size[u] == groups.sizes_of(u).sum() <= most_pairs
+        assert len(texts) == groups.texts[u] <= most_responses
+        assert groups.length[u] == max(map(len, texts))
+        assert groups.tokens[u] == sum(map(len, texts)) - (len(texts) - 1) * len(group[0].prompt)
+        (merged,) = merge(group, Layout("packed", 0, most_responses))
+        assert groups.tokens[u] == merged.texts.tokens
 
 
 def test_wide_limits_leave_one_unit_a_prompt():
     rows = random_rows(0)
-    units = rows_by_prompt(table(rows), 16, 100, 0)
-    assert len(units) == len({c.prompt_hash for c in rows}) == 6
+    groups = rows_by_prompt(table(rows), 16, 100, 0)
+    assert len(groups) == len({c.prompt_hash for c in rows}) == 6
 
 
 COMPLETE = [*itertools.combinations(range(4), 2)]
@@ -399,18 +403,18 @@ def test_blocks_by_hand(edges, most_responses, most_pairs, expected):
 
 def test_a_complete_graph_is_encoded_once():
     # prompt 2 tokens, responses 1, 2, 3 and 4
-    units = rows_by_prompt(table(graph(COMPLETE)), 4, 6, 0)
-    assert (units.size.tolist(), units.texts.tolist()) == ([6], [4])
-    assert (units.length.tolist(), units.tokens.tolist()) == ([6], [12])
+    groups = rows_by_prompt(table(graph(COMPLETE)), 4, 6, 0)
+    assert (groups.size.tolist(), groups.texts.tolist()) == ([6], [4])
+    assert (groups.length.tolist(), groups.tokens.tolist()) == ([6], [12])
 
 
 def test_more_than_two_responses_stay_apart_from_pairs():
     three = Comparison([1, 2], [[10], [11, 11], [12]], [0, 1], [1, 2], [0.0, 0.0], 0)
-    units = rows_by_prompt(table([*graph(COMPLETE[:2]), three]), 16, 100, 0)
-    found = {tuple(sorted(units.rows_of(u).tolist())): u for u in range(2)}
+    groups = rows_by_prompt(table([*graph(COMPLETE[:2]), three]), 16, 100, 0)
+    found = {tuple(sorted(groups.rows_of(u).tolist())): u for u in range(2)}
     assert set(found) == {(0, 1), (2,)}
     alone = found[2,]
-    assert (units.size[alone], units.texts[alone], units.length[alone], units.tokens[alone]) == (2, 3, 4, 6)
+    assert (groups.size[alone], groups.texts[alone], groups.length[alone], groups.tokens[alone]) == (2, 3, 4, 6)
 
 
 def test_equal_texts_of_two_prompts_stay_apart():
@@ -420,9 +424,9 @@ def test_equal_texts_of_two_prompts_stay_apart():
 def test_a_prompt_cut_in_two_places_is_counted_apart():
     # together 3 + 3 + 9 + 9 tokens, less what they share: nothing
     rows = [pair([1, 2], [3], [4], 0), pair([2] * 8, [3], [4], 0)]
-    units = rows_by_prompt(table(rows), 16, 100, 0)
+    groups = rows_by_prompt(table(rows), 16, 100, 0)
     assert sum(m.texts.tokens for m in merge(rows, Layout("packed", 0, 16))) == 14
-    assert units.tokens.tolist() == [14]
+    assert groups.tokens.tolist() == [14]
 
 
 def test_only_chosen_rows_come():
@@ -435,12 +439,12 @@ def test_only_chosen_rows_come():
 def test_the_blocks_depend_on_the_seed_alone():
     comparisons = table(random_rows(0))
 
-    def units(seed):
+    def groups(seed):
         found = rows_by_prompt(comparisons, 3, 2, seed)
         return found.rows.tolist(), found.starts.tolist()
 
-    assert units(0) == units(0)
-    assert units(0) != units(1)
+    assert groups(0) == groups(0)
+    assert groups(0) != groups(1)
 
 
 def test_many_rows_of_one_prompt():
@@ -454,9 +458,9 @@ def test_many_rows_of_one_prompt():
         "text_lengths": [[1, 1]] * size,
     }
     features = datasets.Features({name: FEATURES[name] for name in columns})
-    units = rows_by_prompt(Comparisons(datasets.Dataset.from_dict(columns, features=features)), 16, 100, 0)
-    assert sorted(units.rows) == list(range(size))
-    assert sizes(units) == [8] * (size // 8)
+    groups = rows_by_prompt(Comparisons(datasets.Dataset.from_dict(columns, features=features)), 16, 100, 0)
+    assert sorted(groups.rows) == list(range(size))
+    assert sizes(groups) == [8] * (size // 8)
 
 
 def answers_to(lengths, prompt_hash=0):
@@ -486,26 +490,26 @@ def mixture(seed, prompts=4, rows=60):
 def test_a_mixture_comes_together_by_prompt(limits, by_row):
     most_responses, most_size, most_tokens = limits
     rows = mixture(0)
-    units = rows_by_prompt(table(rows), most_responses, most_size, 0, most_tokens=most_tokens, by_row=by_row)
-    assert sorted(units.rows) == list(range(len(rows)))
+    groups = rows_by_prompt(table(rows), most_responses, most_size, 0, most_tokens=most_tokens, by_row=by_row)
+    assert sorted(groups.rows) == list(range(len(rows)))
     size_of = [1 if by_row else max(len(c.better), 1) for c in rows]
-    assert units.sizes.tolist() == [size_of[row] for row in units.rows]
-    for u in range(len(units)):
-        unit = [rows[row] for row in units.rows_of(u)]
-        texts = {(*c.prompt, *response) for c in unit for response in c.responses}
-        assert len({c.prompt_hash for c in unit}) == 1
-        assert units.size[u] == sum(units.sizes_of(u)) == sum(size_of[row] for row in units.rows_of(u))
-        assert units.texts[u] == len(texts)
-        assert units.length[u] == max(map(len, texts))
-        (merged,) = merge(unit, Layout("packed", 0))
-        assert units.tokens[u] == merged.texts.tokens
-        if len(unit) > 1:
-            assert units.size[u] <= most_size
-            assert units.texts[u] <= most_responses
-            assert not most_tokens or units.tokens[u] <= most_tokens
+    assert groups.sizes.tolist() == [size_of[row] for row in groups.rows]
+    for u in range(len(groups)):
+        group = [rows[row] for row in groups.rows_of(u)]
+        texts = {(*c.prompt, *response) for c in group for response in c.responses}
+        assert len({c.prompt_hash for c in group}) == 1
+        assert groups.size[u] == sum(groups.sizes_of(u)) == sum(size_of[row] for row in groups.rows_of(u))
+        assert groups.texts[u] == len(texts)
+        assert groups.length[u] == max(map(len, texts))
+        (merged,) = merge(group, Layout("packed", 0))
+        assert groups.tokens[u] == merged.texts.tokens
+        if len(group) > 1:
+            assert groups.size[u] <= most_size
+            assert groups.texts[u] <= most_responses
+            assert not most_tokens or groups.tokens[u] <= most_tokens
     if most_responses == 16 and not most_tokens:  # the pairs of each prompt, and the rest
         kinds = {(c.prompt_hash, len(c.responses) == 2) for c in rows}
-        assert len(units) == len(kinds) == 8
+        assert len(groups) == len(kinds) == 8
 
 
 @pytest.mark.parametrize(
@@ -525,16 +529,16 @@ def test_a_mixture_comes_together_by_prompt(limits, by_row):
 def test_single_answers_by_hand(lengths, most_responses, most_size, most_tokens, expected):
     comparisons, limits = table(answers_to(lengths)), (most_responses, most_size)
     for seed, by_row in enumerate((False, True)):
-        units = rows_by_prompt(comparisons, *limits, seed, most_tokens=most_tokens, by_row=by_row)
-        assert sizes(units) == expected
-        assert units.size.tolist() == np.diff(units.starts).tolist()
+        groups = rows_by_prompt(comparisons, *limits, seed, most_tokens=most_tokens, by_row=by_row)
+        assert sizes(groups) == expected
+        assert groups.size.tolist() == np.diff(groups.starts).tolist()
 
 
 def test_single_answers_of_one_prompt_have_its_tokens_once():
-    units = rows_by_prompt(table([*answers_to([1, 2, 4]), *answers_to([3], 1)]), 16, 100, 0)
-    assert units.texts.tolist() == [3, 1]
-    assert units.length.tolist() == [9, 8]
-    assert units.tokens.tolist() == [5 + 7, 5 + 3]
+    groups = rows_by_prompt(table([*answers_to([1, 2, 4]), *answers_to([3], 1)]), 16, 100, 0)
+    assert groups.texts.tolist() == [3, 1]
+    assert groups.length.tolist() == [9, 8]
+    assert groups.tokens.tolist() == [5 + 7, 5 + 3]
 
 
 @pytest.mark.parametrize(
@@ -544,23 +548,23 @@ def test_single_answers_of_one_prompt_have_its_tokens_once():
         (4, 100, False, [1, 1]),
         (16, 12, False, [2]),  # six pairs each
         (16, 11, False, [1, 1]),
-        (16, 5, False, [1, 1]),  # a row is a unit at least
+        (16, 5, False, [1, 1]),  # a row is a group at least
         (16, 2, True, [2]),
         (16, 1, True, [1, 1]),
     ],
 )
 def test_lists_with_texts_in_common_by_hand(most_responses, most_size, by_row, expected):
     comparisons = table([ranked([0, 1, 2, 3]), ranked([4, 3, 2, 1])])
-    units = rows_by_prompt(comparisons, most_responses, most_size, 0, by_row=by_row)
-    assert sizes(units) == expected
-    assert sorted(units.size.tolist()) == sorted(n * (1 if by_row else 6) for n in expected)
-    assert units.texts.tolist() == ([5] if expected == [2] else [4, 4])
+    groups = rows_by_prompt(comparisons, most_responses, most_size, 0, by_row=by_row)
+    assert sizes(groups) == expected
+    assert sorted(groups.size.tolist()) == sorted(n * (1 if by_row else 6) for n in expected)
+    assert groups.texts.tolist() == ([5] if expected == [2] else [4, 4])
 
 
 def test_pairs_among_lists_fill_blocks_of_their_own():
     rows = [*[ranked([a, b]) for a, b in COMPLETE], ranked([0, 1, 2, 3]), *answers_to([3, 4])]
-    units = rows_by_prompt(table(rows), 16, 100, 0)
-    assert {frozenset(units.rows_of(u).tolist()) for u in range(len(units))} == {
+    groups = rows_by_prompt(table(rows), 16, 100, 0)
+    assert {frozenset(groups.rows_of(u).tolist()) for u in range(len(groups))} == {
         frozenset(range(6)),
         frozenset({6, 7, 8}),
     }
@@ -571,8 +575,8 @@ def test_pairs_among_lists_fill_blocks_of_their_own():
 def test_without_a_judged_pair_every_row_counts_one(by_row, by_prompt):
     comparisons = table([*answers_to(range(1, 5)), *answers_to(range(1, 4), 1), *answers_to([1], 2)])
     with np.errstate(all="raise"):
-        units = rows_by_prompt(comparisons, 16, 100, 0, by_row=by_row)
-        ((micro_batches,),) = steps_of(units, Rule(100, 2, by_prompt=by_prompt), 1)
+        groups = rows_by_prompt(comparisons, 16, 100, 0, by_row=by_row)
+        ((micro_batches,),) = steps_of(groups, BatchSpec(100, 2, by_prompt=by_prompt), 1)
         assert single_rows(comparisons, by_row).size.tolist() == [1] * 8
     assert sum(m.weight for m in micro_batches) == pytest.approx(1)
     found = {}
@@ -585,9 +589,9 @@ def test_without_a_judged_pair_every_row_counts_one(by_row, by_prompt):
 @layouts
 def test_each_row_weighs_the_same_in_the_batches_of_a_step(layout):
     rows = mixture(0)
-    units = rows_by_prompt(table(rows), 8, 4, 0, by_row=True)
-    plans = [EpochPlan(units, Rule(4, 2, layout=layout), rank, 3, 0, 0) for rank in range(3)]
-    loaded = [Loading(rows, plan, Layout(layout, 0)) for plan in plans]
+    groups = rows_by_prompt(table(rows), 8, 4, 0, by_row=True)
+    plans = [EpochPlan(groups, BatchSpec(4, 2, layout=layout), rank, 3, 0, 0) for rank in range(3)]
+    loaded = [PlannedBatches(rows, plan, Layout(layout, 0)) for plan in plans]
     assert len(plans[0]) == 3  # of 24 or so
     for step in range(3):
         batches = [batch for rank in loaded for batch in rank[step]]
@@ -605,7 +609,7 @@ def test_each_row_weighs_the_same_in_the_batches_of_a_step(layout):
 )
 def test_single_answers_are_evaluated_by_prompt(most, expected):
     comparisons = table([*answers_to([9] * 4 + [8]), *answers_to([3, 2], 1), *answers_to([1], 2)])
-    plan = plan_evaluation(rows_by_prompt(comparisons, 16, most, 0), Rule(most), 0, 1)
+    plan = plan_evaluation(rows_by_prompt(comparisons, 16, most, 0), BatchSpec(most), 0, 1)
     assert counted([plan]) == list(range(8))
     assert [comparisons.prompt_hashes()[m.rows].tolist() for m in plan] == expected
     assert [(m.weight, m.row_weights.tolist()) for m in plan] == [(1, [1] * len(part)) for part in expected]
@@ -614,27 +618,27 @@ def test_single_answers_are_evaluated_by_prompt(most, expected):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_tokens_of_a_plan_are_those_of_its_batches(layout):
     rows = [replace(row, prompt_hash=i) for i, row in enumerate(random_rows(0))]  # nothing to merge
-    plan = EpochPlan(single_rows(table(rows)), Rule(4, 2, layout=layout), 0, 1, seed=0, epoch=0)
-    written = [batch.input_ids.numel() for step in Loading(rows, plan, Layout(layout, 0)) for batch in step]
+    plan = EpochPlan(single_rows(table(rows)), BatchSpec(4, 2, layout=layout), 0, 1, seed=0, epoch=0)
+    written = [batch.input_ids.numel() for step in PlannedBatches(rows, plan, Layout(layout, 0)) for batch in step]
     assert plan.tokens(steps=10**6) == sum(written)
     assert plan.tokens(steps=1) == sum(written[:2])
 
 
 def test_one_answer_judged_against_thousands():
     rows = table([pair([], [0], [i], 0) for i in range(1, 3001)])
-    units = rows_by_prompt(rows, 16, 100, 0)
-    assert sorted(units.rows) == list(range(3000))
-    assert sorted(sizes(units)) == [15] * 200
+    groups = rows_by_prompt(rows, 16, 100, 0)
+    assert sorted(groups.rows) == list(range(3000))
+    assert sorted(sizes(groups)) == [15] * 200
 
 
 def test_a_unit_beyond_the_budget_is_alone():
-    units = units_of(np.array([1001, *[10] * 63]))
-    ((micro_batches,),) = steps_of(units, Rule(64, tokens=1000), 1)
+    groups = groups_of(np.array([1001, *[10] * 63]))
+    ((micro_batches,),) = steps_of(groups, BatchSpec(64, tokens=1000), 1)
     assert sorted(len(m.rows) for m in micro_batches) == [1, 63]
 
 
 def test_no_pass_is_empty_because_of_a_small_budget():
-    (step,) = steps_of(units_of(np.full(6, 10)), Rule(3, tokens=1), 2)
+    (step,) = steps_of(groups_of(np.full(6, 10)), BatchSpec(3, tokens=1), 2)
     assert [[len(m.rows) for m in rank] for rank in step] == [[1] * 3] * 2
 
 
@@ -642,23 +646,23 @@ def test_groups_keep_to_a_token_budget():
     """Four answers of 10 to a prompt of 5, all six pairs judged: all in 45 tokens, three of them in 35."""
     rows = table([pair([1] * 5, [a] * 10, [b] * 10, 0) for a, b in itertools.combinations((2, 3, 4, 5), 2)])
     found = {most: rows_by_prompt(rows, 16, 100, 0, most_tokens=most) for most in (45, 44, 35, 1)}
-    assert {most: max(units.tokens) for most, units in found.items()} == {45: 45, 44: 35, 35: 35, 1: 25}
-    assert all(sorted(units.rows) == list(range(6)) for units in found.values())
+    assert {most: max(groups.tokens) for most, groups in found.items()} == {45: 45, 44: 35, 35: 35, 1: 25}
+    assert all(sorted(groups.rows) == list(range(6)) for groups in found.values())
 
 
 @pytest.mark.parametrize("layout", ["shared", "separate"])
 def test_padded_rows_fill_every_rank(layout):
     """160 tokens, or 320, fit one forward pass of 1,000; four ranks share them all the same."""
-    (step,) = steps_of(units_of(np.full(16, 10)), Rule(4, layout=layout, tokens=1000), 4)
+    (step,) = steps_of(groups_of(np.full(16, 10)), BatchSpec(4, layout=layout, tokens=1000), 4)
     assert [[len(m.rows) for m in rank] for rank in step] == [[4]] * 4
 
 
 @pytest.mark.parametrize("layout", ["shared", "separate"])
 def test_padded_units_of_many_pairs_are_spread(layout):
-    """Three units of 8 pairs and eight of one, in four micro-batches of 8 pairs."""
-    units = replace(units_of(np.arange(11, 0, -1)), size=np.array([8] * 3 + [1] * 8))
-    ((micro_batches,),) = steps_of(units, Rule(8, 4, layout=layout), 1)
-    assert [sum(units.size[m.rows]) for m in micro_batches] == [8, 8, 8, 8]
+    """Three groups of 8 pairs and eight of one, in four micro-batches of 8 pairs."""
+    groups = replace(groups_of(np.arange(11, 0, -1)), size=np.array([8] * 3 + [1] * 8))
+    ((micro_batches,),) = steps_of(groups, BatchSpec(8, 4, layout=layout), 1)
+    assert [sum(groups.size[m.rows]) for m in micro_batches] == [8, 8, 8, 8]
 
 
 EVALUATIONS = [(12, 2, 3), (13, 2, 3), (17, 4, 2), (3, 2, 4), (1, 8, 2), (10, 3, 1)]
@@ -667,48 +671,51 @@ EVALUATIONS = [(12, 2, 3), (13, 2, 3), (17, 4, 2), (3, 2, 4), (1, 8, 2), (10, 3,
 @pytest.mark.parametrize(("size", "micro_batch", "world_size"), EVALUATIONS)
 @unit_rows
 def test_an_evaluation_sees_every_row_once(size, micro_batch, world_size, most_rows):
-    units = random_units(size, most_rows)
-    for rule in rules(micro_batch, 1):
-        ranks = [plan_evaluation(units, rule, rank, world_size) for rank in range(world_size)]
-        assert counted(ranks) == list(range(len(units.rows)))
+    groups = random_groups(size, most_rows)
+    for spec in rules(micro_batch, 1):
+        ranks = [plan_evaluation(groups, spec, rank, world_size) for rank in range(world_size)]
+        assert counted(ranks) == list(range(len(groups.rows)))
         assert len({len(plan) for plan in ranks}) == 1
         every = [m for together in zip(*ranks) for m in together]
         fillers = [m for m in every if m.weight == 0]
         assert len(fillers) < world_size
         assert all(len(m.rows) == 1 for m in fillers)
-        if most_rows == 1 and not rule.tokens:
+        if most_rows == 1 and not spec.tokens:
             assert len(every) - len(fillers) == math.ceil(size / micro_batch)
 
 
 @pytest.mark.parametrize(("size", "micro_batch", "world_size"), EVALUATIONS)
 @unit_rows
 def test_an_evaluation_keeps_its_limits(size, micro_batch, world_size, most_rows):
-    units = random_units(size, most_rows)
-    for rule in rules(micro_batch, 1):
-        ranks = [plan_evaluation(units, rule, rank, world_size) for rank in range(world_size)]
+    groups = random_groups(size, most_rows)
+    for spec in rules(micro_batch, 1):
+        ranks = [plan_evaluation(groups, spec, rank, world_size) for rank in range(world_size)]
         parts = [m for together in zip(*ranks) for m in together if m.weight]
         assert {m.weight for m in parts} == {1.0}
-        assert all(m.row_weights.tolist() == units.sizes[m.rows].tolist() for m in parts)
+        assert all(m.row_weights.tolist() == groups.sizes[m.rows].tolist() for m in parts)
         widths = []
-        for found in (units_in(m, units) for m in parts):
-            widths += sorted((rule.width(units)[u] for u in found), reverse=True)
+        for found in (groups_in(m, groups) for m in parts):
+            widths += sorted((spec.width(groups)[u] for u in found), reverse=True)
             if len(found) > 1:
-                assert sum(units.size[u] for u in found) <= micro_batch
-                assert not rule.tokens or cost(found, units, rule.layout) <= rule.tokens
+                assert sum(groups.size[u] for u in found) <= micro_batch
+                assert not spec.tokens or cost(found, groups, spec.layout) <= spec.tokens
         assert widths == sorted(widths, reverse=True)
 
 
 def test_the_longest_come_first():
-    units = units_of([3, 50, 8, 20, 20, 1])
-    assert [m.rows.tolist() for m in plan_evaluation(units, Rule(2), 0, 1)] == [[1, 3], [4, 2], [0, 5]]
-    assert [m.rows.tolist() for m in plan_evaluation(units, Rule(2), 1, 2)] == [[4, 2], [0]]  # a filler: the shortest
+    groups = groups_of([3, 50, 8, 20, 20, 1])
+    assert [m.rows.tolist() for m in plan_evaluation(groups, BatchSpec(2), 0, 1)] == [[1, 3], [4, 2], [0, 5]]
+    assert [m.rows.tolist() for m in plan_evaluation(groups, BatchSpec(2), 1, 2)] == [
+        [4, 2],
+        [0],
+    ]  # a filler: the shortest
 
 
 @layouts
 def test_a_row_is_as_wide_as_its_unit_or_its_longest_text(layout):
     texts, length, tokens = np.array([[2, 5], [9, 4], [10, 12]])
-    units = Units(np.arange(2), np.ones(2), np.arange(3), np.ones(2), texts, length, tokens)
-    (first, second) = plan_evaluation(units, Rule(1, layout=layout), 0, 1)
+    groups = RowGroups(np.arange(2), np.ones(2), np.arange(3), np.ones(2), texts, length, tokens)
+    (first, second) = plan_evaluation(groups, BatchSpec(1, layout=layout), 0, 1)
     assert [*first.rows, *second.rows] == ([0, 1] if layout == "separate" else [1, 0])
 
 

@@ -106,38 +106,44 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Merged:
+class MergedComparison:
     """A prompt and its responses, and which Comparisons they are those of: (position, where its responses are)."""
 
     texts: Comparison
     rows: list[tuple[int, list[int]]]
 
 
-def merge(comparisons: Sequence[Comparison], layout: Layout, units: Sequence[int] | None = None) -> list[Merged]:
+def merge(
+    comparisons: Sequence[Comparison], layout: Layout, groups: Sequence[int] | None = None
+) -> list[MergedComparison]:
     """Join Comparisons of one prompt, so that a response that was judged often is there once.
 
-    Those of one unit are joined first, then any that have the same prompt hash: if they have no more than
+    Those of one group are joined first, then any that have the same prompt hash: if they have no more than
     ``most_responses`` then, no more tokens than apart (a prompt that was cut in two places shares nothing), and, where
     rows are padded, make no row the longest.
 
     Args:
-        units: equal numbers for what was brought together.
+        groups: equal numbers for what was brought together.
     """
     parts = [
-        Merged(Comparison(c.prompt, c.responses, prompt_hash=c.prompt_hash), [(i, list(range(len(c.responses))))])
+        MergedComparison(
+            Comparison(c.prompt, c.responses, prompt_hash=c.prompt_hash), [(i, list(range(len(c.responses))))]
+        )
         for i, c in enumerate(comparisons)
     ]
-    if units is not None:
-        keys = [(unit, c.prompt_hash) for unit, c in zip(units, comparisons)]
+    if groups is not None:
+        keys = [(group, c.prompt_hash) for group, c in zip(groups, comparisons)]
         parts = _join_equals(parts, keys, layout.most_responses)
     keys = [part.texts.prompt_hash for part in parts]
     widest = max(part.texts.tokens for part in parts) if layout.kind == "shared" else None
     return _join_equals(parts, keys, layout.most_responses, widest)
 
 
-def _join_equals(parts: list[Merged], keys: Sequence, most_responses: int, widest: int | None = None) -> list[Merged]:
+def _join_equals(
+    parts: list[MergedComparison], keys: Sequence, most_responses: int, widest: int | None = None
+) -> list[MergedComparison]:
     """Join parts of one key (None: no key) one after the other, as long as the limits allow."""
-    joined: list[Merged] = []
+    joined: list[MergedComparison] = []
     newest: dict[object, int] = {}  # where a key's last one is
     for part, key in zip(parts, keys):
         at = newest.get(key)
@@ -155,7 +161,7 @@ def _join_equals(parts: list[Merged], keys: Sequence, most_responses: int, wides
     return joined
 
 
-def _join(one: Merged, other: Merged) -> Merged:
+def _join(one: MergedComparison, other: MergedComparison) -> MergedComparison:
     texts: dict[tuple[int, ...], int] = {}
     rows: list[tuple[int, list[int]]] = []
     for part in (one, other):
@@ -164,24 +170,24 @@ def _join(one: Merged, other: Merged) -> Merged:
         rows += [(i, [places[k] for k in mine]) for i, mine in part.rows]
     shared = common_prefix(one.texts.prompt, other.texts.prompt)
     responses = [list(text[shared:]) for text in texts]
-    return Merged(Comparison(one.texts.prompt[:shared], responses, prompt_hash=one.texts.prompt_hash), rows)
+    return MergedComparison(Comparison(one.texts.prompt[:shared], responses, prompt_hash=one.texts.prompt_hash), rows)
 
 
 def collate(
     comparisons: Sequence[Comparison],
     layout: Layout,
     weight: float = 1.0,
-    units: Sequence[int] | None = None,
+    groups: Sequence[int] | None = None,
     row_weights: Sequence[float] | None = None,
 ) -> Batch:
     """Merge Comparisons that share a prompt, and write them into rows.
 
     Args:
         weight: of the batch's mean loss in the step's.
-        units: as in :func:`merge`.
+        groups: as in :func:`merge`.
         row_weights: of each Comparison in that mean, in any unit. None: all pairs weigh the same.
     """
-    merged = merge(comparisons, layout, units)
+    merged = merge(comparisons, layout, groups)
     parts = [part.texts for part in merged]
     if row_weights is None:
         row_weights = [max(len(c.better), 1) for c in comparisons]
@@ -192,7 +198,7 @@ def collate(
     return Batch(**_rows([parts] if layout.kind == "packed" else [[c] for c in parts], layout), **judged, weight=weight)
 
 
-def _judged(comparisons, merged: list[Merged], kind: str, shares: np.ndarray) -> dict[str, torch.Tensor]:
+def _judged(comparisons, merged: list[MergedComparison], kind: str, shares: np.ndarray) -> dict[str, torch.Tensor]:
     """What was judged of the responses, in numbers of the merged ones."""
     pairs: list[tuple] = []
     lists: list[tuple[list[int], list[int], float]] = []
@@ -298,7 +304,7 @@ def _rows(rows: list[list[Comparison]], layout: Layout) -> dict[str, torch.Tenso
     return {name: torch.from_numpy(value) for name, value in values.items()}
 
 
-class Loading(Sequence):
+class PlannedBatches(Sequence):
     """The batches of a plan, a list for each of its items, made when they are asked for."""
 
     def __init__(self, comparisons: Sequence[Comparison], plan: Sequence[list[MicroBatch]], layout: Layout):
@@ -309,12 +315,12 @@ class Loading(Sequence):
 
     def __getitem__(self, i: int) -> list[Batch]:
         return [
-            collate([self.comparisons[row] for row in m.rows], self.layout, m.weight, m.units, m.row_weights)
+            collate([self.comparisons[row] for row in m.rows], self.layout, m.weight, m.groups, m.row_weights)
             for m in self.plan[i]
         ]
 
 
-def loader(batches: Loading, on_gpu: bool) -> DataLoader:
+def loader(batches: PlannedBatches, on_gpu: bool) -> DataLoader:
     """Goes through the items in order; beside a GPU, processes of their own make them ready ahead of time."""
     options = {"num_workers": WORKERS, "pin_memory": True} if on_gpu else {}
     own = torch.Generator()  # else it would draw from the numbers that dropout takes

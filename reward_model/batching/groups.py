@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What stays together when rows are dealt out to steps and ranks: one row, or rows of one prompt.
 
-A row of the data is a Comparison. A unit is what stays together. Notation: r rows, u units.
+A row of the data is a Comparison. A group is what stays together. Notation: r rows, g groups.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ CANDIDATES = 64  # texts looked at when a block grows: a prompt may have 100,000
 
 
 @dataclass(frozen=True)
-class Units:
+class RowGroups:
     """What is dealt out.
 
-    rows: the rows of all units, one unit's after the other (r,); sizes: what the batch size counts in each of them, a
-    row or its judged pairs (r,); starts: where each unit begins in these, and the end (u + 1,).
-    size: of each unit; texts: how many; length: tokens of the longest text; tokens: of all, their prompt once. (u,)
+    rows: the rows of all groups, one group's after the other (r,); sizes: what the batch size counts in each of them, a
+    row or its judged pairs (r,); starts: where each group begins in these, and the end (u + 1,).
+    size: of each group; texts: how many; length: tokens of the longest text; tokens: of all, their prompt once. (u,)
     """
 
     rows: np.ndarray
@@ -37,11 +37,11 @@ class Units:
     def __len__(self) -> int:
         return len(self.size)
 
-    def rows_of(self, unit: int) -> np.ndarray:
-        return self.rows[self.starts[unit] : self.starts[unit + 1]]
+    def rows_of(self, group: int) -> np.ndarray:
+        return self.rows[self.starts[group] : self.starts[group + 1]]
 
-    def sizes_of(self, unit: int) -> np.ndarray:
-        return self.sizes[self.starts[unit] : self.starts[unit + 1]]
+    def sizes_of(self, group: int) -> np.ndarray:
+        return self.sizes[self.starts[group] : self.starts[group + 1]]
 
 
 def row_sizes(comparisons: Comparisons, by_row: bool) -> np.ndarray:
@@ -49,11 +49,11 @@ def row_sizes(comparisons: Comparisons, by_row: bool) -> np.ndarray:
     return np.ones(len(comparisons), np.int64) if by_row else np.maximum(comparisons.pairs, 1)
 
 
-def single_rows(comparisons: Comparisons, by_row: bool = False) -> Units:
-    """Every row a unit of its own. ``by_row`` as in :func:`row_sizes`."""
+def single_rows(comparisons: Comparisons, by_row: bool = False) -> RowGroups:
+    """Every row a group of its own. ``by_row`` as in :func:`row_sizes`."""
     size = len(comparisons)
     sizes = row_sizes(comparisons, by_row)
-    return Units(
+    return RowGroups(
         rows=np.arange(size),
         sizes=sizes,
         starts=np.arange(size + 1),
@@ -72,14 +72,14 @@ def rows_by_prompt(
     chosen: np.ndarray | None = None,
     most_tokens: int = 0,
     by_row: bool = False,
-) -> Units:
+) -> RowGroups:
     """Rows of one prompt brought together, so that each of its responses is encoded as few times as possible.
 
-    Every row comes once. Greedy: a unit of pairs grows by the response that completes the most rows with those it has;
+    Every row comes once. Greedy: a group of pairs grows by the response that completes the most rows with those it has;
     lists and single answers are taken as they come.
 
     Args:
-        most_responses, most_size, most_tokens: limits of a unit, which holds one row at least; no tokens: no limit.
+        most_responses, most_size, most_tokens: limits of a group, which holds one row at least; no tokens: no limit.
         by_row: as in :func:`row_sizes`.
         seed: of the order in which ties are broken.
         chosen: these rows only; None: all.
@@ -91,7 +91,7 @@ def rows_by_prompt(
     sizes = row_sizes(comparisons, by_row)
     order = np.random.default_rng(seed).permutation(chosen)
     order = order[np.argsort(prompts[order], kind="stable")]
-    units: list[list[int]] = []
+    groups: list[list[int]] = []
     for rows in np.split(order, np.flatnonzero(np.diff(prompts[order])) + 1) if len(order) else ():
         texts = {int(row): hashes[first[row] : first[row] + counts[row]].tolist() for row in rows}
         prompt = int(comparisons.prompt_tokens[rows].min())
@@ -103,9 +103,9 @@ def rows_by_prompt(
         most = most_tokens - prompt if most_tokens else sum(answers.values())
         pairs = {row: (found[0], found[1]) for row, found in texts.items() if len(found) == 2 and sizes[row] == 1}
         others = {row: found for row, found in texts.items() if row not in pairs}
-        units += _runs(others, answers, sizes, most_responses, most_size, most)
-        units += _blocks(pairs, answers, most_responses, most_size, most)
-    return _measured(comparisons, units, sizes)
+        groups += _runs(others, answers, sizes, most_responses, most_size, most)
+        groups += _blocks(pairs, answers, most_responses, most_size, most)
+    return _measured(comparisons, groups, sizes)
 
 
 def _runs(
@@ -179,19 +179,19 @@ def _blocks(
             yield block
 
 
-def _measured(comparisons: Comparisons, units: list[list[int]], sizes: np.ndarray) -> Units:
+def _measured(comparisons: Comparisons, groups: list[list[int]], sizes: np.ndarray) -> RowGroups:
     hashes, lengths, counts = comparisons.texts()
     first = np.cumsum(counts) - counts
-    count, length, tokens = np.empty((3, len(units)), np.int64)
-    for i, unit in enumerate(units):
-        texts = {int(hashes[t]): int(lengths[t]) for row in unit for t in range(first[row], first[row] + counts[row])}
-        merged = sum(texts.values()) - (len(texts) - 1) * comparisons.prompt_tokens[unit].min()
+    count, length, tokens = np.empty((3, len(groups)), np.int64)
+    for i, group in enumerate(groups):
+        texts = {int(hashes[t]): int(lengths[t]) for row in group for t in range(first[row], first[row] + counts[row])}
+        merged = sum(texts.values()) - (len(texts) - 1) * comparisons.prompt_tokens[group].min()
         count[i], length[i] = len(texts), max(texts.values())
-        tokens[i] = min(merged, comparisons.tokens[unit].sum())
-    counts = [len(unit) for unit in units]
-    rows = np.fromiter((row for unit in units for row in unit), np.int64, sum(counts))
+        tokens[i] = min(merged, comparisons.tokens[group].sum())
+    counts = [len(group) for group in groups]
+    rows = np.fromiter((row for group in groups for row in group), np.int64, sum(counts))
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    return Units(rows, sizes[rows], starts, np.add.reduceat(sizes[rows], starts[:-1]), count, length, tokens)
+    return RowGroups(rows, sizes[rows], starts, np.add.reduceat(sizes[rows], starts[:-1]), count, length, tokens)
 
 
 def rows_to_evaluate(size: int, most: int, seed: int) -> np.ndarray | None:

@@ -21,7 +21,7 @@ from reward_model.common.logging import hushed, say
 
 
 @dataclass(frozen=True)
-class Place:
+class DistributedContext:
     """Rank of this process, how many there are, and its device."""
 
     rank: int
@@ -65,7 +65,7 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(options: argparse.Namespace) -> Place:
+def start(options: argparse.Namespace) -> DistributedContext:
     """Join the other processes.
 
     Raises:
@@ -91,7 +91,7 @@ def start(options: argparse.Namespace) -> Place:
         say("DeepSpeed compiles its communication op, once: about half a minute")
     with hushed(options.debug):
         deepspeed.init_distributed()
-    return Place(
+    return DistributedContext(
         torch.distributed.get_rank(),
         torch.distributed.get_world_size(),
         torch.device(accelerator.current_device_name()),

@@ -63,7 +63,7 @@ FEATURES = datasets.Features(
 
 
 @dataclass(frozen=True)
-class Rules:
+class PreprocessingConfig:
     """How rows become Comparisons.
 
     max_seq_len: longest text in tokens. on_bad_row: ``stop`` or ``skip``. cache: folder for tokenised rows.
@@ -83,7 +83,7 @@ def load_comparisons(
     eval_paths: list[str],
     tokenizer: PreTrainedTokenizerBase,
     special: SpecialTokens,
-    rules: Rules,
+    preprocessing: PreprocessingConfig,
     seed: int,
     data_split: str | None = None,
 ) -> tuple[Comparisons, Comparisons]:
@@ -98,15 +98,19 @@ def load_comparisons(
     train, evaluation, undivided = [], [], []
     for path in train_paths:
         train_sources, eval_sources = read_sources(path, seed, data_split, hold_out=not eval_paths)
-        tokenised = [tokenise(source, tokenizer, special, rules, rules.lack) for source in train_sources]
+        tokenised = [
+            tokenise(source, tokenizer, special, preprocessing, preprocessing.lack) for source in train_sources
+        ]
         if eval_paths or eval_sources:
             train += tokenised
         else:
             undivided += tokenised
         if not eval_paths:
-            evaluation += [tokenise(source, tokenizer, special, rules, nothing_judged) for source in eval_sources]
+            evaluation += [
+                tokenise(source, tokenizer, special, preprocessing, nothing_judged) for source in eval_sources
+            ]
     for path in eval_paths:
-        evaluation += _evaluation_rows(path, tokenizer, special, rules, seed, nothing_judged)
+        evaluation += _evaluation_rows(path, tokenizer, special, preprocessing, seed, nothing_judged)
     if any(len(part) for part in undivided):
         undivided, held_out = _hold_out(undivided, seed)
         train, evaluation = train + undivided, evaluation + held_out
@@ -116,19 +120,23 @@ def load_comparisons(
     return _join(train), _join(evaluation)
 
 
-def load_answers(path: str, tokenizer, special: SpecialTokens, rules: Rules, seed: int) -> Comparisons:
+def load_answers(
+    path: str, tokenizer, special: SpecialTokens, preprocessing: PreprocessingConfig, seed: int
+) -> Comparisons:
     """The rows of a file, or the evaluation rows of a folder or hub name, whether they judge anything or not.
 
     Raises:
         UserError: unreadable data, or a bad row under ``stop``.
     """
-    return _join(_evaluation_rows(path, tokenizer, special, rules, seed, None))
+    return _join(_evaluation_rows(path, tokenizer, special, preprocessing, seed, None))
 
 
-def _evaluation_rows(path: str, tokenizer, special, rules: Rules, seed: int, lack) -> list[Comparisons]:
+def _evaluation_rows(
+    path: str, tokenizer, special, preprocessing: PreprocessingConfig, seed: int, lack
+) -> list[Comparisons]:
     # a folder or hub name stands for its evaluation rows, a file for all of its rows
     first, second = read_sources(path, seed)
-    return [tokenise(source, tokenizer, special, rules, lack) for source in second or first]
+    return [tokenise(source, tokenizer, special, preprocessing, lack) for source in second or first]
 
 
 def nothing_judged(row: Comparison) -> str | None:
@@ -162,13 +170,13 @@ def tokenise(
     source: Source,
     tokenizer: PreTrainedTokenizerBase,
     special: SpecialTokens,
-    rules: Rules,
+    preprocessing: PreprocessingConfig,
     lack: Callable[[Comparison], str | None] | None = None,
 ) -> Comparisons:
     """One source's rows as Comparisons, from the cache if this content was tokenised like this before.
 
     Args:
-        lack: as in :class:`Rules`; None: any row will do.
+        lack: as in :class:`PreprocessingConfig`; None: any row will do.
 
     Raises:
         UserError: a bad row under ``stop``; names the source, the row's number and the reason.
@@ -178,14 +186,14 @@ def tokenise(
         source=replace(source, rows=None, numbers=None),
         tokenizer=tokenizer,
         special=special,
-        max_seq_len=rules.max_seq_len,
+        max_seq_len=preprocessing.max_seq_len,
     )
-    key = _fingerprint(source, tokenizer, special, rules)
-    rules.cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+    key = _fingerprint(source, tokenizer, special, preprocessing)
+    preprocessing.cache.mkdir(parents=True, exist_ok=True, mode=0o700)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    processes = rules.processes or min(cores, len(source.rows) // ROWS_PER_PROCESS)
+    processes = preprocessing.processes or min(cores, len(source.rows) // ROWS_PER_PROCESS)
     # whoever comes first on this machine does the work, the others wait here and then read the cache
-    with FileLock(rules.cache / f"{key}.lock"):
+    with FileLock(preprocessing.cache / f"{key}.lock"):
         table = source.rows.map(
             work,
             batched=True,
@@ -193,14 +201,14 @@ def tokenise(
             remove_columns=source.rows.column_names,
             features=FEATURES,
             new_fingerprint=key,
-            cache_file_name=str(rules.cache / f"{key}.arrow"),
+            cache_file_name=str(preprocessing.cache / f"{key}.arrow"),
             desc=f"tokenising {os.path.basename(source.name)}",
         )
-    return Comparisons(_without_bad_rows(source, table, rules, lack))
+    return Comparisons(_without_bad_rows(source, table, preprocessing, lack))
 
 
-def _fingerprint(source: Source, tokenizer, special: SpecialTokens, rules: Rules) -> str:
-    """A name for the tokenised rows: content of the source, the tokenizer's own files, the rules, and this code."""
+def _fingerprint(source: Source, tokenizer, special: SpecialTokens, preprocessing: PreprocessingConfig) -> str:
+    """A name for the tokenised rows: content of the source, the tokenizer's own files, the config, and this code."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
     parts = [
@@ -209,13 +217,15 @@ def _fingerprint(source: Source, tokenizer, special: SpecialTokens, rules: Rules
         vocabulary,
         tokenizer.chat_template,
         [special.end, sorted(special.endings), sorted(special.starts)],
-        rules.max_seq_len,
+        preprocessing.max_seq_len,
         *[Path(module.__file__).read_text(encoding="utf-8") for module in CODE],
     ]
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:32]
 
 
-def _without_bad_rows(source: Source, table: datasets.Dataset, rules: Rules, lack) -> datasets.Dataset:
+def _without_bad_rows(
+    source: Source, table: datasets.Dataset, preprocessing: PreprocessingConfig, lack
+) -> datasets.Dataset:
     problems = np.array(table["problem"][:], dtype=object)
     if lack is not None:
         judged = ("better", "worse", "margin", "rating", "probability", "ranks", "targets")
@@ -223,7 +233,7 @@ def _without_bad_rows(source: Source, table: datasets.Dataset, rules: Rules, lac
         rows = (row for part in parts for row in part.to_pylist())
         problems = np.array([p or _lacking(lack, Comparison([], [], **row)) for p, row in zip(problems, rows)], object)
     bad = np.flatnonzero(problems != None)  # noqa: E711  (elementwise)
-    if len(bad) and rules.on_bad_row == "stop":
+    if len(bad) and preprocessing.on_bad_row == "stop":
         advice = f"{len(bad)} of {len(problems)} rows cannot be used; --on_bad_row skip leaves them out"
         if len(bad) == len(problems):
             advice = f"none of the {len(problems)} rows can be used"
@@ -232,7 +242,7 @@ def _without_bad_rows(source: Source, table: datasets.Dataset, rules: Rules, lac
         say(f"{source.name}: skipped {count} of {len(problems)} rows: {reason}")
     good = table.select(np.flatnonzero(problems == None)) if len(bad) else table  # noqa: E711
     cut = int(np.sum(good["cut"][:]))
-    note = f", {cut} with the prompt cut from the left to fit {rules.max_seq_len} tokens" if cut else ""
+    note = f", {cut} with the prompt cut from the left to fit {preprocessing.max_seq_len} tokens" if cut else ""
     say(f"{source.name}: {len(good)} rows{note}")
     return good
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from reward_model.batching.collate import Batch
-from reward_model.common.distributed import Place, gather_rows
+from reward_model.common.distributed import DistributedContext, gather_rows
 from reward_model.common.progress import progress
 from reward_model.evaluation.metrics import pair_metrics, point_metrics
 from reward_model.models.forward import ForwardPass
@@ -35,7 +35,9 @@ class Evaluation:
 
 
 @torch.no_grad()
-def score_batches(forward: ForwardPass, batches: Iterable[list[Batch]], place: Place, read: Read) -> list[np.ndarray]:
+def score_batches(
+    forward: ForwardPass, batches: Iterable[list[Batch]], context: DistributedContext, read: Read
+) -> list[np.ndarray]:
     """Score batches on all ranks, each row once, and put together what is read of each.
 
     Args:
@@ -47,7 +49,7 @@ def score_batches(forward: ForwardPass, batches: Iterable[list[Batch]], place: P
     """
     forward.module.eval()
     found = []
-    for (batch,) in progress(batches, desc="evaluating", unit="batch", leave=False, disable=not place.is_first):
+    for (batch,) in progress(batches, desc="evaluating", unit="batch", leave=False, disable=not context.is_first):
         batch = batch.to(forward.device)
         tables = read(batch, forward(batch, batch.ends))
         found.append([table if batch.weight else table[:0] for table in tables])
@@ -55,14 +57,14 @@ def score_batches(forward: ForwardPass, batches: Iterable[list[Batch]], place: P
 
 
 def evaluate(
-    forward: ForwardPass, objective: Objective, batches: Iterable[list[Batch]], place: Place
+    forward: ForwardPass, objective: Objective, batches: Iterable[list[Batch]], context: DistributedContext
 ) -> Evaluation | None:
     """Metrics of the whole set, however many ranks share it; None: a score is not finite."""
 
     def read(batch: Batch, scores: torch.Tensor) -> list[torch.Tensor]:
         return read_judged(batch, scores, objective, forward.thresholds)
 
-    pairs, points, hits = score_batches(forward, batches, place, read)
+    pairs, points, hits = score_batches(forward, batches, context, read)
     if not (np.isfinite(pairs).all() and np.isfinite(points[:, 0]).all()):
         return None
     metrics, scores = {}, {}

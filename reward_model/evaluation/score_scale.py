@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from reward_model.batching.collate import Batch
-from reward_model.common.distributed import Place
+from reward_model.common.distributed import DistributedContext
 from reward_model.evaluation.evaluate import score_batches
 from reward_model.models.forward import ForwardPass
 from reward_model.models.scorer import Scorer, divide_head, gathered
@@ -25,15 +25,15 @@ class Spread:
     std: float
 
 
-def measure(forward: ForwardPass, batches: Iterable[list[Batch]], place: Place) -> Spread:
+def measure(forward: ForwardPass, batches: Iterable[list[Batch]], context: DistributedContext) -> Spread:
     """The spread of the scores of all answers."""
-    (scores,) = score_batches(forward, batches, place, lambda batch, scores: [scores[batch.answers]])
+    (scores,) = score_batches(forward, batches, context, lambda batch, scores: [scores[batch.answers]])
     scores = scores.astype(np.float64)
     return Spread(len(scores), float(scores.mean()), float(scores.std()))
 
 
 def normalize(
-    forward: ForwardPass, batches: Callable[[], Iterable[list[Batch]]], place: Place
+    forward: ForwardPass, batches: Callable[[], Iterable[list[Batch]]], context: DistributedContext
 ) -> tuple[Spread, Spread]:
     """Give the scores of reference rows standard deviation 1, and write mean and divisor to the config.
 
@@ -47,10 +47,10 @@ def normalize(
         The spread before and after.
     """
     scorer = forward.scorer
-    before = measure(forward, batches(), place)
+    before = measure(forward, batches(), context)
     scale = before.std or 1.0  # equal scores have no spread to be given
     divide_head(scorer, scale)
-    after = measure(forward, batches(), place)
+    after = measure(forward, batches(), context)
     scorer.config.score_mean, scorer.config.score_std = after.mean, scale
     return before, after
 

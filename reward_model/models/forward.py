@@ -16,13 +16,13 @@ import torch
 from reward_model.batching.collate import Batch, Layout
 from reward_model.models import shared_prefix
 from reward_model.models.scorer import Scorer, embedding_rows
-from reward_model.models.shared_prefix import SEPARATE, Way
+from reward_model.models.shared_prefix import SEPARATE, AttentionBackend
 
 
 class ForwardPass:
     """What computes the scores of a batch.
 
-    attention: the way in which responses share their prompt; separate rows until another is chosen.
+    attention: how responses share their prompt; separate rows until another backend is chosen.
     thresholds: those that an ordinal loss has learned, as of the last call; None: there are none.
     """
 
@@ -53,7 +53,7 @@ class ForwardPass:
         """Of the batches that the attention wants."""
         return Layout(self.attention.layout, self.pad, self.most_responses, self.attention.multiple)
 
-    def use(self, attention: Way) -> None:
+    def use(self, attention: AttentionBackend) -> None:
         """Take another attention from now on; what is saved should name none of ours, hence SEPARATE before that."""
         self.attention = attention
         self.scorer.backbone.set_attn_implementation(attention.attention or self.own_attention)
@@ -77,7 +77,7 @@ class ForwardPass:
 
     @torch.no_grad()
     def choose_attention(self, longest: int) -> str:
-        """Take the fastest way to share prompts that this model computes rightly; all ranks take the same.
+        """Take the fastest attention backend by which this model shares prompts rightly; all ranks take the same.
 
         Args:
             longest: tokens of the longest text that will come.
@@ -91,14 +91,14 @@ class ForwardPass:
         elif longest > shared_prefix.window(self.scorer.config):
             said = f"prompts are not shared: the longest text, {longest} tokens, is beyond the attention's window"
         else:
-            ways = shared_prefix.ON_CUDA if on_gpu else shared_prefix.ON_CPU
+            backends = shared_prefix.ON_CUDA if on_gpu else shared_prefix.ON_CPU
             ids = np.random.default_rng(0).integers(embedding_rows(self.scorer), size=60).tolist()
             with torch.random.fork_rng([self.device] if on_gpu else []):
-                chosen, said = shared_prefix.choose(ways, self._small_states, self.dtype, ids, self.pad)
+                chosen, said = shared_prefix.choose(backends, self._small_states, self.dtype, ids, self.pad)
         self.use(chosen)
         return said
 
-    def _small_states(self, batch: Batch, attention: Way, training: bool) -> torch.Tensor:
+    def _small_states(self, batch: Batch, attention: AttentionBackend, training: bool) -> torch.Tensor:
         """The hidden state at each response's end, (n, h)."""
         self.use(attention)
         self.module.train(training)

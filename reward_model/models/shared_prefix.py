@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention for responses that share a prompt in one row: each sees the prompt and itself.
 
-Three ways give a model that attention, each through what it takes as its 4-D attention mask; which of them a model
+Three backends give a model that attention, each through what it takes as its 4-D attention mask; which of them a model
 takes, if any, is tried out on the model itself.
 
 - ``slices``: all comparisons in one row, one product of queries and keys per segment. No pads, no mask of s² numbers.
@@ -30,14 +30,14 @@ from reward_model.data.comparisons import Comparison
 SLICES = "reward_model_slices"  # its name among Transformers' attention functions
 BLOCK = 128  # FlexAttention's blocks; rows of a multiple of it also mean fewer shapes to compile for
 
-# Largest relative difference of two ways to compute one hidden state: rounding over many layers, not a wrong mask
+# Largest relative difference of one hidden state by two backends: rounding over many layers, not a wrong mask
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 LEAK = 1e-5  # the same sums with other numbers behind the mask: these differ by nothing, or by a kernel's order
 
 
 @dataclass(frozen=True)
-class Way:
-    """One of the ways above, or separate rows.
+class AttentionBackend:
+    """One of the backends above, or separate rows.
 
     name: as in the head of this file. layout: of the batches that it wants. attention: the name under which
     Transformers knows its attention function; None: the one that the model came with.
@@ -49,32 +49,32 @@ class Way:
     multiple: int = 1
 
 
-SEPARATE = Way("separate", "separate")
-DENSE = Way("dense", "shared")
-ON_CPU = (Way("slices", "packed", SLICES), DENSE)
-ON_CUDA = (Way("flex", "packed", "flex_attention", multiple=BLOCK), DENSE)
+SEPARATE = AttentionBackend("separate", "separate")
+DENSE = AttentionBackend("dense", "shared")
+ON_CPU = (AttentionBackend("slices", "packed", SLICES), DENSE)
+ON_CUDA = (AttentionBackend("flex", "packed", "flex_attention", multiple=BLOCK), DENSE)
 
 
-def attention_mask(batch: Batch, way: Way, dtype: torch.dtype) -> torch.Tensor:
+def attention_mask(batch: Batch, backend: AttentionBackend, dtype: torch.dtype) -> torch.Tensor:
     """What the model is given as its attention mask.
 
     Returns:
         (b, s) of ones and zeros for separate rows; ``slices``: the batch's sizes as (1, 1, 1, m); ``flex``: a
         BlockMask; ``dense``: (b, 1, s, s), 0 where a token sees another and −inf elsewhere, in ``dtype``.
     """
-    if way.name == "separate":
+    if backend.name == "separate":
         return batch.attention_mask
-    if way.name == "slices":
+    if backend.name == "slices":
         return batch.sizes[None, None, None]
-    if way.name == "flex":
+    if backend.name == "flex":
         return _block_mask(batch)
     rows, size = batch.input_ids.shape
     row, index = (torch.arange(n, device=batch.input_ids.device) for n in (rows, size))
-    sees = _rule(batch.comparison, batch.response)(row[:, None, None], None, index[:, None], index)
+    sees = _visibility(batch.comparison, batch.response)(row[:, None, None], None, index[:, None], index)
     return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill(~sees, -math.inf)[:, None]
 
 
-def _rule(comparison: torch.Tensor, response: torch.Tensor) -> Callable[..., torch.Tensor]:
+def _visibility(comparison: torch.Tensor, response: torch.Tensor) -> Callable[..., torch.Tensor]:
     """Whether a query sees a key: an earlier token, or itself, of the prompt or of its own response."""
 
     def sees(row, head, query, key):
@@ -89,10 +89,10 @@ def _block_mask(batch: Batch):
     from torch.nn.attention.flex_attention import create_block_mask
 
     rows, size = batch.input_ids.shape
-    rule, device = _rule(batch.comparison, batch.response), batch.input_ids.device
+    sees, device = _visibility(batch.comparison, batch.response), batch.input_ids.device
     # compiled, it never holds all s² answers
     return create_block_mask(
-        rule, B=rows, H=None, Q_LEN=size, KV_LEN=size, device=device, _compile=device.type == "cuda"
+        sees, B=rows, H=None, Q_LEN=size, KV_LEN=size, device=device, _compile=device.type == "cuda"
     )
 
 
@@ -165,31 +165,34 @@ def window(config: PretrainedConfig) -> float:
     return min([getattr(config, name, None) or math.inf for name in used], default=math.inf)
 
 
-Hidden = Callable[[Batch, Way, bool], torch.Tensor]  # … and whether in training: states at the responses' ends (n, h)
+# a batch, and whether in training → states at the responses' ends (n, h)
+Hidden = Callable[[Batch, AttentionBackend, bool], torch.Tensor]
 
 
-def choose(ways: Sequence[Way], hidden: Hidden, dtype: torch.dtype, ids: Sequence[int], pad: int) -> tuple[Way, str]:
-    """The first of some ways in which the model gives the states of separate rows, on every rank; else separate rows.
+def choose(
+    backends: Sequence[AttentionBackend], hidden: Hidden, dtype: torch.dtype, ids: Sequence[int], pad: int
+) -> tuple[AttentionBackend, str]:
+    """The first of some backends by which the model gives the states of separate rows, on every rank; else SEPARATE.
 
     Args:
         hidden, ids, pad: of :func:`disagreement`. dtype: the model's.
 
     Returns:
-        The way, and a line that says which and why.
+        The backend, and a line that says which and why.
     """
     faults = []
-    for way in ways:
-        fault = first_text(_fault(way, hidden, TOLERANCES[dtype], ids, pad))
+    for backend in backends:
+        fault = first_text(_fault(backend, hidden, TOLERANCES[dtype], ids, pad))
         if not fault:
-            return way, f"prompts are shared ({way.name} attention)"
-        faults.append(f"{way.name}: {fault}")
+            return backend, f"prompts are shared ({backend.name} attention)"
+        faults.append(f"{backend.name}: {fault}")
     return SEPARATE, f"prompts are not shared, each answer has a row of its own ({'; '.join(faults)})"
 
 
-def _fault(way: Way, hidden: Hidden, tolerance: float, ids: Sequence[int], pad: int) -> str:
+def _fault(backend: AttentionBackend, hidden: Hidden, tolerance: float, ids: Sequence[int], pad: int) -> str:
     try:
-        difference, leak = disagreement(hidden, way, ids, pad)
-        disagreement(hidden, way, ids, pad, training=True)  # some models refuse only there, for their dropout
+        difference, leak = disagreement(hidden, backend, ids, pad)
+        disagreement(hidden, backend, ids, pad, training=True)  # some models refuse only there, for their dropout
     except Exception as error:  # in whatever manner a model refuses
         return first_line(error) or type(error).__name__
     if not difference <= tolerance:
@@ -197,8 +200,10 @@ def _fault(way: Way, hidden: Hidden, tolerance: float, ids: Sequence[int], pad: 
     return "" if leak <= LEAK else f"an answer moves another's score by {leak:.1g}"
 
 
-def disagreement(hidden: Hidden, way: Way, ids: Sequence[int], pad: int, training: bool = False) -> tuple[float, float]:
-    """How far a way is from separate rows, on two small comparisons.
+def disagreement(
+    hidden: Hidden, backend: AttentionBackend, ids: Sequence[int], pad: int, training: bool = False
+) -> tuple[float, float]:
+    """How far a backend is from separate rows, on two small comparisons.
 
     Args:
         hidden: runs the model, in training or not.
@@ -216,12 +221,12 @@ def disagreement(hidden: Hidden, way: Way, ids: Sequence[int], pad: int, trainin
             Comparison(ids[33:37], [ids[37:40], ids[40:49]], better=[0], worse=[1], margin=[0.0]),
         ]
 
-    def states(first: list[int], chosen: Way) -> torch.Tensor:
+    def states(first: list[int], chosen: AttentionBackend) -> torch.Tensor:
         layout = Layout(chosen.layout, pad, multiple=chosen.multiple)
         return hidden(collate(comparisons(first), layout), chosen, training).double()
 
-    separate, together = states(ids[9:16], SEPARATE), states(ids[9:16], way)
-    changed = states(ids[50:57], way)[1:]  # all but the response that is another one now
+    separate, together = states(ids[9:16], SEPARATE), states(ids[9:16], backend)
+    changed = states(ids[50:57], backend)[1:]  # all but the response that is another one now
     size = separate.norm(dim=1)
     return float(((together - separate).norm(dim=1) / size).max()), float(
         ((changed - together[1:]).norm(dim=1) / size[1:]).max()

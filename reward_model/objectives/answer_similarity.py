@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
 from reward_model.common import distributed
-from reward_model.common.distributed import Place
+from reward_model.common.distributed import DistributedContext
 from reward_model.common.errors import UserError, first_line
 from reward_model.common.logging import say
 from reward_model.data.comparisons import Comparisons
@@ -22,7 +22,7 @@ ROWS = 1_000  # whose texts are held at a time
 
 
 def with_cosines(
-    comparisons: Comparisons, tokenizer: PreTrainedTokenizerBase, encoder: str, place: Place
+    comparisons: Comparisons, tokenizer: PreTrainedTokenizerBase, encoder: str, context: DistributedContext
 ) -> Comparisons:
     """Comparisons with a cosine for each judged pair. Every rank embeds a part of them.
 
@@ -35,12 +35,12 @@ def with_cosines(
     """
     try:
         words = AutoTokenizer.from_pretrained(encoder)
-        model = AutoModel.from_pretrained(encoder, dtype=torch.float32).to(place.device).eval()
+        model = AutoModel.from_pretrained(encoder, dtype=torch.float32).to(context.device).eval()
     except Exception as error:  # OSError, ValueError, KeyError: missing, unreachable, unknown architecture
         raise UserError(f"--prior_model {encoder}: {first_line(error)}") from error
     longest = min(words.model_max_length, getattr(model.config, "max_position_embeddings", None) or 512)
     order = np.argsort(comparisons.prompt_hashes(), kind="stable")  # answers that come again, one after the other
-    mine = np.array_split(order, place.world_size)[place.rank]
+    mine = np.array_split(order, context.world_size)[context.rank]
     found = [
         _cosines([comparisons[row] for row in rows], tokenizer, words, model, longest)
         for rows in np.array_split(mine, max(1, len(mine) // ROWS))

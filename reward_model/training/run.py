@@ -15,13 +15,13 @@ from transformers import PreTrainedTokenizerBase, set_seed
 import reward_model
 from reward_model.batching.planner import Planner
 from reward_model.common import distributed
-from reward_model.common.distributed import Place
+from reward_model.common.distributed import DistributedContext
 from reward_model.common.errors import UserError
 from reward_model.common.logging import say
 from reward_model.config.deepspeed import build_config
 from reward_model.config.options import cache_folder, explain_inherited, refuse_used_folder
 from reward_model.data.comparisons import Comparisons
-from reward_model.data.preprocessing import Rules, load_answers, load_comparisons
+from reward_model.data.preprocessing import PreprocessingConfig, load_answers, load_comparisons
 from reward_model.data.tokenizer import SpecialTokens, choose_special_tokens, load_tokenizer
 from reward_model.evaluation import pictures, score_scale
 from reward_model.evaluation.evaluate import summary
@@ -49,26 +49,26 @@ def run(options: argparse.Namespace) -> None:
     folder = Path(options.output_dir) if options.output_dir else None
     if folder:
         refuse_used_folder(folder)
-    place = distributed.start(options)
+    context = distributed.start(options)
     explain_inherited(options)
     options.dtype = options.dtype or distributed.default_dtype()
     distributed.require_dtype(options.dtype)
     set_seed(options.seed)
     config = read_config(options.model_name_or_path)
     text = config.get_text_config()
-    ds_config = build_config(options, place.world_size, text.hidden_size, text.vocab_size)
+    ds_config = build_config(options, context.world_size, text.hidden_size, text.vocab_size)
     distributed.require_zero(ds_config["zero_optimization"], options.nvme_path)
     objective = Objective(options)
-    data = load_data(options, text, objective, place)
-    trainer = prepare(options, place, objective, data, ds_config, folder)
+    data = load_data(options, text, objective, context)
+    trainer = prepare(options, context, objective, data, ds_config, folder)
     trainer.train()
     keep_scale(trainer, data.reference)
     trainer.forward.use(SEPARATE)  # what is saved names no attention of ours
     trainer.engine.empty_partition_cache()  # ZeRO 3 may be fetching ahead, and gathers no weight twice
     if folder:
         scorer = trainer.forward.scorer
-        saving.save(scorer, data.tokenizer, folder, options.save_format, is_writer=place.is_first)
-        if place.is_first:
+        saving.save(scorer, data.tokenizer, folder, options.save_format, is_writer=context.is_first)
+        if context.is_first:
             pictures.draw(folder / "metrics.jsonl", folder / "report.png", trainer.last.scores)
     summarize(trainer, folder)
     torch.distributed.barrier()
@@ -91,7 +91,7 @@ class Data:
     longest: int
 
 
-def load_data(options: argparse.Namespace, config, objective: Objective, place: Place) -> Data:
+def load_data(options: argparse.Namespace, config, objective: Objective, context: DistributedContext) -> Data:
     """Read and tokenise what the flags name, and check that the objective can learn from it.
 
     Args:
@@ -102,7 +102,7 @@ def load_data(options: argparse.Namespace, config, objective: Objective, place: 
     """
     tokenizer = load_tokenizer(options.model_name_or_path, options.add_eot_token)
     special = choose_special_tokens(tokenizer, config.vocab_size, int(options.add_eot_token))
-    rules = Rules(
+    preprocessing = PreprocessingConfig(
         max_seq_len=options.max_seq_len,
         on_bad_row=options.on_bad_row,
         cache=cache_folder(options),
@@ -110,18 +110,18 @@ def load_data(options: argparse.Namespace, config, objective: Objective, place: 
         lack=objective.lack,
     )
     train, evaluation = load_comparisons(
-        options.data_path, options.eval_data_path, tokenizer, special, rules, options.seed, options.data_split
+        options.data_path, options.eval_data_path, tokenizer, special, preprocessing, options.seed, options.data_split
     )
     objective.require_rows(train)
     known = {None: None, "train": train, "eval": evaluation}
     if options.normalize_scores in known:
         reference = known[options.normalize_scores]
     else:
-        reference = load_answers(options.normalize_scores, tokenizer, special, rules, options.seed)
+        reference = load_answers(options.normalize_scores, tokenizer, special, preprocessing, options.seed)
     longest = int(max(part.lengths.max() for part in (train, evaluation, reference) if part is not None))
     require_positions(config, tokenizer, longest)
     if "prior_cosine" in objective.kinds:
-        train = answer_similarity.with_cosines(train, tokenizer, options.prior_model, place)
+        train = answer_similarity.with_cosines(train, tokenizer, options.prior_model, context)
     return Data(tokenizer, special, train, evaluation, reference, longest)
 
 
@@ -136,7 +136,12 @@ def require_positions(config, tokenizer, longest: int) -> None:
 
 
 def prepare(
-    options: argparse.Namespace, place: Place, objective: Objective, data: Data, ds_config: dict, folder: Path | None
+    options: argparse.Namespace,
+    context: DistributedContext,
+    objective: Objective,
+    data: Data,
+    ds_config: dict,
+    folder: Path | None,
 ) -> Trainer:
     """The model, its engine and everything around them, ready to train."""
     thresholds = objective.start_thresholds(data.train)
@@ -148,19 +153,19 @@ def prepare(
     if thresholds is not None:
         scorer.thresholds = Thresholds(thresholds, DTYPES[options.dtype])
     if folder:
-        open_folder(folder, place, scorer, options)
-    planner = Planner(options, place, objective.by_row)
-    most = options.eval_iters * options.per_device_eval_batch_size * place.world_size
+        open_folder(folder, context, scorer, options)
+    planner = Planner(options, context, objective.by_row)
+    most = options.eval_iters * options.per_device_eval_batch_size * context.world_size
     groups = planner.training_groups(data.train), planner.evaluation_groups(data.evaluation, most)
     steps = sum(len(planner.epoch(groups[0], epoch, SEPARATE.layout)) for epoch in range(options.num_train_epochs))
     engine = start_engine(options, scorer, ds_config, steps)
     del partitioned
-    torch.manual_seed(options.seed + place.rank)  # dropout: another stream on each rank
-    device, dtype = place.device, DTYPES[options.dtype]
+    torch.manual_seed(options.seed + context.rank)  # dropout: another stream on each rank
+    device, dtype = context.device, DTYPES[options.dtype]
     forward = ForwardPass(engine, scorer, dtype, device, data.special.pad, options.max_responses)
-    records = Records(folder, engine.monitor, place.is_first)
+    records = Records(folder, engine.monitor, context.is_first)
     rows = data.train, data.evaluation
-    trainer = Trainer(options, place, engine, forward, objective, planner, records, rows, groups, steps)
+    trainer = Trainer(options, context, engine, forward, objective, planner, records, rows, groups, steps)
     say(described(trainer, ds_config["train_batch_size"]))
     say(forward.choose_attention(data.longest))
     for line in planner.advice(groups[0], forward.layout.kind):
@@ -170,14 +175,14 @@ def prepare(
     return trainer
 
 
-def open_folder(folder: Path, place: Place, scorer: Scorer, options: argparse.Namespace) -> None:
+def open_folder(folder: Path, context: DistributedContext, scorer: Scorer, options: argparse.Namespace) -> None:
     """Make the output folder, and write the flags into it, while an error costs nothing yet.
 
     Raises:
         UserError: it cannot be made, or there is no room for the model.
     """
     size = sum(count(p) for p in scorer.parameters()) * torch.finfo(DTYPES[options.dtype]).bits // 8
-    if place.is_first:
+    if context.is_first:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -190,7 +195,7 @@ def open_folder(folder: Path, place: Place, scorer: Scorer, options: argparse.Na
 
 def described(trainer: Trainer, global_batch: int) -> str:
     """What is going to be done, in a line."""
-    options, place, by_row = trainer.options, trainer.place, trainer.objective.by_row
+    options, context, by_row = trainer.options, trainer.context, trainer.objective.by_row
     sizes = [(0 if by_row else part.pairs.sum()) or len(part) for part in (trainer.train_set, trainer.eval_set)]
     what = "rows" if by_row else "pairs"
     elements = "prompts" if options.batch_element == "prompt" else what
@@ -198,8 +203,8 @@ def described(trainer: Trainer, global_batch: int) -> str:
     return (
         f"{sizes[0]} training {what}{brought}, {sizes[1]} held out; global batch {global_batch} = "
         f"{options.per_device_train_batch_size} {elements} × {options.gradient_accumulation_steps} accumulated × "
-        f"{place.world_size} {'process' if place.world_size == 1 else 'processes'}; {trainer.total_steps} steps; "
-        f"{place.device.type}, {options.dtype}, ZeRO {options.zero_stage}{', offload' if options.offload else ''}"
+        f"{context.world_size} {'process' if context.world_size == 1 else 'processes'}; {trainer.total_steps} steps; "
+        f"{context.device.type}, {options.dtype}, ZeRO {options.zero_stage}{', offload' if options.offload else ''}"
     )
 
 
@@ -210,7 +215,7 @@ def keep_scale(trainer: Trainer, reference: Comparisons | None) -> None:
         groups = planner.evaluation_groups(reference, ROWS_TO_NORMALISE_BY)
         plan = planner.evaluation(groups, forward.layout.kind)
         before, after = score_scale.normalize(
-            forward, lambda: planner.load(reference, plan, forward.layout), trainer.place
+            forward, lambda: planner.load(reference, plan, forward.layout), trainer.context
         )
         scale = forward.scorer.config.score_std
         trainer.records.add(

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from reward_model.batching.collate import Batch
 from reward_model.common import distributed
-from reward_model.common.distributed import Place
+from reward_model.common.distributed import DistributedContext
 from reward_model.common.errors import UserError
 from reward_model.training.records import Records
 
@@ -22,15 +22,15 @@ from reward_model.training.records import Records
 class StepLog:
     """Reports each step one step late, so that no step waits for its numbers."""
 
-    def __init__(self, place: Place, records: Records, bar: tqdm):
-        self.place, self.records, self.bar = place, records, bar
+    def __init__(self, context: DistributedContext, records: Records, bar: tqdm):
+        self.context, self.records, self.bar = context, records, bar
         self.sums = self._zeros()
         self.pending = None
         self.clock = time.perf_counter()
 
     def _zeros(self) -> torch.Tensor:
         # loss, pairs, correct, chosen scores, rejected scores, tokens, those and pads, ranks' forward passes, rows
-        return torch.zeros(9, dtype=torch.float64, device=self.place.device)
+        return torch.zeros(9, dtype=torch.float64, device=self.context.device)
 
     def add(self, loss: torch.Tensor, chosen: torch.Tensor, rejected: torch.Tensor, batch: Batch) -> None:
         """Count a micro-batch: its weighted loss (0-d) and the scores of its winners and losers (p,)."""
@@ -78,7 +78,7 @@ class StepLog:
             "pairs": int(pairs),
             "tokens": int(tokens),
             "padding": round(1 - tokens / computed, 4),
-            "micro_batches": int(passes) // self.place.world_size,
+            "micro_batches": int(passes) // self.context.world_size,
             "rows_per_second": rows / seconds,
             "pairs_per_second": pairs / seconds,
             "tokens_per_second": tokens / seconds,

@@ -11,9 +11,9 @@ import argparse
 import torch
 
 from reward_model.batching.collate import Batch
-from reward_model.batching.groups import Units
+from reward_model.batching.groups import RowGroups
 from reward_model.batching.planner import Planner
-from reward_model.common.distributed import Place
+from reward_model.common.distributed import DistributedContext
 from reward_model.common.errors import UserError
 from reward_model.common.logging import say
 from reward_model.common.progress import progress
@@ -35,14 +35,14 @@ class Trainer:
     def __init__(
         self,
         options: argparse.Namespace,
-        place: Place,
+        context: DistributedContext,
         engine,
         forward: ForwardPass,
         objective: Objective,
         planner: Planner,
         records: Records,
         rows: tuple[Comparisons, Comparisons],
-        groups: tuple[Units, Units],
+        groups: tuple[RowGroups, RowGroups],
         total_steps: int,
     ):
         """
@@ -51,7 +51,7 @@ class Trainer:
             rows, groups: for training, and for evaluations.
             total_steps: of all epochs.
         """
-        self.options, self.place, self.engine, self.forward = options, place, engine, forward
+        self.options, self.context, self.engine, self.forward = options, context, engine, forward
         self.objective, self.planner, self.records = objective, planner, records
         self.train_set, self.eval_set = rows
         self.groups, self.eval_groups = groups
@@ -62,15 +62,15 @@ class Trainer:
         """All epochs, with an evaluation before the first step, after each epoch, and every ``--eval_interval``."""
         options, layout = self.options, self.forward.layout
         self.evaluate(epoch=0)
-        bar = progress(total=self.total_steps, desc="training", unit="step", disable=not self.place.is_first)
-        log = StepLog(self.place, self.records, bar)
+        bar = progress(total=self.total_steps, desc="training", unit="step", disable=not self.context.is_first)
+        log = StepLog(self.context, self.records, bar)
         for epoch in range(options.num_train_epochs):
             self.engine.train()
             plan = self.planner.epoch(self.groups, epoch, layout.kind)
             for done, batches in enumerate(self.planner.load(self.train_set, plan, layout), 1):
                 for batch in batches:
                     self.engine.set_gradient_accumulation_boundary(batch is batches[-1])
-                    self.train_micro_batch(batch.to(self.place.device), log)
+                    self.train_micro_batch(batch.to(self.context.device), log)
                 self.step += 1
                 reached = epoch + done / len(plan)
                 log.end_step(self.step, reached, self.engine.get_lr()[0], self.engine.get_global_grad_norm())
@@ -87,7 +87,7 @@ class Trainer:
         loss, chosen, rejected = self.loss(batch)
         loss = loss * batch.weight
         # DeepSpeed takes the mean over the ranks, and here the sum over all micro-batches is meant
-        self.engine.backward(loss * self.place.world_size, scale_wrt_gas=False)
+        self.engine.backward(loss * self.context.world_size, scale_wrt_gas=False)
         self.engine.step()
         log.add(loss.detach(), chosen.detach(), rejected.detach(), batch)
 
@@ -111,7 +111,7 @@ class Trainer:
         layout = self.forward.layout
         plan = self.planner.evaluation(self.eval_groups, layout.kind)
         batches = self.planner.load(self.eval_set, plan, layout)
-        found = evaluate(self.forward, self.objective, batches, self.place)
+        found = evaluate(self.forward, self.objective, batches, self.context)
         if found is None:
             raise UserError(
                 f"step {self.step}: a held-out score is not finite; lower --learning_rate, or take --dtype bf16"
