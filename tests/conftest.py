@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lets tests/ and its folders hold files of one name and share reference.py; fixtures for all of them."""
+"""Lets tests/ and its folders hold files of one name and share helpers/; fixtures for all of them."""
 
 import os
 import sys
@@ -14,7 +14,7 @@ import torch
 # a file stays with one worker, so these begin first: what is left at the end is short, and the cores share it
 LONGEST = ("test_trainer", "test_setup", "test_bad_input")
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 # ops that DeepSpeed compiles are compiled once, also by tests that set another environment
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "var" / "torch_extensions"))
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: no test waits for the network

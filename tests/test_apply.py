@@ -14,7 +14,7 @@ from email import message_from_string
 from pathlib import Path
 
 import pytest
-import standin
+import upstream_stand_in
 
 BASH, GIT = shutil.which("bash"), shutil.which("git")
 pytestmark = pytest.mark.skipif(not (BASH and GIT), reason="no bash, or no git")
@@ -27,8 +27,10 @@ STEP_2 = f"{CHAT}/training/step2_reward_model_finetuning"
 MAIN, EVAL, DPO = f"{STEP_2}/main.py", f"{STEP_2}/rw_eval.py", f"{CHAT}/training/step2_dpo_finetuning/main.py"
 LAUNCH, DROP_IN = f"{CHAT}/dschat/utils/launch.py", f"{CHAT}/dschat/utils/model/reward_model.py"
 KEPT = DROP_IN.replace(".py", "_upstream.py")  # where upstream's own goes
-LAYOUTS = [layout for layout in ("package", "legacy") if standin.series(layout)]
-PATCHES = [pytest.param(patch, id=f"{layout}/{patch.name}") for layout in LAYOUTS for patch in standin.series(layout)]
+LAYOUTS = [layout for layout in ("package", "legacy") if upstream_stand_in.series(layout)]
+PATCHES = [
+    pytest.param(patch, id=f"{layout}/{patch.name}") for layout in LAYOUTS for patch in upstream_stand_in.series(layout)
+]
 COMMANDS = ("check", "apply", "revert")
 
 # Lines of upstream's that the patches quote, blank ones not counted; some of them are lines of an earlier patch. It is
@@ -51,7 +53,7 @@ def round_trip(request, tmp_path_factory):
 
 
 def made(folder, layout="package", patches=None):
-    standin.make(folder, layout, patches)
+    upstream_stand_in.make(folder, layout, patches)
     (folder / "staging").mkdir()
     (folder / "tree" / "README.md").write_text("upstream's, and in no patch\n")
     return folder
@@ -62,8 +64,8 @@ def originals(tmp_path_factory):
     """A stand-in for a few of the patches, to save time: the first three, and those for DPO and the launchers."""
     patches = [
         patch
-        for number, patch in enumerate(standin.series("package"))
-        if number < 3 or {LAUNCH, DPO} & {section.new for section in standin.sections(patch)}
+        for number, patch in enumerate(upstream_stand_in.series("package"))
+        if number < 3 or {LAUNCH, DPO} & {section.new for section in upstream_stand_in.sections(patch)}
     ]
     return made(tmp_path_factory.mktemp("originals"), "package", patches)
 
@@ -142,8 +144,8 @@ def surroundings(**variables):
 def added(layout="package"):
     """Every file that the patches add, and where its text is kept."""
     files = {}
-    for patch in standin.series(layout):
-        for section in standin.sections(patch):
+    for patch in upstream_stand_in.series(layout):
+        for section in upstream_stand_in.sections(patch):
             if section.added:
                 files[section.new] = source(section.new)
     return files
@@ -152,8 +154,8 @@ def added(layout="package"):
 def source(path):
     name = path.split("/utils/", 1)[1]
     if name == "model/reward_model.py":
-        return standin.PATCHES.parent / "reward_model" / "reward_model.py"
-    return standin.PATCHES / "added" / name
+        return upstream_stand_in.PATCHES.parent / "reward_model" / "reward_model.py"
+    return upstream_stand_in.PATCHES / "added" / name
 
 
 # --- what it does ----------------------------------------------------------------------------------------------------
@@ -193,7 +195,7 @@ def test_revert_gives_back_every_byte_mode_and_name(round_trip):
 
 def test_it_says_how_many_patches_went_in(round_trip):
     layout, said, *_ = round_trip
-    used, there = (len(patches) for patches in (standin.newest(layout), standin.series(layout)))
+    used, there = (len(patches) for patches in (upstream_stand_in.newest(layout), upstream_stand_in.series(layout)))
     assert f"{used} of {there} patches" in said[0]
     assert f"{used} of {there} patches" in said[1]
 
@@ -434,7 +436,7 @@ def test_revert_of_what_is_not_applied(place):
 
 
 def test_half_applied_the_first_patches_alone(place):
-    for patch in standin.series("package")[:3]:
+    for patch in upstream_stand_in.series("package")[:3]:
         git(place / "tree", "apply", str(patch))
     assert (place / "tree" / CHAT / "dschat/utils/model/reward_checkpoint.py").exists()
     for command in COMMANDS:
@@ -659,7 +661,7 @@ def test_stopped_on_the_way(applied_or_not, tmp_path, command, tool):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_numbers_without_gaps(layout):
-    numbers = [int(patch.name[:4]) for patch in standin.series(layout)]
+    numbers = [int(patch.name[:4]) for patch in upstream_stand_in.series(layout)]
     assert numbers == list(range(1, len(numbers) + 1))
 
 
@@ -690,7 +692,7 @@ def test_whole_blob_ids_and_no_change_of_mode(patch):
 @pytest.mark.parametrize("patch", PATCHES)
 def test_one_line_of_context(patch):
     """Between two changes of a hunk there can be two: one of each."""
-    for section in standin.sections(patch):
+    for section in upstream_stand_in.sections(patch):
         for hunk in section.hunks:
             runs = [(mark, len(list(lines))) for mark, lines in itertools.groupby(line[0] for line in hunk.lines)]
             context = [length if mark == " " else 0 for mark, length in runs]
@@ -701,12 +703,12 @@ def test_one_line_of_context(patch):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_upstream_lists_the_files_that_the_patches_change(layout):
     """And the version from which the first patch of a file starts, for those that have an index line."""
-    lines = (line.split() for line in (standin.PATCHES / "UPSTREAM").read_text().splitlines())
+    lines = (line.split() for line in (upstream_stand_in.PATCHES / "UPSTREAM").read_text().splitlines())
     listed = {(path, blob) for of, blob, _, _, path in (line for line in lines if line[0] == layout)}
-    assert {path for path, _ in listed} == standin.originals(standin.newest(layout)).keys()
+    assert {path for path, _ in listed} == upstream_stand_in.originals(upstream_stand_in.newest(layout)).keys()
     first = {}
-    for patch in standin.newest(layout):
-        for section in standin.sections(patch):
+    for patch in upstream_stand_in.newest(layout):
+        for section in upstream_stand_in.sections(patch):
             if section.blobs:
                 first.setdefault(section.old, section.blobs[0])
     assert {item for item in first.items() if item[1] != "0" * 40} <= listed
@@ -714,19 +716,19 @@ def test_upstream_lists_the_files_that_the_patches_change(layout):
 
 @pytest.mark.parametrize("patch", PATCHES)
 def test_the_patches_hold_the_added_files_as_they_are(patch):
-    for section in standin.sections(patch):
+    for section in upstream_stand_in.sections(patch):
         if not section.added:
             continue
         (hunk,) = section.hunks
         text = "".join(f"{line}\n" for line in hunk.side("+").values())
         is_it = text == source(section.new).read_text()
         assert is_it, f"{patch.name} holds another {section.new}: python patches/refresh.py renews it"
-        assert section.blobs == ("0" * 40, standin.blob_id(text)), "python patches/refresh.py renews it"
+        assert section.blobs == ("0" * 40, upstream_stand_in.blob_id(text)), "python patches/refresh.py renews it"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_added_file_is_in_a_patch(layout):
-    kept = set((standin.PATCHES / "added").rglob("*.py"))
+    kept = set((upstream_stand_in.PATCHES / "added").rglob("*.py"))
     assert set(added(layout).values()) - {source(DROP_IN)} <= kept
     if layout == "package":
         assert kept <= set(added(layout).values())
@@ -734,6 +736,11 @@ def test_every_added_file_is_in_a_patch(layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_patches_quote_little(layout):
-    hunks = (hunk for patch in standin.series(layout) for part in standin.sections(patch) for hunk in part.hunks)
+    hunks = (
+        hunk
+        for patch in upstream_stand_in.series(layout)
+        for part in upstream_stand_in.sections(patch)
+        for hunk in part.hunks
+    )
     quoted = [line for hunk in hunks for line in hunk.side("-").values() if line.strip()]
     assert len(quoted) <= QUOTED[layout], f"{len(quoted)} lines of upstream's, {QUOTED[layout]} so far"

@@ -148,7 +148,7 @@ def hold(middling, demo, folder, processes, name, dtype, more):
     folder.mkdir()
     values = {key: v for key, v in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     words = [sys.executable, "-m", "torch.distributed.run", "--master_port", str(runs.free_port())]
-    words += ["--nproc_per_node", str(processes), str(Path(__file__).parent / "planned.py"), str(folder)]
+    words += ["--nproc_per_node", str(processes), str(Path(__file__).parent / "helpers" / "planned.py"), str(folder)]
     words += ["--model_name_or_path", str(middling), "--data_path", str(demo / "data"), "--dtype", dtype]
     words += ["--data_output_path", str(demo / "cache"), "--max_seq_len", "128", "--per_device_train_batch_size", "4"]
     words += shlex.split(f"{BY_NAME[name].flags} {more}")

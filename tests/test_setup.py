@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from stand_ins import BASH, SCRIPTS, TAG, TOP, Machine, torch_wheel, wheel
+from fresh_machine import BASH, SCRIPTS, TAG, TOP, Machine, torch_wheel, wheel
 
 SHELL = [
     *sorted(SCRIPTS.glob("*.sh")),

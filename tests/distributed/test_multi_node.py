@@ -204,7 +204,7 @@ def test_preflight_names_a_host_with_other_code_model_and_data(launcher_of, host
     shutil.copytree(demo / "model", other / "model")
     (other / "model" / "config.json").write_text("{}")
     (other / "data").mkdir()
-    places = (SCRIPTS.parent / "reward_model" / "errors.py", demo / "model", demo / "data")
+    places = (SCRIPTS.parent / "reward_model" / "common" / "errors.py", demo / "model", demo / "data")
     for place in places:
         hosts[1].run(f"mount --bind '{other / place.name}' '{place}'")
     try:

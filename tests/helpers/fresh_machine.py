@@ -13,7 +13,7 @@ import sysconfig
 import zipfile
 from pathlib import Path
 
-TOP = Path(__file__).resolve().parent.parent
+TOP = Path(__file__).resolve().parents[2]
 SCRIPTS = TOP / "training_scripts"
 BASH = shutil.which("bash")
 TAG = f"python{sys.version_info[0]}.{sys.version_info[1]}"

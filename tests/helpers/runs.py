@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-TOP = Path(__file__).resolve().parent.parent
+TOP = Path(__file__).resolve().parents[2]
 SCRIPTS = TOP / "training_scripts"
 PAIRS, HELD_OUT = 320, 50
 READ_BY_LAUNCHERS = re.compile(
@@ -54,7 +54,7 @@ def command(launcher, processes):
 def warm_parent():
     """A process of this test run that forks runs of main.py; it ends with its standard input."""
     values = environment(HF_HUB_OFFLINE="1", RANK=None, WORLD_SIZE=None, LOCAL_RANK=None)
-    words = [sys.executable, str(TOP / "tests" / "warm.py")]
+    words = [sys.executable, str(TOP / "tests" / "helpers" / "warm.py")]
     return subprocess.Popen(words, env=values, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A real run that writes what each rank holds while it trains: bytes of tensors, and no more than two steps.
 
-    torchrun --nproc_per_node 2 tests/planned.py FOLDER --model_name_or_path …    writes FOLDER/rank0.json, …
+    torchrun --nproc_per_node 2 tests/helpers/planned.py FOLDER --model_name_or_path …    writes FOLDER/rank0.json, …
 
 Resident memory of a process on a CPU says little; here every storage that a live tensor has counts once.
 """
@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from reward_model.common.distributed import prepare_environment, release_shared_memory
 

@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-TOP = Path(__file__).resolve().parent.parent
+TOP = Path(__file__).resolve().parents[2]
 MAIN = str(TOP / "training_scripts" / "main.py")
 GRACE = 10.0  # seconds for the other processes to end by themselves once one has failed
 
