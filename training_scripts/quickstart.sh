@@ -14,6 +14,8 @@ source "$here/setup.sh"
 debug=
 case " $* " in *" --debug "*) debug=--debug ;; esac
 set_up $debug
+# a typo in a flag is told before anything is moved or written
+PYTHONPATH=$top "$PYTHON" -m reward_model check --model_name_or_path demo "$@"
 
 demo=${DEMO:-$top/demo}
 case $demo in /*) ;; *) demo=$PWD/$demo ;; esac
