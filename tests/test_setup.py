@@ -191,7 +191,8 @@ def test_a_torch_of_the_machine_is_seen_and_never_replaced(machine, python):
 def test_a_torch_without_metadata_stops_the_set_up(machine, python):
     machine.put(python, torch_wheel(machine.folder))
     shutil.rmtree(python.parent.parent / "lib" / TAG / "site-packages" / "torch-2.13.0.dist-info")
-    assert "has a torch without package metadata" in machine.refusal(python)[0]
+    line, _ = machine.refusal(python)
+    assert line.startswith(f"error: {python.parent.parent}/lib/{TAG}/site-packages/torch is a torch without package")
 
 
 def test_a_folder_named_like_a_package_is_not_the_package(machine, python):
@@ -387,6 +388,17 @@ def test_a_full_disk_then_room(machine, python):
         assert "deepspeed" in machine.packages(machine.set_up(python)[0])
     finally:
         subprocess.run(["umount", str(machine.own)])
+
+
+def test_an_interrupted_installation_goes_on(machine, python):
+    chosen, _ = machine.set_up(python)
+    library = chosen.parent.parent / "lib" / TAG / "site-packages"
+    for name in ("torch-2.13.0", "deepspeed-0.19.8"):  # pip writes the metadata last
+        shutil.rmtree(library / f"{name}.dist-info")
+    (library / "torch" / "__init__.py").write_text("raise ImportError('half of it')")
+    assert machine.set_up(python)[0] == chosen
+    assert machine.packages(chosen)["torch"] == "2.13.0"
+    assert machine.run([chosen, "-c", "import torch"]).returncode == 0
 
 
 def test_an_environment_that_does_not_work_and_is_not_ours_stays(machine, python):

@@ -112,7 +112,7 @@ class Facts(NamedTuple):
     prefix: str
     is_environment: bool  # a virtual one, or conda's other than its base
     packages: dict[str, str]  # normalised name → version
-    finds_torch: bool  # it can be imported, whatever the metadata says
+    torch_at: str  # the folder that would be imported, whatever the metadata says; empty: none
     has_pip: bool
 
 
@@ -123,13 +123,14 @@ def look() -> Facts:
         if name and version:
             packages.setdefault(normalised(name), version)  # the first on the path is the one that is imported
     prefix = Path(sys.prefix)
+    torch = importlib.util.find_spec("torch")
     is_conda = (prefix / "conda-meta").is_dir() and not (prefix / "condabin").is_dir()
     return Facts(
         sys.executable,
         sys.prefix,
         sys.prefix != sys.base_prefix or is_conda,
         packages,
-        importlib.util.find_spec("torch") is not None,
+        next(iter(torch.submodule_search_locations or ()), "") if torch else "",
         importlib.util.find_spec("pip") is not None,
     )
 
@@ -320,10 +321,11 @@ def complete(facts: Facts, needed: list[Requirement], debug: bool, keep_all: boo
     """
     lacks = lacking(facts, needed)
     torch = facts.packages.get("torch")
-    if facts.finds_torch and not torch:
+    # an interrupted installation leaves a folder without metadata; in our own environment it is installed over
+    if facts.torch_at and not torch and (keep_all or OWN not in Path(facts.torch_at).parents):
         raise SetUpError(
-            f"{facts.prefix} has a torch without package metadata, over which pip would install another one: use an "
-            "interpreter without it, or install it with pip"
+            f"{facts.torch_at} is a torch without package metadata, as an interrupted installation leaves it: remove "
+            "it, or install it with pip"
         )
     wrong = [lack for lack in lacks if lack.version and (keep_all or lack.need.name == "torch")]
     if wrong:
@@ -386,7 +388,7 @@ def make_own_environment(base: Facts) -> Facts:
         (OWN / MARK).write_text("made by training_scripts/set_up.py, which may replace it\n", encoding="utf-8")
     except OSError as error:
         raise SetUpError(f"cannot make {OWN}: {error.strerror}") from error
-    options = ["--system-site-packages"] if base.finds_torch else []
+    options = ["--system-site-packages"] if base.torch_at else []
     done = subprocess.run([base.python, "-m", "venv", *options, str(OWN)], capture_output=True, text=True)
     found = look_at(OWN / "bin" / "python") if done.returncode == 0 else None
     if found is None and (uv := shutil.which("uv")):
