@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import argparse
 import errno
+import hashlib
 import os
 import shutil
 import socket
 import sys
 import sysconfig
+import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +81,7 @@ def start(options: argparse.Namespace) -> DistributedContext:
     on_cpu = accelerator.device_name() == "cpu"
     if on_cpu or options.offload:
         _require_compiler()
+        link_from_a_path_with_spaces()
     local_rank = int(os.environ.get("LOCAL_RANK", max(options.local_rank, 0)))
     if not on_cpu:
         if local_rank >= accelerator.device_count():
@@ -139,6 +142,27 @@ def release_swap_files(zero: dict, nvme_path: str) -> None:
         folder = Path((zero.get(name) or {}).get("nvme_path", "."))
         if os.environ["LOCAL_RANK"] == "0" and folder.parent == Path(nvme_path).resolve():
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def link_from_a_path_with_spaces() -> None:
+    """Let ops be linked where PyTorch lies in a folder with a space in its path.
+
+    PyTorch gives the linker ``-L`` and that path without quotes. It gets a symbolic link instead, always the same one,
+    since another path would compile the ops anew.
+    """
+    from torch.utils import cpp_extension
+
+    target = cpp_extension.TORCH_LIB_PATH
+    if " " not in target:
+        return
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dschat-reward"
+    if " " in str(folder):
+        folder = Path(tempfile.mkdtemp())
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    link = folder / f"torch-lib-{hashlib.sha256(target.encode()).hexdigest()[:16]}"
+    with suppress(FileExistsError):  # of an earlier run, or of another rank
+        link.symlink_to(target)
+    cpp_extension.TORCH_LIB_PATH = str(link)
 
 
 def _has_compiled_ops() -> bool:
