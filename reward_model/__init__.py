@@ -1,4 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stable reward-model training for DeepSpeed-Chat."""
+"""Stable reward-model training for DeepSpeed-Chat.
+
+``train`` runs a :class:`RunConfig`; ``load`` reads a model that a run saved; ``UserError`` is what both raise for
+everything that the caller can mend. Nothing heavy is imported before one of them is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from reward_model.common.errors import UserError
+    from reward_model.config.options import RunConfig
+    from reward_model.inference import load
+    from reward_model.training.api import train
+    from reward_model.training.run import TrainResult
 
 __version__ = "0.1.0"
+__all__ = ["RunConfig", "TrainResult", "UserError", "load", "train"]
+
+_MODULES = {
+    "RunConfig": "reward_model.config.options",
+    "TrainResult": "reward_model.training.run",
+    "UserError": "reward_model.common.errors",
+    "load": "reward_model.inference",
+    "train": "reward_model.training.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    return getattr(importlib.import_module(_MODULES[name]), name)

@@ -10,6 +10,7 @@ from reward_model.common.errors import UserError
 from reward_model.common.logging import quieten
 
 COMMANDS = {
+    "train": ("reward_model.commands.train", "train a reward model: what training_scripts/main.py does"),
     "plan": ("reward_model.commands.plan", "memory and communication of a run, and the line that launches it"),
     "check": (
         "reward_model.commands.check",
@@ -26,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
         for command, (_, does) in COMMANDS.items():
             print(f"  {command:8}{does}")
         return 0
-    quieten(debug=False)
+    quieten("--debug" in rest)
     try:
         if name not in COMMANDS:
             raise UserError(f"no command {name}; there is {', '.join(COMMANDS)}")

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 LOSS_LEVELS = ("token", "sequence")
-SCORE_PENALTIES = ("centre", "l2", "zero_sum", "log_barrier")
+SCORE_PENALTIES = ("center", "l2", "zero_sum", "log_barrier", "centre")  # centre: the earlier name of center
 
 BARRIER_WALL = 5.0  # InternLM2: -log(5 - r) - log(5 + r)
 BARRIER_KNEE = 0.99 * BARRIER_WALL  # linear from here on: slope 2·4.95 / (25 - 4.95²) = 19.9 instead of infinity
@@ -78,7 +78,7 @@ def score_penalty(
     """A term that keeps scores near zero, to be added to the loss with a weight.
 
     Args:
-        kind: ``centre``: mean (r_chosen + r_rejected)² (Eisenstein et al. 2023, arXiv 2312.09244, eq. 2; TRL's
+        kind: ``center``: mean (r_chosen + r_rejected)² (Eisenstein et al. 2023, arXiv 2312.09244, eq. 2; TRL's
             ``center_rewards_coefficient``, weight 0.01). ``l2``: mean r². ``zero_sum``: (mean of all 2b scores)²
             (batch sum to zero, BSR 2025, weight 1e-3·batch). ``log_barrier``: mean of :func:`log_barrier`
             (weight 0.01).
@@ -94,7 +94,7 @@ def score_penalty(
     chosen, rejected = at_least_float32(chosen), at_least_float32(rejected)
     if weights is None:
         weights = torch.full_like(chosen, 1 / max(len(chosen), 1))
-    if kind == "centre":
+    if kind in ("center", "centre"):
         return ((chosen + rejected).square() * weights).sum()
     if kind == "l2":
         return ((chosen.square() + rejected.square()) * weights).sum() / 2

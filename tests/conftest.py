@@ -38,6 +38,18 @@ def pytest_configure(config):
     config.option.importmode = "importlib"  # the default, prepend, refuses two test_reward_model.py
 
 
+@pytest.fixture(autouse=True)
+def messages_are_printed():
+    """As in a run: pytest's own handlers at the root would keep them."""
+    from reward_model.common.logging import Console, logger
+
+    handler = Console()
+    logger.addHandler(handler)
+    logger.setLevel("INFO")
+    yield
+    logger.removeHandler(handler)
+
+
 @pytest.fixture
 def one_thread():
     """Tensors of a few hundred numbers: a second thread costs more than it brings."""

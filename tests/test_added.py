@@ -975,7 +975,7 @@ FLAGS = [
     (["--margin", "column"], {"margin": 0.0}),
     (["--label_smoothing", "0.5"], {"label_smoothing": 0.5}),
     (["--label_smoothing", "0"], {"label_smoothing": 0.0}),
-    (["--score_penalty", "centre"], {"score_penalty": "centre", "score_penalty_weight": 0.01}),
+    (["--score_penalty", "center"], {"score_penalty": "center", "score_penalty_weight": 0.01}),
     (["--score_penalty", "l2"], {"score_penalty": "l2"}),
     (["--score_penalty", "zero_sum"], {"score_penalty": "zero_sum"}),
     (

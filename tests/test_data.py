@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow
 import pytest
 import tiny
+from flags import loss_of
 
 from reward_model.common.errors import UserError
-from reward_model.config.options import parse
 from reward_model.data import preprocessing as data
 from reward_model.data.comparisons import BadRow, Comparison
 from reward_model.data.preprocessing import (
@@ -51,9 +51,9 @@ def write(path, rows):
     return str(path)
 
 
-def lack(flags):
-    """What training rows lack for the loss of some flags."""
-    return Objective(parse(["--model_name_or_path", "none", *flags.split()])).lack
+def missing(flags):
+    """Why the loss of some flags has nothing to learn from a training row."""
+    return Objective(loss_of(flags)).missing
 
 
 def special_tokens(tokenizer):
@@ -65,7 +65,7 @@ def tokenise_rows(rows, tmp_path, tokenizer=None, **changes):
     tokenizer = tokenizer or tiny.tokenizer()
     (source,), _ = read_sources(write(tmp_path / "rows.jsonl", rows), seed=0)
     made = rules(tmp_path, **changes)
-    return tokenise(source, tokenizer, special_tokens(tokenizer), made, made.lack)
+    return tokenise(source, tokenizer, special_tokens(tokenizer), made, made.missing)
 
 
 def load(train, tmp_path, evaluation=(), tokenizer=None, seed=0, **changes):
@@ -674,18 +674,18 @@ def test_margin_may_be_needed(tmp_path):
     rows = [{**TEXT, "margin": 1.5}, TEXT]
     assert said(tokenise_rows(rows, tmp_path)[1].margin) == [None]
     with pytest.raises(UserError, match="row 2: margin is missing"):
-        tokenise_rows(rows, tmp_path, lack=lack("--margin column"))
-    kept = tokenise_rows(rows, tmp_path, lack=lack("--margin column"), on_bad_row="skip")
+        tokenise_rows(rows, tmp_path, missing=missing("--margin column"))
+    kept = tokenise_rows(rows, tmp_path, missing=missing("--margin column"), on_bad_row="skip")
     assert [row.margin for row in kept] == [[1.5]]
 
 
 def test_what_a_row_lacks_for_the_loss_is_said_after_what_is_wrong_with_it(tmp_path, capsys):
     rows = [ANSWER, {**TEXT, "chosen": ""}, TEXT]
     with pytest.raises(UserError, match=r"row 1: --loss logistic needs a preferred answer, .* \(2 of 3 rows cannot"):
-        tokenise_rows(rows, tmp_path, lack=lack(""))
+        tokenise_rows(rows, tmp_path, missing=missing(""))
     with pytest.raises(UserError, match=r"row 1: .* \(none of the 3 rows can be used\)"):
-        tokenise_rows(rows, tmp_path, lack=lack("--margin column"))
-    assert len(tokenise_rows(rows, tmp_path, lack=lack(""), on_bad_row="skip")) == 1
+        tokenise_rows(rows, tmp_path, missing=missing("--margin column"))
+    assert len(tokenise_rows(rows, tmp_path, missing=missing(""), on_bad_row="skip")) == 1
     out = capsys.readouterr().out
     assert "skipped 1 of 3 rows: chosen is empty\n" in out
     assert "skipped 1 of 3 rows: --loss logistic needs a preferred answer, and the row has one answer\n" in out
@@ -819,7 +819,7 @@ def test_losses_share_the_cache(tmp_path, encoded, capsys):
     rows = [{**TEXT, "margin": 1.5}, TEXT, ANSWER]
     files = []
     for flags, kept in (("--margin column", 1), ("", 2), ("--loss mse", 1), ("--loss logistic mse", 3)):
-        assert len(tokenise_rows(rows, tmp_path, lack=lack(flags), on_bad_row="skip")) == kept
+        assert len(tokenise_rows(rows, tmp_path, missing=missing(flags), on_bad_row="skip")) == kept
         files.append(sorted((tmp_path / "cache").glob("*.arrow")))
     assert files == [files[0]] * 4
     assert (len(files[0]), len(encoded)) == (1, 1)
@@ -1015,7 +1015,7 @@ def test_an_order_a_score_or_a_label_is_something_to_evaluate(judged):
 def test_evaluation_rows_need_not_have_what_the_loss_needs(tmp_path):
     train = write(tmp_path / "train.jsonl", [{**TEXT, "margin": 1}])
     held = write(tmp_path / "held.jsonl", [TEXT, LIST, ANSWER])
-    needs = {"lack": lack("--margin column")}
+    needs = {"missing": missing("--margin column")}
     assert [len(part) for part in load([train], tmp_path, [held], **needs)] == [1, 3]
     with pytest.raises(UserError, match=r"held\.jsonl, row 1: margin is missing"):
         load([held], tmp_path, [train], **needs)
@@ -1025,7 +1025,7 @@ def test_rows_that_lack_something_are_held_out_no_more_than_trained_on(tmp_path,
     """Held-out rows are the training file's, and what is needed there they have."""
     rows = [row | ({"margin": i % 7} if i % 4 else {}) for i, row in enumerate(questions(range(40)))]
     path = write(tmp_path / "pairs.jsonl", rows)
-    needs = {"lack": lack("--margin column")}
+    needs = {"missing": missing("--margin column")}
     with pytest.raises(
         UserError, match=r"row 1: margin is missing, and --margin column needs one, or two scores .20 of 80 rows"
     ):
@@ -1055,7 +1055,7 @@ def test_load_answers_takes_rows_that_judge_nothing(tmp_path):
     rows = [{"prompt": "p", "response": " r"}, unjudged(3), TEXT]
 
     def answers(path, **changes):
-        made = rules(tmp_path, lack=lack("--loss mse"), **changes)  # of training rows alone
+        made = rules(tmp_path, missing=missing("--loss mse"), **changes)  # of training rows alone
         return load_answers(str(path), tokenizer, special_tokens(tokenizer), made, seed=0)
 
     found = answers(write(tmp_path / "rows.jsonl", rows))

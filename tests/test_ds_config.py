@@ -8,7 +8,7 @@ import shlex
 import pytest
 
 from reward_model.common.errors import UserError
-from reward_model.config.deepspeed import ZERO_FOLDER, build_config
+from reward_model.config.deepspeed import ZERO_FOLDER, set_up_deepspeed
 from reward_model.config.options import parse
 
 FILES = sorted(path.stem for path in ZERO_FOLDER.glob("zero?*.json") if path.stem not in ("zero3_nvme", "zeropp"))
@@ -19,11 +19,17 @@ LINES = (
 )
 
 
-def options(line="", dtype="fp32"):
-    """Flags as the trainer hands them on: the dtype resolved, by default to the one given here."""
-    parsed = parse(["--model_name_or_path", "m", *shlex.split(line)])
-    parsed.dtype = parsed.dtype or dtype
-    return parsed
+def options(line=""):
+    return parse(["--model_name_or_path", "m", *shlex.split(line)])
+
+
+def setup(line="", world_size=1, hidden=64, dtype="fp32"):
+    """``dtype``: what auto means on the machine."""
+    return set_up_deepspeed(options(line), dtype, world_size, hidden)
+
+
+def configured(line="", world_size=1, hidden=64, dtype="fp32"):
+    return setup(line, world_size, hidden, dtype).config
 
 
 def flags_of(name):
@@ -51,7 +57,7 @@ def write(tmp_path):
 
 def message(line, dtype="fp32", world_size=1):
     with pytest.raises(UserError) as caught:
-        build_config(options(line, dtype), world_size, 64)
+        setup(line, world_size, dtype=dtype)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -62,7 +68,7 @@ def test_there_is_a_file_for_every_stage_with_and_without_offload():  # those ch
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_does_what_its_name_says(name):
-    zero = build_config(options(flags_of(name)), 1, 64)["zero_optimization"]
+    zero = configured(flags_of(name), 1, 64)["zero_optimization"]
     offloaded = {key for key in zero if key.startswith("offload")}
     assert zero["stage"] == int(name[4])
     assert offloaded == {
@@ -76,7 +82,7 @@ def test_a_file_does_what_its_name_says(name):
 @pytest.mark.parametrize("name", FILES)
 def test_no_auto_is_left(name):
     for line, dtype, world_size in itertools.product(LINES, ("fp32", "bf16", "fp16"), (1, 2, 8)):
-        config = build_config(options(f"{flags_of(name)} {line} --dtype {dtype}"), world_size, 4096)
+        config = configured(f"{flags_of(name)} {line} --dtype {dtype}", world_size, 4096)
         assert autos(config) == 0
         assert config["bf16"]["enabled"] is (dtype == "bf16")
         assert config["fp16"]["enabled"] is (dtype == "fp16")
@@ -87,27 +93,28 @@ def test_deepspeed_accepts_what_is_filled_in(name):
     from deepspeed.runtime.config import DeepSpeedConfig
 
     for line, dtype in itertools.product(LINES, ("fp32", "bf16", "fp16")):
-        parsed = options(f"{flags_of(name)} {line} --dtype {dtype}")
-        accepted = DeepSpeedConfig(build_config(parsed, 1, 64))  # a process group of one
-        assert accepted.zero_config.stage == parsed.zero_stage
-        assert accepted.train_micro_batch_size_per_gpu == parsed.per_device_train_batch_size
-        assert accepted.gradient_accumulation_steps == parsed.gradient_accumulation_steps
-        assert accepted.gradient_clipping == parsed.max_grad_norm
+        words = f"{flags_of(name)} {line} --dtype {dtype}"
+        decided = setup(words)
+        accepted = DeepSpeedConfig(decided.config)  # a process group of one
+        assert accepted.zero_config.stage == decided.zero_stage
+        assert accepted.train_micro_batch_size_per_gpu == decided.micro_batch
+        assert accepted.gradient_accumulation_steps == decided.accumulation
+        assert accepted.gradient_clipping == decided.max_grad_norm
         assert (accepted.bfloat16_config.enabled, accepted.float16_config.enabled) == (dtype == "bf16", dtype == "fp16")
-        assert (accepted.zero_config.offload_optimizer is not None) is parsed.offload
-        assert accepted.monitor_config.tensorboard.enabled is parsed.enable_tensorboard
+        assert (accepted.zero_config.offload_optimizer is not None) is decided.offload
+        assert accepted.monitor_config.tensorboard.enabled is options(words).output.enable_tensorboard
 
 
 def test_the_global_batch_is_the_product():
     line = "--per_device_train_batch_size 4 --gradient_accumulation_steps 3"
-    config = build_config(options(line), 5, 64)
+    config = configured(line, 5, 64)
     assert config["train_batch_size"] == 60
     assert config["train_micro_batch_size_per_gpu"] == 4
     assert config["gradient_accumulation_steps"] == 3
 
 
 def test_buckets_follow_the_hidden_size():
-    zero = build_config(options("--zero_stage 3"), 1, 1000)["zero_optimization"]
+    zero = configured("--zero_stage 3", 1, 1000)["zero_optimization"]
     assert zero["reduce_bucket_size"] == 1_000_000
     assert zero["stage3_prefetch_bucket_size"] == 900_000
     assert zero["stage3_param_persistence_threshold"] == 10_000
@@ -116,12 +123,12 @@ def test_buckets_follow_the_hidden_size():
 
 def test_a_bucket_size_of_the_file_stays(write):
     zero = {"stage": 2, "reduce_bucket_size": 12345}
-    assert build_config(options(write({"zero_optimization": zero})), 1, 64)["zero_optimization"] == zero
+    assert configured(write({"zero_optimization": zero}), 1, 64)["zero_optimization"] == zero
 
 
 def test_keys_that_no_flag_knows_stay(write):
     extra = {"wall_clock_breakdown": True, "comms_logger": {"enabled": True, "prof_ops": ["all_reduce"]}}
-    config = build_config(options(write(extra | {"steps_per_print": 7})), 1, 64)
+    config = configured(write(extra | {"steps_per_print": 7}), 1, 64)
     assert config["steps_per_print"] == 7
     assert {key: config[key] for key in extra} == extra
 
@@ -136,12 +143,11 @@ FILE = {
 
 
 def test_values_of_the_file_are_taken_where_no_flag_is_given(write):
-    parsed = options(write(FILE))
-    config = build_config(parsed, 3, 64)
-    assert (parsed.per_device_train_batch_size, parsed.gradient_accumulation_steps) == (2, 5)
-    assert (parsed.max_grad_norm, parsed.dtype, parsed.zero_stage, parsed.offload) == (0.25, "bf16", 2, True)
-    assert config["train_batch_size"] == 30
-    assert config["bf16"]["enabled"] is True
+    decided = setup(write(FILE), 3)
+    assert (decided.micro_batch, decided.accumulation) == (2, 5)
+    assert (decided.max_grad_norm, decided.dtype, decided.zero_stage, decided.offload) == (0.25, "bf16", 2, True)
+    assert decided.config["train_batch_size"] == 30
+    assert decided.config["bf16"]["enabled"] is True
 
 
 def test_flags_that_say_what_the_file_says_are_no_contradiction(write):
@@ -150,17 +156,17 @@ def test_flags_that_say_what_the_file_says_are_no_contradiction(write):
         "--zero_stage 2 --offload"
     )
     line = write(FILE | {"train_batch_size": 10})
-    assert build_config(options(f"{line} {same}"), 1, 64) == build_config(options(line), 1, 64)
+    assert configured(f"{line} {same}") == configured(line)
 
 
 def test_flags_fill_what_the_file_leaves_out(write):
     line = "--per_device_train_batch_size 3 --gradient_accumulation_steps 7 --max_grad_norm 2 --dtype bf16"
-    config = build_config(options(f"{write({})} {line}"), 1, 64)
+    config = configured(f"{write({})} {line}", 1, 64)
     assert (config["train_batch_size"], config["gradient_clipping"], config["bf16"]["enabled"]) == (21, 2.0, True)
 
 
 def test_the_stage_flag_fills_a_file_without_a_stage(write):
-    config = build_config(options(f"{write({'gradient_clipping': 'auto'})} --zero_stage 2"), 1, 64)
+    config = configured(f"{write({'gradient_clipping': 'auto'})} --zero_stage 2", 1, 64)
     assert config["zero_optimization"]["stage"] == 2
 
 
@@ -202,15 +208,13 @@ def test_a_contradiction_names_file_and_flag(write, content, line, words):
 
 def test_the_global_batch_of_the_file_counts_all_processes(write):
     line = f"{write({'train_batch_size': 8})} --per_device_train_batch_size 2"
-    assert build_config(options(line), 4, 64)["train_batch_size"] == 8
+    assert configured(line, 4, 64)["train_batch_size"] == 8
     assert "3 processes" in message(line, world_size=3)
 
 
 @pytest.mark.parametrize("half", [{"device": "none"}, {}, None], ids=str)
 def test_an_offload_section_that_offloads_nothing_is_no_offload(write, half):
-    parsed = options(write({"zero_optimization": {"stage": 1, "offload_optimizer": half}}))
-    build_config(parsed, 1, 64)
-    assert parsed.offload is False
+    assert setup(write({"zero_optimization": {"stage": 1, "offload_optimizer": half}})).offload is False
 
 
 @pytest.mark.parametrize("section", ["optimizer", "scheduler"])
@@ -287,45 +291,42 @@ def test_both_half_precisions_are_refused(write):
 
 
 def test_both_half_precisions_disabled_is_float32(write):
-    parsed = options(write({"bf16": {"enabled": False}, "fp16": {"enabled": False}}), dtype="bf16")  # as on a GPU
-    config = build_config(parsed, 1, 64)
-    assert parsed.dtype == "fp32"
-    assert config["bf16"]["enabled"] is config["fp16"]["enabled"] is False
+    decided = setup(write({"bf16": {"enabled": False}, "fp16": {"enabled": False}}), dtype="bf16")  # as on a GPU
+    assert decided.dtype == "fp32"
+    assert decided.config["bf16"]["enabled"] is decided.config["fp16"]["enabled"] is False
 
 
 def test_the_files_loss_scale_stays(write):
-    config = build_config(options(f"{write({'fp16': {'enabled': 'auto', 'loss_scale': 64}})} --dtype fp16"), 1, 64)
+    config = configured(f"{write({'fp16': {'enabled': 'auto', 'loss_scale': 64}})} --dtype fp16", 1, 64)
     assert config["fp16"] == {"enabled": True, "loss_scale": 64}
 
 
 @pytest.mark.parametrize("from_file", [False, True])
-def test_float16_at_stage_0_becomes_stage_1_and_says_so(write, capsys, monkeypatch, from_file):
+def test_float16_at_stage_0_becomes_stage_1_and_says_so(write, caplog, monkeypatch, from_file):
     monkeypatch.setenv("RANK", "0")
-    parsed = options(write({"fp16": {"enabled": True}}) if from_file else "--dtype fp16 --zero_stage 0")
-    config = build_config(parsed, 1, 64)
-    assert config["zero_optimization"]["stage"] == parsed.zero_stage == 1
-    assert "using stage 1" in capsys.readouterr().out
+    decided = setup(write({"fp16": {"enabled": True}}) if from_file else "--dtype fp16 --zero_stage 0")
+    assert decided.zero["stage"] == decided.zero_stage == 1
+    assert "using stage 1" in caplog.text
 
 
 @pytest.mark.parametrize("line", ["--dtype fp16 --zero_stage 2", "--dtype bf16", "--dtype fp32"])
-def test_no_other_stage_or_dtype_is_changed(line, capsys, monkeypatch):
+def test_no_other_stage_or_dtype_is_changed(line, caplog, monkeypatch):
     monkeypatch.setenv("RANK", "0")
-    parsed = options(line)
-    before = parsed.zero_stage, parsed.dtype
-    config = build_config(parsed, 1, 64)
-    assert (config["zero_optimization"]["stage"], parsed.dtype) == before
-    assert capsys.readouterr().out == ""
+    decided, asked = setup(line), options(line).engine
+    assert decided.zero["stage"] == decided.zero_stage == asked.zero_stage
+    assert decided.dtype == ("fp32" if asked.dtype == "auto" else asked.dtype)
+    assert caplog.text == ""
 
 
 def test_tensorboard_goes_where_the_flag_says():
-    assert build_config(options("--enable_tensorboard --tensorboard_path logs"), 1, 64)["tensorboard"] == {
+    assert configured("--enable_tensorboard --tensorboard_path logs", 1, 64)["tensorboard"] == {
         "enabled": True,
         "output_path": "logs/ds_tensorboard_logs/",
         "job_name": "step2_model_tensorboard",
     }
-    assert "tensorboard" not in build_config(options("--tensorboard_path logs"), 1, 64)
+    assert "tensorboard" not in configured("--tensorboard_path logs", 1, 64)
 
 
 def test_the_tensorboard_section_of_the_file_stays_without_the_flag(write):
     section = {"enabled": True, "output_path": "there", "job_name": "run"}
-    assert build_config(options(write({"tensorboard": section})), 1, 64)["tensorboard"] == section
+    assert configured(write({"tensorboard": section}), 1, 64)["tensorboard"] == section

@@ -13,9 +13,8 @@ import sys
 
 import pytest
 import runs
+from flags import read
 from runs import SCRIPTS, Metrics, free_port
-
-from reward_model.config.options import parse
 
 NASTY = 'it\'s 100%n of "$HOME"; a\\b\n*'
 PDSH = pytest.param("deepspeed", marks=pytest.mark.skipif(shutil.which("pdsh") is None, reason="no pdsh"))
@@ -69,7 +68,7 @@ def test_a_user_s_flags_come_last_and_replace_the_defaults(tmp_path):
     words = flags_of(dry("single_gpu.sh", "--zero_stage", 2, "--data_path", "a b", "c", cwd=tmp_path, MODEL="my model"))
     assert words[:4] == ["--model_name_or_path", "my model", "--output_dir", str(tmp_path / "output")]
     assert words[4:] == ["--zero_stage", "2", "--data_path", "a b", "c"]
-    assert parse(words).data_path == ["a b", "c"]
+    assert read(words).data_path == ["a b", "c"]
     assert flags_of(dry("single_gpu.sh", f"--output_dir={tmp_path}"))[-1] == f"--output_dir={tmp_path}"
     assert flags_of(dry("single_gpu.sh", "--model_name_or_path", NASTY))[-1] == NASTY
 
@@ -167,7 +166,10 @@ def test_what_a_look_shows_is_said_before_anything_starts_and_leaves_the_log_alo
     (used / "run.json").write_text("{}")
     for flags, message in (
         (["--output_dir", used], f"--output_dir {used} holds another run (run.json): name a new folder"),
-        (["--learning_rat", 1], "unrecognized arguments: --learning_rat 1 (--help lists the flags)"),
+        (
+            ["--learning_rat", 1],
+            "unrecognized arguments: --learning_rat 1; did you mean --learning_rate? (--help lists the flags)",
+        ),
         (["--model_name_or_path", "my modl"], "--model_name_or_path my modl: no such folder"),
     ):
         result = launch("single_node.sh", *flags, cwd=tmp_path)

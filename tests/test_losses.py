@@ -761,7 +761,7 @@ def test_as_trl(trl_loss):
 def test_as_trl_with_centred_rewards(trl_loss, weight):
     pair, margin = random_pair(20, 8), random_numbers(21, 8).abs()
     for inputs in ({}, {"margin": margin}):
-        ours = pairwise_loss(*pair, **inputs).mean() + weight * score_penalty("centre", *pair)
+        ours = pairwise_loss(*pair, **inputs).mean() + weight * score_penalty("center", *pair)
         assert_same(ours, trl_loss(*pair, weight, **inputs), *pair)
 
 

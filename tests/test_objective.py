@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from flags import loss_of
 
 from reward_model.batching.collate import Layout, collate, merge
 from reward_model.common.errors import UserError
 from reward_model.config.objectives import LIST_LOSSES, PAIR_LOSSES, POINT_LOSSES, kind_of
-from reward_model.config.options import parse
 from reward_model.data.comparisons import BadRow, Comparison
 from reward_model.data.rows import judge_answer, judge_list, judge_pair
 from reward_model.objectives.losses import length_penalty
@@ -20,7 +20,7 @@ from reward_model.reward_model import SCORE_PENALTIES, log_barrier, score_penalt
 
 
 def objective(flags=""):
-    return Objective(parse(["--model_name_or_path", "none", *flags.split()]))
+    return Objective(loss_of(flags))
 
 
 # Section 1: what rows need.
@@ -93,7 +93,7 @@ ENOUGH = [
 
 @pytest.mark.parametrize("flags, row", [(flags, row) for flags, rows in ENOUGH for row in rows])
 def test_a_row_with_what_one_of_the_losses_needs_lacks_nothing(flags, row):
-    assert objective(flags).lack(row) is None
+    assert objective(flags).missing(row) is None
 
 
 PREFERRED = "needs a preferred answer, and the row has"
@@ -120,7 +120,7 @@ LACKING = [
 
 @pytest.mark.parametrize("flags, row, reason", LACKING)
 def test_a_row_with_nothing_to_learn_from_says_what_it_lacks(flags, row, reason):
-    assert objective(flags).lack(row) == reason
+    assert objective(flags).missing(row) == reason
 
 
 WRONG = [
@@ -157,7 +157,7 @@ WRONG = [
 @pytest.mark.parametrize("flags, row, reason", WRONG)
 def test_what_does_not_suit_the_loss_is_refused(flags, row, reason):
     with pytest.raises(BadRow) as caught:
-        objective(flags).lack(row)
+        objective(flags).missing(row)
     assert str(caught.value) == reason
 
 
@@ -392,10 +392,10 @@ def penalty(kind, own, share):
     if kind == "zero_sum":
         return np.dot(share, means) ** 2
     of_row = {
-        "centre": lambda found: 4 * np.mean(found) ** 2,
+        "center": lambda found: 4 * np.mean(found) ** 2,
         "l2": lambda found: np.mean(np.square(found)),
         "log_barrier": lambda found: log_barrier(torch.tensor(found)).mean().item(),
-    }[kind]
+    }["center" if kind == "centre" else kind]
     return np.dot(share, [of_row(found) for found in own])
 
 

@@ -15,10 +15,12 @@ import pytest
 import runs
 import torch
 import transformers
+from flags import read
 from transformers import AutoConfig, AutoModelForSequenceClassification, LlamaConfig
 
 from reward_model.__main__ import main
 from reward_model.config.deepspeed import ZERO_FOLDER
+from reward_model.config.groups import ModelConfig
 from reward_model.config.options import parse
 from reward_model.models.scorer import Scorer
 from reward_model.planning import on_paper
@@ -73,9 +75,8 @@ def folder(tmp_path):
     return write
 
 
-def flags(dtype="bf16", **changes):
-    plain = {"pooling": None, "dropout": None, "dtype": dtype, "lora_dim": 0, "lora_module_name": None}
-    return argparse.Namespace(**{**plain, "model_name_or_path": "m", **changes})
+def on_meta(config, dtype="bf16", **changes):
+    return build_on_meta(config, ModelConfig("m", **changes), dtype)
 
 
 def printed(capsys, line, status=0):
@@ -160,12 +161,11 @@ def hold(middling, demo, folder, processes, name, dtype, more):
 
 
 def check_against_run(held, middling, processes, name, dtype, more):
-    options = parse(["--model_name_or_path", str(middling), "--dtype", dtype, *shlex.split(more)])
-    options.gradient_checkpointing = False
-    plan = planning.Plan(build_on_meta(AutoConfig.from_pretrained(middling), options), options)
+    config = parse(["--model_name_or_path", str(middling), "--dtype", dtype, *shlex.split(more)])
+    plan = planning.Plan(build_on_meta(AutoConfig.from_pretrained(middling), config.model, dtype), config)
     assert (plan.counts.total, plan.counts.trained) == (held["total"], held["trained"])
     setting, cluster = BY_NAME[name], Cluster(processes, processes)
-    accumulates = options.gradient_accumulation_steps > 1
+    accumulates = config.batches.gradient_accumulation_steps > 1
     states = model_states(plan.counts, setting, cluster, plan.width, plan.zero(setting, processes), accumulates)
     constant = 4 * 688 * 256 * 2  # buckets and single gradients that are still there
     backward, step = states.resident + states.gradients + states.host, states.step + states.host
@@ -223,7 +223,7 @@ def on_cpu(family, dtype, lora=0):
     config = getattr(transformers, config_class)(**SMALL)
     torch.manual_seed(0)
     real = AutoModelForSequenceClassification.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    return Scorer(real.train(), "last"), build_on_meta(config, flags({torch.float32: "fp32"}.get(dtype, "bf16")))
+    return Scorer(real.train(), "last"), on_meta(config, {torch.float32: "fp32"}.get(dtype, "bf16"))
 
 
 def saved(scorer, rows, length):
@@ -274,7 +274,7 @@ def test_the_peak_is_that_of_a_real_pass(family, checkpointing):
 
 def test_few_layers_tell_of_many():
     config = LlamaConfig(**{**SMALL, "num_hidden_layers": 9})
-    scorer = build_on_meta(config, flags())
+    scorer = on_meta(config)
     assert activations(scorer, 4, 64, checkpointing=False) == passes(scorer, 4, 64)[1]
     assert len(layers_of(scorer)) == 9 > MEASURED_LAYERS[1]
 
@@ -283,14 +283,14 @@ def test_few_layers_tell_of_many():
 def test_every_family_can_be_planned(family):
     _, config_class, sizes = models.FAMILIES[family]
     for lora in (0, 4):
-        scorer = build_on_meta(getattr(transformers, config_class)(**sizes), flags(lora_dim=lora))
+        scorer = on_meta(getattr(transformers, config_class)(**sizes), lora_dim=lora)
         kept, recomputed = (activations(scorer, 4, 16, checkpointing) for checkpointing in (False, True))
         assert 0 < recomputed < kept
 
 
 def test_counts_are_exact():
     h, f, layers, words = 4096, 11008, 32, 32_000
-    scorer = build_on_meta(LlamaConfig(**LLAMA_7B, vocab_size=words), flags(lora_dim=8, lora_module_name="q_proj"))
+    scorer = on_meta(LlamaConfig(**LLAMA_7B, vocab_size=words), lora_dim=8, lora_module_name="q_proj")
     adapters = layers * 8 * (h + h)
     total = words * h + layers * (4 * h * h + 3 * h * f + 2 * h) + h + 2 * h  # PEFT keeps the untrained head too
     counts = count_parameters(scorer)
@@ -307,7 +307,7 @@ def test_seven_billion_on_eight(folder, capsys):
     assert "ZeRO++" not in out.split("GiB.")[0]  # one node
     start, line = out.splitlines()[-1].split(" --", 1)
     assert start == "NUM_GPUS=8 DATA=/path/of/your/data bash training_scripts/single_node.sh"
-    options = parse(shlex.split(f"--{line}"))
+    options = read(shlex.split(f"--{line}"))
     assert (options.zero_stage, options.gradient_checkpointing, options.offload) == (2, True, False)
 
 

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 import runs
-
-from reward_model.config.options import parse
+from flags import read
 
 TOP = Path(__file__).resolve().parent.parent
 SCRIPTS = TOP / "training_scripts"
@@ -83,7 +82,7 @@ def test_a_recipe_starts_what_it_says(recipe, tmp_path):
     place = {"HOSTFILE": hostfile(tmp_path, gpus // 8), "LAUNCHER": "torchrun"} if several else {"NUM_GPUS": str(gpus)}
     commands = dry_run(recipe, tmp_path, **place)
     assert len(commands) == (gpus // 8 if several else 1)
-    options = parse(commands[0])
+    options = read(commands[0])
     assert (options.per_device_train_batch_size, options.gradient_accumulation_steps) == (micro, accumulation)
     assert options.output_dir == str(tmp_path / "output")
     model, hardware, stage, batch, rate = rows_of_readme()[recipe.name]
@@ -110,7 +109,7 @@ def test_every_launcher_runs_a_recipe_with_its_batch(launch, tmp_path):
     assert len(commands) == (2 if launch == "multi_node.sh" else 1)
     for words in commands:
         assert words[-len(flags) :] == flags
-        options = parse(words)
+        options = read(words)
         assert (options.model_name_or_path, options.data_path, options.zero_stage) == (model, [data], 2)
         processes = {"single_gpu.sh": 1, "single_node.sh": 8}.get(launch, 16)
         assert options.per_device_train_batch_size * options.gradient_accumulation_steps * processes == 64
@@ -119,18 +118,18 @@ def test_every_launcher_runs_a_recipe_with_its_batch(launch, tmp_path):
 
 def test_a_copy_elsewhere_finds_the_launchers(tmp_path):
     copy = shutil.copy(SCRIPTS / "recipes" / "opt-1.3b.sh", tmp_path)
-    assert parse(dry_run(copy, tmp_path, NUM_GPUS="8", SCRIPTS=str(SCRIPTS))[0]).zero_stage == 2
+    assert read(dry_run(copy, tmp_path, NUM_GPUS="8", SCRIPTS=str(SCRIPTS))[0]).zero_stage == 2
 
 
 def test_ones_own_data_takes_the_place_of_upstreams_sets_and_split(tmp_path):
     recipe = SCRIPTS / "recipes" / "opt-350m.sh"
-    theirs, mine = (parse(dry_run(recipe, tmp_path, NUM_GPUS="1", **data)[0]) for data in ({}, {"DATA": "mine.jsonl"}))
+    theirs, mine = (read(dry_run(recipe, tmp_path, NUM_GPUS="1", **data)[0]) for data in ({}, {"DATA": "mine.jsonl"}))
     assert (len(theirs.data_path), theirs.data_split) == (4, "2,4,4")
     assert (mine.data_path, mine.data_split) == (["mine.jsonl"], None)
 
 
 def test_micro_batch_keeps_the_global_one(tmp_path):
-    options = parse(dry_run(SCRIPTS / "recipes" / "qwen3-8b.sh", tmp_path, NUM_GPUS="4", MICRO_BATCH="2")[0])
+    options = read(dry_run(SCRIPTS / "recipes" / "qwen3-8b.sh", tmp_path, NUM_GPUS="4", MICRO_BATCH="2")[0])
     assert (options.per_device_train_batch_size, options.gradient_accumulation_steps) == (2, 256 // (2 * 4))
 
 
@@ -167,7 +166,7 @@ def test_upstreams_launch_lines_start_this_main(tmp_path):
         folder, *words = (output / "training.log").read_text().splitlines()
         assert Path(folder).resolve() == SCRIPTS
         assert words[: words.index("main.py")] in ([], ["--num_gpus", "1"])
-        options = parse(words[words.index("main.py") + 1 :])
+        options = read(words[words.index("main.py") + 1 :])
         assert (options.zero_stage, options.output_dir) == (2, str(output))
 
 

@@ -318,7 +318,7 @@ def test_margin_by_hand():
 @pytest.mark.parametrize(
     "kind, expected",
     [
-        ("centre", (1 + 0 + 16) / 3),
+        ("center", (1 + 0 + 16) / 3),
         ("l2", (1 + 4 + 9 + 0 + 4 + 1) / 6),
         ("zero_sum", (5 / 6) ** 2),
         ("log_barrier", -math.log((4 * 6) * (3 * 7) * (2 * 8) * (5 * 5) * (3 * 7) * (4 * 6)) / 6),
@@ -810,7 +810,7 @@ def test_forward_refuses_anything_but_an_even_number_of_rows(shape):
 
 
 def test_unknown_penalty_is_refused_and_the_known_ones_named():
-    with pytest.raises(ValueError, match=r"'l1'.*centre.*log_barrier"):
+    with pytest.raises(ValueError, match=r"'l1'.*center.*log_barrier"):
         score_penalty("l1", torch.zeros(2), torch.zeros(2))
 
 

@@ -176,7 +176,7 @@ def test_prompts_brought_together(plain, demo, tmp_path):
     assert sum(r["tokens"] for r in together.train) < 0.8 * sum(r["tokens"] for r in plain[0].train)
     assert sum(r["pairs"] for r in together.train) == runs.PAIRS
     assert together.final["loss"] < 0.5
-    flags = ["--merge", "prompt", "--batch_element", "prompt", "--score_penalty", "centre"]
+    flags = ["--merge", "prompt", "--batch_element", "prompt", "--score_penalty", "center"]
     two = ["--per_device_train_batch_size", 4, "--tokens_per_batch", 300]
     prompts = runs.train(demo, tmp_path / "prompts", *flags, *two, processes=2)
     assert sum(r["pairs"] for r in prompts.train) == runs.PAIRS
@@ -216,7 +216,7 @@ def test_a_model_that_refuses_trains_on_separate_rows(demo, tmp_path):
 
 
 def test_token_level_penalty_margin_and_both_forms(demo, tmp_path):
-    flags = ["--loss_level", "token", "--score_penalty", "centre", "--margin", "0.2", "--label_smoothing", "0.05"]
+    flags = ["--loss_level", "token", "--score_penalty", "center", "--margin", "0.2", "--label_smoothing", "0.05"]
     metrics = runs.train(demo, tmp_path / "out", *flags, "--save_format", "both", "--eval_interval", 10)
     assert metrics.final["loss"] < 0.5
     assert [r["step"] for r in metrics.evaluations] == [0, 10, 20]
@@ -230,7 +230,7 @@ def test_mean_pooling_says_how_to_load_and_its_mean_is_subtracted(demo, tmp_path
     models.write("bert", tmp_path / "encoder")
     flags = ["--loss", "prior_cosine", "--prior_model", tmp_path / "encoder", "--normalize_scores", "train"]
     metrics = runs.train(demo, tmp_path / "out", "--pooling", "mean", *flags)
-    assert re.search(r"likeness of answers by .*encoder: cosine 0\.\d\d ± 0\.\d\d over 320 pairs", metrics.output)
+    assert re.search(r"similarity of responses by .*encoder: cosine 0\.\d\d ± 0\.\d\d over 320 pairs", metrics.output)
     assert "reward_model.inference.load" in metrics.output
     reward = load(tmp_path / "out")
     ours = np.array(reward.score(*zip(*runs.held_out(demo)[0])))
@@ -250,7 +250,7 @@ def test_an_encoder_trains_through_its_own_head(demo, tmp_path):
     tokenizer.save_pretrained(tmp_path / "deberta")
     flags = ["--num_train_epochs", 3, "--normalize_scores", "eval"]
     metrics = runs.train(demo, tmp_path / "out", "--model_name_or_path", tmp_path / "deberta", *flags)
-    assert "DebertaV2ForSequenceClassification, pooling own" in metrics.output
+    assert "DebertaV2ForSequenceClassification, pooling classifier" in metrics.output
     assert metrics.final["loss"] < 0.6 < metrics.evaluations[0]["loss"]
     # its head has a bias, which is divided like the rest: every loader gets the spread, and ours the mean too
     chosen, rejected = (runs.reload_scores(tmp_path / "out", rows) for rows in runs.held_out(demo))

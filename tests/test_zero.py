@@ -11,7 +11,7 @@ import torch
 
 from reward_model.common import distributed
 from reward_model.common.errors import UserError
-from reward_model.config.deepspeed import ZERO_FOLDER, build_config
+from reward_model.config.deepspeed import ZERO_FOLDER, set_up_deepspeed
 from reward_model.config.options import parse
 
 FILES = sorted(path.name for path in ZERO_FOLDER.glob("*.json"))
@@ -29,15 +29,13 @@ def launched(monkeypatch):
 
 
 def options(name, *flags):
-    parsed = parse(["--model_name_or_path", "m", "--deepspeed_config", str(name), *map(str, flags)])
-    parsed.dtype = parsed.dtype or "bf16"
-    return parsed
+    return parse(["--model_name_or_path", "m", "--deepspeed_config", str(name), *map(str, flags)])
 
 
 def build(name, *flags, world_size=4, hidden=1024, vocab=32000):
     if name == "zero3_nvme.json" and not flags:
         flags = ("--nvme_path", "/local")
-    return build_config(options(name, *flags), world_size, hidden, vocab)
+    return set_up_deepspeed(options(name, *flags), "bf16", world_size, hidden, vocab).config
 
 
 def refusal(*arguments, **sizes):
@@ -57,8 +55,7 @@ def test_the_readme_lists_each_file_with_the_flag_that_chooses_it():
     assert sorted(listed()) == FILES
     for name, line in listed().items():
         chosen = parse(["--model_name_or_path", "m", *line.split()])
-        chosen.dtype = "bf16"
-        assert build_config(chosen, 4, 1024, 32000) == build(name), name
+        assert set_up_deepspeed(chosen, "bf16", 4, 1024, 32000).config == build(name), name
 
 
 @pytest.mark.parametrize("key", ["loss_scale_window", "pin_memory", "sub_group_size", "buffer_count", "max_in_cpu"])
@@ -121,9 +118,9 @@ def test_a_path_is_not_looked_up(name, tmp_path, monkeypatch):
 def test_flags_must_agree_with_a_named_file():
     assert "--zero_stage 2 and stage 3" in refusal("zeropp.json", "--zero_stage", 2)
     assert "--offload" in refusal("zeropp.json", "--offload")
-    parsed = options("zero3_nvme.json", "--nvme_path", "/local", "--zero_stage", 3, "--offload")
-    build_config(parsed, 1, 64, 100)
-    assert (parsed.zero_stage, parsed.offload) == (3, True)
+    asked = options("zero3_nvme.json", "--nvme_path", "/local", "--zero_stage", 3, "--offload")
+    decided = set_up_deepspeed(asked, "bf16", 1, 64, 100)
+    assert (decided.zero_stage, decided.offload) == (3, True)
 
 
 # --- hpZ ---
@@ -131,11 +128,12 @@ def test_flags_must_agree_with_a_named_file():
 
 @pytest.mark.parametrize("variable", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])
 @pytest.mark.parametrize(("world_size", "local", "size"), [(16, 8, 8), (4, 2, 2), (4, 1, 1), (8, 8, 1), (1, 1, 1)])
-def test_hpz_is_a_node(monkeypatch, capsys, variable, world_size, local, size):
+def test_hpz_is_a_node(monkeypatch, caplog, variable, world_size, local, size):
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
     monkeypatch.setenv(variable, str(local))
+    caplog.set_level("INFO", "reward_model")
     assert build("zeropp.json", world_size=world_size)["zero_optimization"]["zero_hpz_partition_size"] == size
-    assert ("one node" in capsys.readouterr().out) is (world_size == local)
+    assert ("one node" in caplog.text) is (world_size == local)
 
 
 def test_hpz_wants_nodes_alike():

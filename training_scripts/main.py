@@ -6,84 +6,15 @@ deepspeed main.py --model_name_or_path facebook/opt-350m --data_path Dahoas/rm-s
 deepspeed --num_gpus 2 main.py …          two GPUs (or, without a GPU, two processes)
 torchrun --nproc_per_node 2 main.py …     the same through torchrun
 python main.py …                          one process, no launcher
+python main.py --config run.yaml          flags from a file
 """
 
-import errno
-import os
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout's package, installed or not
 
-from reward_model.common.distributed import prepare_environment, release_shared_memory
-
-LAUNCHER_GRACE = 3.0  # seconds in which a launcher ends the other ranks once the first has said what is wrong
-
-LOST_CONTACT = ("closed by peer", "Connection reset", "Connection refused", "Broken pipe", "Timed out")
-
-
-def main() -> int:
-    """Run and return the exit status; an error that the user can mend is one line, said by the first rank."""
-    prepare_environment()
-    from reward_model.common.logging import quieten
-
-    debug = "--debug" in sys.argv
-    quieten(debug)
-    import torch
-
-    from reward_model.common.errors import UserError, first_line
-    from reward_model.config.options import parse
-
-    try:
-        options = parse()
-        from reward_model.training.run import run  # seconds of imports, which a typo need not wait for
-
-        run(options)
-    except UserError as error:
-        return fail(str(error), debug)
-    except torch.OutOfMemoryError:
-        advice = "smaller --per_device_train_batch_size or --max_seq_len, --gradient_checkpointing, higher --zero_stage"
-        return fail(f"out of memory on the device: {advice}", debug)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        return fail(f"no space left on the disk: {error}", debug)
-    except RuntimeError as error:
-        # gloo raises a plain RuntimeError; the rest of torch.distributed has classes of its own
-        is_lost = isinstance(error, torch.distributed.DistError) or any(words in str(error) for words in LOST_CONTACT)
-        if not is_lost:
-            raise
-        if "EADDRINUSE" in str(error):
-            return fail("the port is in use by another run: deepspeed --master_port N main.py takes another", debug)
-        what = f"lost contact with another process, whose own message says why ({first_line(error)})"
-        return fail(what, debug, wait=LAUNCHER_GRACE)
-    except KeyboardInterrupt:
-        return fail("interrupted", debug)
-    torch.distributed.destroy_process_group()
-    release_shared_memory()
-    return 0
-
-
-def fail(message: str, debug: bool, wait: float = 0.0) -> int:
-    """Say what is wrong and leave: the launcher ends the ranks that wait for this one.
-
-    Args:
-        wait: seconds before leaving, so that a rank that is at fault ends first, and its exit status is the run's.
-    """
-    rank = os.environ["RANK"]
-    if debug:
-        import traceback
-
-        traceback.print_exc()
-    elif rank != "0":
-        time.sleep(LAUNCHER_GRACE)  # only one voice, unless the fault is this rank's alone
-    print(f"error: {message}" if rank == "0" else f"error on rank {rank}: {message}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    time.sleep(wait)
-    release_shared_memory()
-    os._exit(1)
-
+from reward_model.commands.train import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -18,8 +18,8 @@ def main(arguments: list[str]) -> int:
     Raises:
         UserError: a wrong flag, an output folder that holds another run, a model that is a path and not there.
     """
-    options = parse(arguments)
-    if options.output_dir:
-        refuse_used_folder(Path(options.output_dir))
-    require_model_folder(options.model_name_or_path)
+    config = parse(arguments)
+    if config.output.output_dir:
+        refuse_used_folder(Path(config.output.output_dir))
+    require_model_folder(config.model.model_name_or_path)
     return 0

@@ -6,16 +6,18 @@ reward-model plan --model_name_or_path meta-llama/Llama-2-7b-hf --gpus 8 --gpu_m
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import sys
-from collections.abc import Generator, Iterator
-from dataclasses import replace
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 
 from reward_model.common.errors import UserError
-from reward_model.config import options as flags
+from reward_model.config.groups import COUNT, POSITIVE, Group, flag
+from reward_model.config.options import RunConfig
+from reward_model.config.parser import build_parser, given_names, read_words, run_parser
 from reward_model.models.loading import read_config
 from reward_model.planning.activations import build_on_meta
 from reward_model.planning.model_states import (
@@ -27,6 +29,7 @@ from reward_model.planning.plan import CONTEXT, FRAGMENTS, GIB, Estimate, Plan
 
 MOST_GPUS = 1024
 SHARED_FLAGS = (  # with main.py
+    "model_name_or_path",
     "per_device_train_batch_size",
     "max_seq_len",
     "gradient_accumulation_steps",
@@ -46,45 +49,71 @@ Fastest: without offload first, then without checkpointing, then what sends leas
 """
 
 
-def plan_parser() -> flags.Parser:
-    """``plan``'s own flags, and those of main.py that change what a run needs, as main.py has them."""
-    parser = flags.Parser(
+@dataclass(frozen=True)
+class PlanConfig(Group):
+    """The GPUs to plan for."""
+
+    _argument_group_name: ClassVar[str] = "cluster"
+    _bounds: ClassVar = {"gpus": COUNT, "gpus_per_node": COUNT, "gpu_memory": POSITIVE, "host_memory": POSITIVE}
+
+    gpus: int | None = flag(None, metavar="N", help="The number of GPUs in all. Default: those of this machine, or 1.")
+    gpus_per_node: int | None = flag(
+        None, metavar="N", help="The number of GPUs of a node. Default: 8, or --gpus if that is less."
+    )
+    gpu_memory: float | None = flag(
+        None, metavar="GIB", help="The memory of each GPU in GiB. Default: that of this machine's first GPU."
+    )
+    host_memory: float | None = flag(
+        None, metavar="GIB", help="The memory of each node in GiB. Without it, it is not checked."
+    )
+    verbose: bool = flag(False, help="Show what each number is made of, and DeepSpeed's own estimate beside it.")
+
+
+def parse(arguments: Sequence[str]) -> tuple[PlanConfig, RunConfig]:
+    """The command line → the GPUs, and what of a run changes its needs, by the flags that main.py has for it.
+
+    Raises:
+        UserError: an unknown flag or value, or two that contradict each other.
+    """
+    parser = build_parser(
+        [PlanConfig],
         prog="reward-model plan",
         description="Estimate memory and communication of a run for every ZeRO setting; prints the line to launch.",
         epilog="example: reward-model plan --model_name_or_path meta-llama/Llama-2-7b-hf --gpus 8 --gpu_memory 80",
-        allow_abbrev=False,
-        formatter_class=flags.Help,
     )
-    parser.add_argument("--model_name_or_path", "--model", required=True, help="a folder or a hub name; its config")
-    parser.add_argument("--gpus", type=flags.positive_int, help="in all [those of this machine, or 1]")
-    parser.add_argument("--gpus_per_node", type=flags.positive_int, help="[8, or fewer if there are fewer]")
-    parser.add_argument("--gpu_memory", type=flags.positive, help="GiB of each [of this machine's first GPU]")
-    parser.add_argument("--host_memory", type=flags.positive, help="GiB of each node [not checked]")
-    parser.add_argument("--verbose", action="store_true", help="show what each number is made of")
-    theirs = {action.dest: action for action in flags.build_parser()._actions}
+    of_run = parser.add_argument_group("run", "as main.py has them")
+    actions = {action.dest: action for action in run_parser()._actions}
+    actions["model_name_or_path"].option_strings.append("--model")
     for name in SHARED_FLAGS:
-        parser._add_action(theirs[name])
-    return parser
+        of_run._add_action(actions[name])
+    cluster, run = read_words(parser, arguments)
+    given = given_names(parser, arguments)
+    if "lora_module_name" in given and not run.lora_dim:
+        raise UserError("--lora_module_name without --lora_dim: give the adapters' dimension")
+    values = {name: getattr(run, name) for name in SHARED_FLAGS if name in given}
+    if values.get("dtype", "auto") == "auto":
+        values["dtype"] = "bf16"
+    return cluster, RunConfig.of(**values)
 
 
-def cluster_of(options: argparse.Namespace) -> Cluster:
+def cluster_of(config: PlanConfig) -> Cluster:
     """The GPUs that the flags name, or else this machine's.
 
     Raises:
         UserError: no memory given and no GPU here; GPUs that do not fill nodes.
     """
     present = torch.cuda.device_count()
-    gpus = options.gpus or present or 1
-    per_node = min(gpus, options.gpus_per_node or 8)
+    gpus = config.gpus or present or 1
+    per_node = min(gpus, config.gpus_per_node or 8)
     if gpus % per_node:
         raise UserError(f"--gpus {gpus} is not a multiple of --gpus_per_node {per_node}")
-    if not options.gpu_memory and not present:
+    if not config.gpu_memory and not present:
         raise UserError("no GPU here to plan for: give its memory in GiB, e.g. --gpu_memory 80")
-    memory = options.gpu_memory or torch.cuda.get_device_properties(0).total_memory / GIB
-    return Cluster(gpus, per_node, memory, options.host_memory or 0.0)
+    memory = config.gpu_memory or torch.cuda.get_device_properties(0).total_memory / GIB
+    return Cluster(gpus, per_node, memory, config.host_memory or 0.0)
 
 
-def launch_line(options: argparse.Namespace, estimate: Estimate, cluster: Cluster, pairs: int) -> str:
+def launch_line(config: RunConfig, estimate: Estimate, cluster: Cluster, pairs: int) -> str:
     """What starts the run; flags that were given go with it."""
     nodes = cluster.gpus // cluster.per_node
     data = "DATA=/path/of/your/data"
@@ -93,11 +122,11 @@ def launch_line(options: argparse.Namespace, estimate: Estimate, cluster: Cluste
         start = f"NUM_GPUS={cluster.gpus} {data} bash training_scripts/single_node.sh"
     if cluster.gpus == 1:
         start = f"{data} bash training_scripts/single_gpu.sh"
-    words = ["--model_name_or_path", options.model_name_or_path, "--dtype", options.dtype]
-    words += ["--per_device_train_batch_size", str(pairs), "--max_seq_len", str(options.max_seq_len)]
+    words = ["--model_name_or_path", config.model.model_name_or_path, "--dtype", config.engine.dtype]
+    words += ["--per_device_train_batch_size", str(pairs), "--max_seq_len", str(config.data.max_seq_len)]
     for name in ("gradient_accumulation_steps", "lora_dim", "lora_module_name", "pooling", "dropout"):
-        if name in options.explicit:
-            words += [f"--{name}", str(getattr(options, name))]
+        if name in config.given:
+            words += [f"--{name}", str(config.values()[name])]
     line = f"{start} {shlex.join(words)} {estimate.setting.flags}"
     return line + (" --gradient_checkpointing" if estimate.checkpointing else "") + " --output_dir output"
 
@@ -128,17 +157,16 @@ def table(plan: Plan, cluster: Cluster, pairs: int, verbose: bool) -> Iterator[s
         yield f"{setting.name:9}{sizes} {gib(pair[0].host):>9} {gib(pair[0].sent):>8} {more}   {said}"
 
 
-def what_would(plan: Plan, cluster: Cluster, offload: bool) -> Iterator[str]:
+def what_would(plan: Plan, cluster: Cluster, per_node: int, offload: bool) -> Iterator[str]:
     """What would fit, with offload or without: a smaller micro-batch of the same global batch, and more GPUs."""
-    options = plan.options
-    pairs = smaller = options.per_device_train_batch_size
+    batches = plan.config.batches
+    pairs = smaller = batches.per_device_train_batch_size
     while smaller := smaller // 2:
         if best := plan.best(cluster, smaller, offload):
-            steps = options.gradient_accumulation_steps * pairs // smaller
+            steps = batches.gradient_accumulation_steps * pairs // smaller
             size = f"--per_device_train_batch_size {smaller} --gradient_accumulation_steps {steps}"
             yield f"  {size}: {described(best)}"
             break
-    per_node = options.gpus_per_node or 8
     for gpus in [2**k for k in range(10) if 2**k < per_node] + list(range(per_node, MOST_GPUS + 1, per_node)):
         more = replace(cluster, gpus=gpus, per_node=min(gpus, per_node))
         if gpus > cluster.gpus and (best := plan.best(more, pairs, offload)):
@@ -149,7 +177,7 @@ def what_would(plan: Plan, cluster: Cluster, offload: bool) -> Iterator[str]:
 
 def over_slow_links(plan: Plan, cluster: Cluster, best: Estimate) -> Iterator[str]:
     """ZeRO++ beside stage 3."""
-    for other in plan.estimates(cluster, plan.options.per_device_train_batch_size):
+    for other in plan.estimates(cluster, plan.config.batches.per_device_train_batch_size):
         if other.setting.plus and other.fits and (best.setting.name, best.checkpointing) == ("3", other.checkpointing):
             yield "Over slow links between nodes, with weights that are sent in 8 bits:"
             sends = f"sends {gib(other.sent)} instead of {gib(best.sent)}"
@@ -162,37 +190,38 @@ def described(estimate: Estimate) -> str:
     return f"ZeRO {estimate.setting.name}{recomputing}, {gib(estimate.gpu)} GiB a GPU{host}"
 
 
-def show(options: argparse.Namespace) -> Generator[str, None, bool]:
+def show(asked: PlanConfig, config: RunConfig) -> Generator[str, None, bool]:
     """The plan, line by line; whether anything fits."""
-    cluster, pairs = cluster_of(options), options.per_device_train_batch_size
-    plan = Plan(build_on_meta(read_config(options.model_name_or_path), options), options)
+    cluster, pairs = cluster_of(asked), config.batches.per_device_train_batch_size
+    name, dtype, per_node = config.model.model_name_or_path, config.engine.dtype, asked.gpus_per_node or 8
+    plan = Plan(build_on_meta(read_config(name), config.model, dtype), config)
     counts = plan.counts
     yield (
-        f"{options.model_name_or_path}: {counts.total / 1e9:,.2f} billion parameters, {counts.layers} layers of "
+        f"{name}: {counts.total / 1e9:,.2f} billion parameters, {counts.layers} layers of "
         f"{counts.hidden}, {'all' if counts.trained == counts.total else f'{counts.trained:,} of them'} trained, "
-        f"{options.dtype}"
+        f"{dtype}"
     )
     host = f", {cluster.host_memory:g} GiB of host memory" if cluster.host_memory else ""
     nodes = f", nodes of {cluster.per_node}" if cluster.gpus > 1 else ""
     yield (
         f"{cluster.gpus} × {cluster.gpu_memory:.4g} GiB{nodes}{host}; {pairs} pairs a GPU at a time: at most "
-        f"{2 * pairs * options.max_seq_len:,} tokens"
+        f"{2 * pairs * config.data.max_seq_len:,} tokens"
     )
     yield ""
-    yield from table(plan, cluster, pairs, options.verbose)
+    yield from table(plan, cluster, pairs, asked.verbose)
     yield ""
     yield NOTES
     best = plan.best(cluster, pairs)
     if not best:
         yield "Nothing fits. What would:"
-        yield from what_would(plan, cluster, offload=True)
+        yield from what_would(plan, cluster, per_node, offload=True)
         return False
     yield from parts(plan, best, pairs)
     if best.setting.offload != "none":
         yield "Faster, because without offload:"
-        yield from what_would(plan, cluster, offload=False)
+        yield from what_would(plan, cluster, per_node, offload=False)
     yield from over_slow_links(plan, cluster, best)
-    yield f"\nAt the top of the checkout, with your data:\n{launch_line(options, best, cluster, pairs)}"
+    yield f"\nAt the top of the checkout, with your data:\n{launch_line(config, best, cluster, pairs)}"
     return True
 
 
@@ -217,15 +246,7 @@ def parts(plan: Plan, best: Estimate, pairs: int) -> Iterator[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the plan; the exit status is 1 if nothing fits."""
-    given = sys.argv[1:] if arguments is None else arguments
-    parser = plan_parser()
-    options = parser.parse_args(given)
-    options.dtype = options.dtype or "bf16"
-    words = {word.split("=")[0] for word in given}
-    options.explicit = {action.dest for action in parser._actions if words.intersection(action.option_strings)}
-    if options.lora_module_name and not options.lora_dim:
-        raise UserError("--lora_module_name without --lora_dim: give the adapters' dimension")
-    lines = show(options)
+    lines = show(*parse(sys.argv[1:] if arguments is None else arguments))
     while True:
         try:
             print(next(lines), flush=True)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import argparse
 import errno
 import hashlib
 import os
@@ -19,7 +18,7 @@ from pathlib import Path
 import torch
 
 from reward_model.common.errors import UserError
-from reward_model.common.logging import hushed, say
+from reward_model.common.logging import hushed, logger
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,9 @@ def prepare_environment() -> None:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     # DeepSpeed calls ninja by name, and an environment that was not activated has it only beside its interpreter
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    beside, path = str(Path(sys.executable).parent), os.environ.get("PATH", "")
+    if path.split(os.pathsep)[0] != beside:
+        os.environ["PATH"] = f"{beside}{os.pathsep}{path}"
     # compiled ops fit one environment's torch: keep them in it
     if os.access(sys.prefix, os.W_OK):
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "var" / "torch_extensions"))
@@ -61,28 +62,40 @@ def release_shared_memory() -> None:
         path.unlink(missing_ok=True)
 
 
+def end() -> None:
+    """Leave the other processes, at the end of the last run."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        release_shared_memory()
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
-def start(options: argparse.Namespace) -> DistributedContext:
+def start(local_rank: int = -1, offload: bool = False, debug: bool = False) -> DistributedContext:
     """Join the other processes.
+
+    Args:
+        local_rank: as a launcher gives it on the command line; the environment comes first.
+        offload: an op for the optimizer on the CPU will be compiled.
+        debug: show what DeepSpeed prints meanwhile.
 
     Raises:
         UserError: no C++ compiler or ninja where DeepSpeed compiles an op before it can communicate.
     """
-    with hushed(options.debug):
+    with hushed(debug):
         import deepspeed
         from deepspeed.accelerator import get_accelerator
 
         accelerator = get_accelerator()
     on_cpu = accelerator.device_name() == "cpu"
-    if on_cpu or options.offload:
+    if on_cpu or offload:
         _require_compiler()
         link_from_a_path_with_spaces()
-    local_rank = int(os.environ.get("LOCAL_RANK", max(options.local_rank, 0)))
+    local_rank = int(os.environ.get("LOCAL_RANK", max(local_rank, 0)))
     if not on_cpu:
         if local_rank >= accelerator.device_count():
             raise UserError(f"local rank {local_rank} on {accelerator.device_count()} devices: start fewer processes")
@@ -91,8 +104,8 @@ def start(options: argparse.Namespace) -> DistributedContext:
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
     if on_cpu and os.environ["RANK"] == "0" and not _has_compiled_ops():
-        say("DeepSpeed compiles its communication op, once: about half a minute")
-    with hushed(options.debug):
+        logger.info("DeepSpeed compiles its communication op, once: about half a minute")
+    with hushed(debug):
         deepspeed.init_distributed()
     return DistributedContext(
         torch.distributed.get_rank(),

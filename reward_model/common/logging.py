@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One voice for all ranks, and libraries that speak only when something is wrong."""
+"""What a run says, through the logger ``reward_model``, and libraries that speak only when something is wrong.
+
+The first rank speaks for all. ``logging.getLogger("reward_model").setLevel(logging.ERROR)`` silences a library user's
+run; a level or a handler that was set before is left as it is.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +13,38 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+
+logger = logging.getLogger("reward_model")
 
 
-def say(message: str) -> None:
-    """Print a line on the first rank, above a progress bar if there is one."""
-    if os.environ.get("RANK", "0") == "0":
+class Console(logging.Handler):
+    """Writes each message as a line of standard output, above a progress bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
-        tqdm.write(message)
+        tqdm.write(self.format(record), file=sys.stdout)
+
+
+def _is_of_first_rank(record: logging.LogRecord) -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
+
+
+logger.addFilter(_is_of_first_rank)
+
+
+def show_messages() -> None:
+    """Let messages be seen, unless somebody has set up logging: then they go where that says."""
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
+    if not logger.hasHandlers():
+        logger.addHandler(Console())
+        logger.propagate = False
 
 
 def quieten(debug: bool) -> None:
@@ -29,19 +57,40 @@ def quieten(debug: bool) -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|transformers|peft|deepspeed")
     # filters: DeepSpeed gives its logger a level of its own when it is imported, torch resets those of its loggers
     for name in ("DeepSpeed", "torch.utils.cpp_extension"):
-        logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)
+        logging.getLogger(name).addFilter(_is_error)
 
 
 @contextlib.contextmanager
-def hushed(debug: bool):
+def quiet(debug: bool) -> Iterator[None]:
+    """:func:`quieten` for a while, in a process that is somebody else's: afterwards all is as it was."""
+    if debug:
+        yield
+        return
+    from transformers.utils import logging as theirs
+
+    verbosity, shows_bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    with warnings.catch_warnings():
+        quieten(debug)
+        theirs.set_verbosity_error()
+        theirs.disable_progress_bar()
+        try:
+            yield
+        finally:
+            theirs.set_verbosity(verbosity)
+            if shows_bars:
+                theirs.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def hushed(debug: bool) -> Iterator[None]:
     """Keep back what DeepSpeed prints while it is imported and compiles an op, unless ``debug``; an error shows it."""
     if debug:
         yield
         return
-    said = io.StringIO()
+    kept = io.StringIO()
     try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        with contextlib.redirect_stdout(kept), contextlib.redirect_stderr(kept):
             yield
     except BaseException:
-        sys.stderr.write(said.getvalue())
+        sys.stderr.write(kept.getvalue())
         raise

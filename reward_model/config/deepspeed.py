@@ -7,14 +7,17 @@ something else than a flag is an error that names both.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from reward_model.common.errors import UserError
-from reward_model.common.logging import say
+from reward_model.common.logging import logger
+from reward_model.config.groups import EngineConfig
+from reward_model.config.options import RunConfig
 
 ZERO_FOLDER = Path(__file__).resolve().parent / "zero"  # package data: an installed package has it too
 OFFLOADS = ("offload_optimizer", "offload_param")
@@ -24,13 +27,34 @@ OURS = {  # sections that the trainer provides itself
 }
 
 
-def build_config(options: argparse.Namespace, world_size: int, hidden_size: int, vocab_size: int = 0) -> dict:
+@dataclass(frozen=True)
+class DeepSpeedSetup:
+    """DeepSpeed's configuration, and the values on which it and the flags agreed."""
+
+    config: dict[str, Any]
+    zero_stage: int
+    offload: bool
+    dtype: str
+    micro_batch: int
+    accumulation: int
+    max_grad_norm: float
+
+    @property
+    def zero(self) -> dict[str, Any]:
+        """The section ``zero_optimization``."""
+        return self.config["zero_optimization"]
+
+
+def set_up_deepspeed(
+    config: RunConfig, dtype: str, world_size: int, hidden_size: int, vocab_size: int = 0
+) -> DeepSpeedSetup:
     """Read the ZeRO file that the flags choose, and fill it in.
 
+    Where a flag was not given, the file decides: batch size, accumulation, clipping, dtype and stage.
+
     Args:
-        options: of :func:`reward_model.config.options.parse`, ``dtype`` resolved. Updated where the file decides:
-            batch size, accumulation, clipping, dtype and stage, if their flags were not given.
-        world_size: processes.
+        dtype: what ``--dtype auto`` means on this machine.
+        world_size: the number of processes.
         hidden_size: h of the model, from which ZeRO's bucket sizes follow as in Transformers' integration: h² elements
             to reduce at once, 0.9·h² to fetch ahead, 10·h to keep on every rank.
         vocab_size: rows of the embedding, most often the largest weight: an NVMe buffer holds a rank's part of it.
@@ -38,33 +62,61 @@ def build_config(options: argparse.Namespace, world_size: int, hidden_size: int,
     Raises:
         UserError: no such file, not JSON, a contradiction, an "auto" that nothing fills.
     """
-    path = _path(options)
-    config = _read(path)
+    path = _path(config.engine)
+    content = _read(path)
     for section, flags in OURS.items():
-        if section in config:
+        if section in content:
             raise UserError(f"{path}: remove the section {section}; {flags} set it")
-    zero = _section(config, "zero_optimization", path)
+    zero = _section(content, "zero_optimization", path)
+    offload = _offloads(config, zero, path)
+
+    def agree(flag: str, section: dict, key: str, is_valid: Callable[[Any], bool]) -> Any:
+        return _agree(config, flag, section, key, path, is_valid)
+
+    stage = agree("zero_stage", zero, "stage", lambda v: v in range(4))
+    micro_batch = agree("per_device_train_batch_size", content, "train_micro_batch_size_per_gpu", _is_count)
+    accumulation = agree("gradient_accumulation_steps", content, "gradient_accumulation_steps", _is_count)
+    max_grad_norm = agree("max_grad_norm", content, "gradient_clipping", lambda v: v >= 0)
+    dtype = _set_dtype(config, dtype, content, path)
+    if dtype == "fp16" and stage == 0:
+        # DeepSpeed 0.18.3 to 0.19.8: backward does not scale the loss, step unscales
+        stage = zero["stage"] = 1
+        logger.warning(
+            "float16 at ZeRO stage 0 divides gradients by the loss scale in DeepSpeed 0.18.3 to 0.19.8: using stage 1"
+        )
+    _set_batch_size(content, micro_batch, accumulation, world_size, path)
+    _set_sizes(zero, world_size, hidden_size, path)
+    _set_nvme(config.engine.nvme_path, zero, world_size, hidden_size, vocab_size, path)
+    content.setdefault("steps_per_print", 2**31 - 1)  # our own log says more
+    if config.output.enable_tensorboard:
+        _set_tensorboard(content, config.output.tensorboard_path, path)
+    _refuse_auto(content, path)
+    return DeepSpeedSetup(content, stage, offload, dtype, micro_batch, accumulation, max_grad_norm)
+
+
+def _offloads(config: RunConfig, zero: dict, path: Path) -> bool:
+    """Whether the file puts the optimizer elsewhere."""
     for name in OFFLOADS:
         if not isinstance(zero.get(name) or {}, dict):
             raise UserError(f"{path}: zero_optimization.{name} is not an object")
-    offloads = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
-    if "offload" in options.explicit and not offloads:
+    offload = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+    if "offload" in config.given and config.engine.offload and not offload:
         raise UserError(f"--offload and {path}: the file has no offload_optimizer with a device")
-    options.offload = offloads
-    _agree(options, "zero_stage", zero, "stage", path, lambda v: v in range(4))
-    _agree(options, "per_device_train_batch_size", config, "train_micro_batch_size_per_gpu", path, _is_count)
-    _agree(options, "gradient_accumulation_steps", config, "gradient_accumulation_steps", path, _is_count)
-    _agree(options, "max_grad_norm", config, "gradient_clipping", path, lambda v: v >= 0)
-    _set_dtype(options, config, path)
+    return offload
 
-    total = options.per_device_train_batch_size * options.gradient_accumulation_steps * world_size
-    if config.get("train_batch_size", "auto") not in ("auto", total):
+
+def _set_batch_size(content: dict, micro_batch: int, accumulation: int, world_size: int, path: Path) -> None:
+    total = micro_batch * accumulation * world_size
+    if content.get("train_batch_size", "auto") not in ("auto", total):
         raise UserError(
-            f"{path}: train_batch_size {config['train_batch_size']} is not {total}: --per_device_train_batch_size "
-            f"{options.per_device_train_batch_size} × --gradient_accumulation_steps "
-            f"{options.gradient_accumulation_steps} × {world_size} processes"
+            f"{path}: train_batch_size {content['train_batch_size']} is not {total}: --per_device_train_batch_size "
+            f"{micro_batch} × --gradient_accumulation_steps {accumulation} × {world_size} processes"
         )
-    config["train_batch_size"] = total
+    content["train_batch_size"] = total
+
+
+def _set_sizes(zero: dict, world_size: int, hidden_size: int, path: Path) -> None:
+    """ZeRO's buckets, and the group of ranks that holds a second copy."""
     sizes = {
         "reduce_bucket_size": hidden_size**2,
         "stage3_prefetch_bucket_size": int(0.9 * hidden_size**2),
@@ -73,30 +125,28 @@ def build_config(options: argparse.Namespace, world_size: int, hidden_size: int,
     zero |= {key: size for key, size in sizes.items() if zero.get(key) == "auto"}
     if zero.get("zero_hpz_partition_size") == "auto":
         zero["zero_hpz_partition_size"] = _ranks_per_node(world_size, path)
-    _set_nvme(options, zero, world_size, hidden_size, vocab_size, path)
-    config.setdefault("steps_per_print", 2**31 - 1)  # our own log says more
-    if options.enable_tensorboard:
-        if "tensorboard" in config:
-            there = _section(config, "tensorboard", path).get("output_path")
-            raise UserError(
-                f"--enable_tensorboard with --tensorboard_path {options.tensorboard_path} and the section tensorboard "
-                f"with output_path {there} in {path}: keep one"
-            )
-        config["tensorboard"] = {
-            "enabled": True,
-            "output_path": f"{options.tensorboard_path}/ds_tensorboard_logs/",
-            "job_name": "step2_model_tensorboard",
-        }
-    _refuse_auto(config, path)
-    return config
 
 
-def _path(options: argparse.Namespace) -> Path:
+def _set_tensorboard(content: dict, folder: str, path: Path) -> None:
+    if "tensorboard" in content:
+        there = _section(content, "tensorboard", path).get("output_path")
+        raise UserError(
+            f"--enable_tensorboard with --tensorboard_path {folder} and the section tensorboard "
+            f"with output_path {there} in {path}: keep one"
+        )
+    content["tensorboard"] = {
+        "enabled": True,
+        "output_path": f"{folder}/ds_tensorboard_logs/",
+        "job_name": "step2_model_tensorboard",
+    }
+
+
+def _path(engine: EngineConfig) -> Path:
     """The file that the flags choose; a bare name that is no file here is one of ours."""
-    if not options.deepspeed_config:
-        return ZERO_FOLDER / f"zero{options.zero_stage}{'_offload' if options.offload else ''}.json"
-    path = Path(options.deepspeed_config)
-    if path.exists() or path.name != options.deepspeed_config:
+    if not engine.deepspeed_config:
+        return ZERO_FOLDER / f"zero{engine.zero_stage}{'_offload' if engine.offload else ''}.json"
+    path = Path(engine.deepspeed_config)
+    if path.exists() or path.name != engine.deepspeed_config:
         return path
     ours = sorted(file.name for file in ZERO_FOLDER.glob("*.json"))
     if path.name not in ours:
@@ -118,12 +168,16 @@ def _ranks_per_node(world_size: int, path: Path) -> int:
             f"{path}: {world_size} processes are not {local} on each node: zero_hpz_partition_size wants nodes alike"
         )
     if local == world_size:
-        say(f"{path.name}: one node, so no second copy of the weights (hpZ): it only spares traffic between nodes")
+        logger.info(
+            f"{path.name}: one node, so no second copy of the weights (hpZ): it only spares traffic between nodes"
+        )
         return 1
     return local
 
 
-def _set_nvme(options, zero: dict, world_size: int, hidden_size: int, vocab_size: int, path: Path) -> None:
+def _set_nvme(
+    nvme_path: str | None, zero: dict, world_size: int, hidden_size: int, vocab_size: int, path: Path
+) -> None:
     """The folder and the buffers of what goes to NVMe."""
     auto_paths = 0
     for name in OFFLOADS:
@@ -131,18 +185,18 @@ def _set_nvme(options, zero: dict, world_size: int, hidden_size: int, vocab_size
         if part.get("device") != "nvme":
             continue
         if part.get("nvme_path", "auto") == "auto":
-            if not options.nvme_path:
+            if not nvme_path:
                 raise UserError(f"{path}: {name} goes to NVMe: name a folder there with --nvme_path")
             # a folder for each run: DeepSpeed empties what it finds, and two runs may share a disk
             run = f"zero-{os.environ.get('MASTER_ADDR', 'localhost')}-{os.environ.get('MASTER_PORT', 0)}"
-            part["nvme_path"] = str(Path(options.nvme_path).resolve() / run)
+            part["nvme_path"] = str(Path(nvme_path).resolve() / run)
             auto_paths += 1
         if part.get("buffer_size") == "auto":
             # the embedding with some added tokens, or else a wide MLP's matrix
             part["buffer_size"] = -(-max(vocab_size + 256, 8 * hidden_size) * hidden_size // world_size)
-    if options.nvme_path and not auto_paths:
+    if nvme_path and not auto_paths:
         raise UserError(
-            f'--nvme_path {options.nvme_path} and {path}: the file puts nothing on NVMe with nvme_path "auto"; '
+            f'--nvme_path {nvme_path} and {path}: the file puts nothing on NVMe with nvme_path "auto"; '
             "--deepspeed_config zero3_nvme.json does"
         )
 
@@ -166,44 +220,45 @@ def _section(config: dict, name: str, path: Path) -> dict:
     return section
 
 
-def _agree(options, flag: str, section: dict, key: str, path: Path, is_valid: Callable[[float], bool]) -> None:
+def _agree(config: RunConfig, flag: str, section: dict, key: str, path: Path, is_valid: Callable[[Any], bool]) -> Any:
     """Let a flag and a key of the file be one number: the flag's where it is given or the file says nothing."""
-    value = section.get(key, "auto")
-    if value != "auto":
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not is_valid(value):
-            raise UserError(f"{path}: {key} {json.dumps(value)} is not a value that --{flag} could have")
-        if value != getattr(options, flag) and flag in options.explicit:
-            raise UserError(f"--{flag} {getattr(options, flag)} and {key} {value} in {path}: make them one")
-        setattr(options, flag, value)
-    section[key] = getattr(options, flag)
+    value, asked = section.get(key, "auto"), config.values()[flag]
+    if value == "auto":
+        value = asked
+    elif isinstance(value, bool) or not isinstance(value, (int, float)) or not is_valid(value):
+        raise UserError(f"{path}: {key} {json.dumps(value)} is not a value that --{flag} could have")
+    elif value != asked and flag in config.given:
+        raise UserError(f"--{flag} {asked} and {key} {value} in {path}: make them one")
+    section[key] = value
+    return value
 
 
 def _is_count(value: float) -> bool:
     return isinstance(value, int) and value >= 1
 
 
-def _set_dtype(options: argparse.Namespace, config: dict, path: Path) -> None:
-    if "bfloat16" in config:
+def _set_dtype(config: RunConfig, default: str, content: dict, path: Path) -> str:
+    """Enable one of the half formats, or none; which dtype that is."""
+    if "bfloat16" in content:
         raise UserError(f"{path}: write bf16 in place of the old name bfloat16")
-    half = {"bf16": _section(config, "bf16", path), "fp16": _section(config, "fp16", path)}
+    half = {"bf16": _section(content, "bf16", path), "fp16": _section(content, "fp16", path)}
     enabled = {name: section.get("enabled", "auto") for name, section in half.items()}
     if list(enabled.values()) == [True, True]:
         raise UserError(f"{path} enables both bf16 and fp16: choose one")
     allowed = {name for name, value in enabled.items() if value is True}
     if not allowed:
         allowed = {"fp32"} | {name for name, value in enabled.items() if value == "auto"}
-    if options.dtype not in allowed:
-        if "dtype" in options.explicit:
+    asked = config.engine.dtype
+    dtype = default if asked == "auto" else asked
+    if dtype not in allowed:
+        if asked != "auto":
             words = {True: "enabled", False: "disabled"}
             said = ", ".join(f"{name} {words[value]}" for name, value in enabled.items() if value in words)
-            raise UserError(f"--dtype {options.dtype} and {said} in {path}: make them one")
-        options.dtype = allowed.pop() if len(allowed) == 1 else "fp32"
+            raise UserError(f"--dtype {dtype} and {said} in {path}: make them one")
+        dtype = allowed.pop() if len(allowed) == 1 else "fp32"
     for name, section in half.items():
-        section["enabled"] = options.dtype == name
-    if options.dtype == "fp16" and options.zero_stage == 0:
-        # DeepSpeed 0.18.3 to 0.19.8: backward does not scale the loss, step unscales
-        options.zero_stage = config["zero_optimization"]["stage"] = 1
-        say("float16 at ZeRO stage 0 divides gradients by the loss scale in DeepSpeed 0.18.3 to 0.19.8: using stage 1")
+        section["enabled"] = dtype == name
+    return dtype
 
 
 def _refuse_auto(value, path: Path, where: str = "") -> None:

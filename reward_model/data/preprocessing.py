@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import sys
 from collections import Counter
@@ -23,7 +24,7 @@ from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from reward_model.common.errors import UserError
-from reward_model.common.logging import say
+from reward_model.common.logging import logger
 from reward_model.data import comparisons, rows, sources
 from reward_model.data.comparisons import BadRow, Comparison, Comparisons, answers, common_prefix
 from reward_model.data.rows import (
@@ -67,15 +68,15 @@ class PreprocessingConfig:
     """How rows become Comparisons.
 
     max_seq_len: longest text in tokens. on_bad_row: ``stop`` or ``skip``. cache: folder for tokenised rows.
-    processes: for tokenising; 0: as many as there are cores and work. lack: what a training row, given as a Comparison
-    without its tokens, lacks for the loss; it raises BadRow, or gives None.
+    processes: for tokenizing; 0: as many as there are cores and work. missing: why the loss has nothing to learn from a
+    training row, given as a Comparison without its tokens; it raises BadRow, or gives None.
     """
 
     max_seq_len: int
     on_bad_row: str
     cache: Path
     processes: int = 0
-    lack: Callable[[Comparison], str | None] | None = None
+    missing: Callable[[Comparison], str | None] | None = None
 
 
 def load_comparisons(
@@ -99,7 +100,7 @@ def load_comparisons(
     for path in train_paths:
         train_sources, eval_sources = read_sources(path, seed, data_split, hold_out=not eval_paths)
         tokenised = [
-            tokenise(source, tokenizer, special, preprocessing, preprocessing.lack) for source in train_sources
+            tokenise(source, tokenizer, special, preprocessing, preprocessing.missing) for source in train_sources
         ]
         if eval_paths or eval_sources:
             train += tokenised
@@ -132,15 +133,15 @@ def load_answers(
 
 
 def _evaluation_rows(
-    path: str, tokenizer, special, preprocessing: PreprocessingConfig, seed: int, lack
+    path: str, tokenizer, special, preprocessing: PreprocessingConfig, seed: int, missing
 ) -> list[Comparisons]:
     # a folder or hub name stands for its evaluation rows, a file for all of its rows
     first, second = read_sources(path, seed)
-    return [tokenise(source, tokenizer, special, preprocessing, lack) for source in second or first]
+    return [tokenise(source, tokenizer, special, preprocessing, missing) for source in second or first]
 
 
 def nothing_judged(row: Comparison) -> str | None:
-    """What an evaluation row lacks, which needs an order or a score of some kind."""
+    """Why there is nothing to evaluate in a row, which needs an order or a score of some kind."""
     if row.better or not np.isnan(row.targets).all():
         return None
     return f"the row has {answers(row)} and no order, score or label: nothing to evaluate"
@@ -160,7 +161,7 @@ def _hold_out(parts: list[Comparisons], seed: int) -> tuple[list[Comparisons], l
         raise UserError("there is one prompt and there are no evaluation rows: name some with --eval_data_path")
     masks = [np.isin(h, held) for h in hashes]
     rows = sum(int(mask.sum()) for mask in masks)
-    say(f"no evaluation rows: held out {len(held)} of {len(prompts)} prompts ({rows} rows)")
+    logger.info(f"no evaluation rows: held out {len(held)} of {len(prompts)} prompts ({rows} rows)")
     train = [part.select(np.flatnonzero(~mask)) for part, mask in zip(parts, masks)]
     evaluation = [part.select(np.flatnonzero(mask)) for part, mask in zip(parts, masks)]
     return train, evaluation
@@ -171,12 +172,12 @@ def tokenise(
     tokenizer: PreTrainedTokenizerBase,
     special: SpecialTokens,
     preprocessing: PreprocessingConfig,
-    lack: Callable[[Comparison], str | None] | None = None,
+    missing: Callable[[Comparison], str | None] | None = None,
 ) -> Comparisons:
     """One source's rows as Comparisons, from the cache if this content was tokenised like this before.
 
     Args:
-        lack: as in :class:`PreprocessingConfig`; None: any row will do.
+        missing: as in :class:`PreprocessingConfig`; None: any row will do.
 
     Raises:
         UserError: a bad row under ``stop``; names the source, the row's number and the reason.
@@ -204,7 +205,7 @@ def tokenise(
             cache_file_name=str(preprocessing.cache / f"{key}.arrow"),
             desc=f"tokenising {os.path.basename(source.name)}",
         )
-    return Comparisons(_without_bad_rows(source, table, preprocessing, lack))
+    return Comparisons(_without_bad_rows(source, table, preprocessing, missing))
 
 
 def _fingerprint(source: Source, tokenizer, special: SpecialTokens, preprocessing: PreprocessingConfig) -> str:
@@ -224,14 +225,16 @@ def _fingerprint(source: Source, tokenizer, special: SpecialTokens, preprocessin
 
 
 def _without_bad_rows(
-    source: Source, table: datasets.Dataset, preprocessing: PreprocessingConfig, lack
+    source: Source, table: datasets.Dataset, preprocessing: PreprocessingConfig, missing
 ) -> datasets.Dataset:
     problems = np.array(table["problem"][:], dtype=object)
-    if lack is not None:
+    if missing is not None:
         judged = ("better", "worse", "margin", "rating", "probability", "ranks", "targets")
         parts = table.select_columns(list(judged)).with_format("arrow").iter(ROWS_PER_PROCESS)
         rows = (row for part in parts for row in part.to_pylist())
-        problems = np.array([p or _lacking(lack, Comparison([], [], **row)) for p, row in zip(problems, rows)], object)
+        problems = np.array(
+            [p or _reason(missing, Comparison([], [], **row)) for p, row in zip(problems, rows)], object
+        )
     bad = np.flatnonzero(problems != None)  # noqa: E711  (elementwise)
     if len(bad) and preprocessing.on_bad_row == "stop":
         advice = f"{len(bad)} of {len(problems)} rows cannot be used; --on_bad_row skip leaves them out"
@@ -239,17 +242,17 @@ def _without_bad_rows(
             advice = f"none of the {len(problems)} rows can be used"
         raise UserError(f"{source.name}, row {source.numbers[bad[0]]}: {problems[bad[0]]} ({advice})")
     for reason, count in Counter(problems[bad]).most_common():
-        say(f"{source.name}: skipped {count} of {len(problems)} rows: {reason}")
+        logger.warning(f"{source.name}: skipped {count} of {len(problems)} rows: {reason}")
     good = table.select(np.flatnonzero(problems == None)) if len(bad) else table  # noqa: E711
     cut = int(np.sum(good["cut"][:]))
     note = f", {cut} with the prompt cut from the left to fit {preprocessing.max_seq_len} tokens" if cut else ""
-    say(f"{source.name}: {len(good)} rows{note}")
+    logger.log(logging.WARNING if cut else logging.INFO, f"{source.name}: {len(good)} rows{note}")
     return good
 
 
-def _lacking(lack, row: Comparison) -> str | None:
+def _reason(missing, row: Comparison) -> str | None:
     try:
-        return lack(row)
+        return missing(row)
     except BadRow as problem:
         return str(problem)
 

@@ -17,7 +17,7 @@ import datasets
 import numpy as np
 
 from reward_model.common.errors import UserError, first_line
-from reward_model.common.logging import say
+from reward_model.common.logging import logger
 
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 TRAIN_NAMES = ("train",)
@@ -144,7 +144,7 @@ def split_indices(size: int, shares: str, part: int, seed: int) -> np.ndarray:
 
 def _phase_two(source: Source, shares: str, seed: int) -> Source:
     picked = source.select(split_indices(len(source.rows), shares, 1, seed))
-    say(f"{source.name}: --data_split {shares} takes {len(picked.rows)} of {len(source.rows)} rows")
+    logger.info(f"{source.name}: --data_split {shares} takes {len(picked.rows)} of {len(source.rows)} rows")
     if not len(picked.rows):
         raise UserError(f"{source.name}: --data_split {shares} leaves no rows of {len(source.rows)}")
     return picked

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from reward_model.common.errors import UserError, first_line
-from reward_model.common.logging import say
+from reward_model.common.logging import logger
 
 EOT_TOKEN = "<|endoftext|>"  # what upstream's --add_eot_token adds
 NEW_PAD_TOKEN = "<|pad|>"
@@ -83,7 +83,7 @@ def choose_special_tokens(tokenizer: PreTrainedTokenizerBase, embedding_rows: in
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == end:
         name = _reserved_token(tokenizer, embedding_rows, end)
         tokenizer.add_special_tokens({"pad_token": name or NEW_PAD_TOKEN})
-        say(f"pad token: {tokenizer.pad_token} ({'reserved in' if name else 'added to'} the vocabulary)")
+        logger.info(f"pad token: {tokenizer.pad_token} ({'reserved in' if name else 'added to'} the vocabulary)")
     pad = tokenizer.pad_token_id
     starts = {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
     endings = set(tokenizer.all_special_ids) | _added_special_ids(tokenizer)

@@ -18,7 +18,7 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from reward_model.common.errors import UserError, first_line
-from reward_model.common.logging import say
+from reward_model.common.logging import logger
 from reward_model.config.options import require_model_folder
 from reward_model.models.scorer import (
     Scorer,
@@ -71,7 +71,7 @@ def load_for_training(
         is_decoder = isinstance(getattr(model, "score", None), nn.Linear)
         if pooling == "last" and not is_decoder:
             raise UserError(f"--pooling last: {type(model).__name__} has a head of its own; leave the flag out")
-        scorer = Scorer(model, "last" if is_decoder else "own")
+        scorer = Scorer(model, "last" if is_decoder else "classifier")
         multiply_in_float32(model)
     else:
         backbone, absent = _from_pretrained(AutoModel, name_or_path, config, dtype, **no_pooler(config))
@@ -81,9 +81,11 @@ def load_for_training(
         raise UserError(f"{name_or_path} lacks {len(absent)} of the model's weights, {absent[0]} the first of them")
     if new_head and expect_head:
         raise UserError(f"{name_or_path} has no trained score head")
-    if new_head and scorer.pooling != "own":
+    if new_head and scorer.pooling != "classifier":
         init_head(scorer, seed)
-    say(f"model: {type(scorer.unwrapped).__name__}, pooling {scorer.pooling}, {'new' if new_head else 'loaded'} head")
+    logger.info(
+        f"model: {type(scorer.unwrapped).__name__}, pooling {scorer.pooling}, {'new' if new_head else 'loaded'} head"
+    )
     return scorer
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from reward_model.common.errors import UserError
-from reward_model.common.logging import say
+from reward_model.common.logging import logger
 from reward_model.models.scorer import (
     Scorer,
     count,
@@ -51,7 +51,9 @@ def add_lora(scorer: Scorer, dim: int, alpha: float, module_name: str | None) ->
     scorer.model = get_peft_model(model, config, autocast_adapter_dtype=False)
     trained = sum(count(p) for p in scorer.parameters() if p.requires_grad)
     total = sum(count(p) for p in scorer.parameters())
-    say(f"LoRA: {len(targets)} layers, dimension {dim}; the base is frozen, {trained:,} of {total:,} parameters train")
+    logger.info(
+        f"LoRA: {len(targets)} layers, dimension {dim}; the base is frozen, {trained:,} of {total:,} parameters train"
+    )
     return scorer
 
 

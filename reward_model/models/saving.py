@@ -24,7 +24,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reward_model.common.errors import UserError
-from reward_model.common.logging import say
+from reward_model.common.logging import logger
 from reward_model.models.lora import merge_lora
 from reward_model.models.scorer import Scorer, embedding_name, gathered
 from reward_model.reward_model import RewardModel
@@ -127,7 +127,7 @@ def _save_for_loading(scorer: Scorer, state: dict[str, torch.Tensor], folder: Pa
     config.save_pretrained(folder)
     (folder / OWN_CONFIG).write_text(json.dumps({"pooling": scorer.pooling}) + "\n")
     save_torch_state_dict(state, folder, filename_pattern=OWN_WEIGHTS)
-    say(
+    logger.info(
         "saved in our own form, which reward_model.inference.load reads: Transformers has no class that scores this way"
     )
 

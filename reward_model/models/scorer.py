@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from reward_model.common.errors import UserError
-from reward_model.common.logging import say
+from reward_model.common.logging import logger
 from reward_model.objectives.losses import Thresholds
 from reward_model.reward_model import RewardModel, ValueHead
 
@@ -25,7 +25,7 @@ class Scorer(nn.Module):
     - pooling ``last``: a decoder, scored at the last token of each text: the ``score`` layer of its
       sequence-classification class, or the drop-in's ``v_head`` where Transformers has no such class.
     - pooling ``mean``: a decoder or an encoder, scored at the mean over its tokens; the drop-in's ``v_head``.
-    - pooling ``own``: an encoder's sequence-classification class, called as it is.
+    - pooling ``classifier``: an encoder's sequence-classification class, called as it is.
 
     The linear layer that makes the score is stored in the model's dtype and multiplied in float32.
     """
@@ -60,7 +60,7 @@ class Scorer(nn.Module):
         position_ids: torch.Tensor | None = None,
         states: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Scores at given tokens, in the shape of ``at``; pooling ``mean`` and ``own``: of whole rows, (b,). float32.
+        """Scores at given tokens, in the shape of ``at``; ``mean`` and ``classifier``: of whole rows, (b,). float32.
 
         With thresholds, if there are any: ZeRO 3 has the whole of a weight only while the engine computes.
 
@@ -76,7 +76,7 @@ class Scorer(nn.Module):
 
     def _scores(self, input_ids, attention_mask, at, position_ids, states) -> torch.Tensor:
         model = self.unwrapped
-        if self.pooling == "own":
+        if self.pooling == "classifier":
             return model(input_ids, attention_mask=attention_mask).logits.squeeze(-1)
         backbone, head = self.backbone, model.v_head if isinstance(model, RewardModel) else model.score
         options = self.backbone_options | ({} if position_ids is None else {"position_ids": position_ids})
@@ -113,7 +113,7 @@ def multiply_in_float32(model: nn.Module) -> None:
 
     Only the class changes: a new module would lose what DeepSpeed ZeRO 3 has hung on the weight.
     """
-    head_layer(Scorer(model, "own")).__class__ = ValueHead
+    head_layer(Scorer(model, "classifier")).__class__ = ValueHead
 
 
 def init_head(scorer: Scorer, seed: int) -> None:
@@ -144,7 +144,7 @@ def resize_embedding(scorer: Scorer, rows: int) -> None:
     if rows > have:
         rows = 8 * -(-rows // 8)  # widths that matrix units like
         model.resize_token_embeddings(rows, mean_resizing=False)
-        say(f"embedding: {have} → {rows} rows")
+        logger.info(f"embedding: {have} → {rows} rows")
 
 
 def embedding_name(scorer: Scorer) -> str:

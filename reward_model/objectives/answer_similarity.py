@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 from reward_model.common import distributed
 from reward_model.common.distributed import DistributedContext
 from reward_model.common.errors import UserError, first_line
-from reward_model.common.logging import say
+from reward_model.common.logging import logger
 from reward_model.data.comparisons import Comparisons
 
 BATCH = 64  # texts that are embedded at a time
@@ -50,7 +50,10 @@ def with_cosines(
     places = np.concatenate([np.arange(starts[row], starts[row] + comparisons.pairs[row]) for row in order])
     cosines = np.empty(len(every), np.float32)
     cosines[places] = every
-    say(f"likeness of answers by {encoder}: cosine {cosines.mean():.2f} ± {cosines.std():.2f} over {len(every)} pairs")
+    logger.info(
+        f"similarity of responses by {encoder}: "
+        f"cosine {cosines.mean():.2f} ± {cosines.std():.2f} over {len(every)} pairs"
+    )
     return comparisons.with_similarity(cosines)
 
 

@@ -8,7 +8,6 @@ pairs share its weight, and so do its answers.
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable
 
@@ -17,6 +16,7 @@ import torch
 
 from reward_model.batching.collate import Batch
 from reward_model.common.errors import UserError
+from reward_model.config.loss import Loss
 from reward_model.config.objectives import PAIR_LOSSES, kind_of
 from reward_model.data.comparisons import GRADES, BadRow, Comparison, Comparisons, answers
 from reward_model.objectives import losses
@@ -29,11 +29,11 @@ PairLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Objective:
-    """The loss that the flags name. ``kinds``: of each objective, ``pairs``, ``lists`` or ``points``."""
+    """The loss of a run. ``kinds``: of each objective, ``pairs``, ``lists`` or ``points``."""
 
-    def __init__(self, options: argparse.Namespace):
-        self.options = options
-        self.weights = dict(zip(options.loss, options.loss_weight))
+    def __init__(self, loss: Loss):
+        self.loss = loss
+        self.weights = loss.weights
         self.kinds = {name: kind_of(name) for name in self.weights}
         self.names = {kind: name for name, kind in self.kinds.items()}
         self.lowest_grade = 0.0
@@ -79,7 +79,7 @@ class Objective:
 
     def pair_loss(self, batch: Batch, per_token: bool) -> PairLoss:
         """Chosen and rejected scores, (p,) or per token (p, r), → losses of the same shape."""
-        options, name = self.options, self.names["pairs"]
+        name = self.names["pairs"]
 
         def per_pair(value):
             return value[:, None] if per_token and isinstance(value, torch.Tensor) else value
@@ -90,11 +90,11 @@ class Objective:
         if name == "hinge":
             return lambda c, r: losses.hinge_loss(c, r, margin)
         if name == "focal":
-            return lambda c, r: losses.focal_loss(c, r, options.focal_gamma)
+            return lambda c, r: losses.focal_loss(c, r, self.loss.focal_gamma)
         if name == "direct":
             return losses.direct_loss
         if name == "logistic":
-            smoothing = options.label_smoothing
+            smoothing = self.loss.label_smoothing
             smoothing = per_pair(1 - batch.probability) if smoothing == "column" else smoothing
             return lambda c, r: pairwise_loss(c, r, margin, smoothing)
         if name == "prior_length":
@@ -102,13 +102,13 @@ class Objective:
             similarity = losses.length_similarity(*own)
         else:
             similarity = losses.angular_similarity(batch.similarity)
-        bound = per_pair(losses.prior_bound(similarity, *options.prior_beta))
+        bound = per_pair(losses.prior_bound(similarity, *self.loss.prior_beta))
         return lambda c, r: losses.prior_constrained_loss(c, r, bound)
 
     def margin(self, batch: Batch) -> torch.Tensor | float:
         """A number, or (p,)."""
         values = {"column": batch.margin, "large": batch.rating, "small": batch.rating / 3}
-        return values.get(self.options.margin, self.options.margin)
+        return values.get(self.loss.margin, self.loss.margin)
 
     def point_losses(self, batch: Batch, scores: torch.Tensor, thresholds: torch.Tensor | None = None) -> torch.Tensor:
         """Of each answer (a,); whatever the loss of 0 is where an answer has no target."""
@@ -118,7 +118,7 @@ class Objective:
         if name == "mae":
             return losses.absolute_error(scores, batch.targets)
         if name == "huber":
-            return losses.huber_loss(scores, batch.targets, self.options.huber_delta)
+            return losses.huber_loss(scores, batch.targets, self.loss.huber_delta)
         if name == "bce":
             return losses.binary_loss(scores, batch.targets)
         grade = (batch.targets - self.lowest_grade).clamp(0, len(thresholds))
@@ -135,17 +135,17 @@ class Objective:
 
     def penalties(self, batch: Batch, scores: torch.Tensor) -> torch.Tensor | float:
         """What is added for the scores' scale and for what follows length: over rows, and their answers."""
-        options, total = self.options, 0.0
+        loss, total = self.loss, 0.0
         own = scores[batch.answers]
-        if options.score_penalty == "centre":  # (r_1 + r_2)² of a pair: four times the squared mean of a row
+        if loss.score_penalty == "center":  # (r_1 + r_2)² of a pair: four times the squared mean of a row
             shares = batch.answer_weights / batch.row_weights[batch.answer_rows]
             means = own.new_zeros(len(batch.row_weights)).index_add(0, batch.answer_rows, own * shares)
-            total = options.score_penalty_weight * score_penalty("centre", means, means, batch.row_weights)
-        elif options.score_penalty:
-            total = options.score_penalty_weight * score_penalty(options.score_penalty, own, own, batch.answer_weights)
-        if options.length_penalty:
+            total = loss.score_penalty_weight * score_penalty("center", means, means, batch.row_weights)
+        elif loss.score_penalty:
+            total = loss.score_penalty_weight * score_penalty(loss.score_penalty, own, own, batch.answer_weights)
+        if loss.length_penalty:
             lengths = batch.response_lengths[batch.answers]
-            total = total + options.length_penalty * losses.length_penalty(own, lengths, batch.answer_weights)
+            total = total + loss.length_penalty * losses.length_penalty(own, lengths, batch.answer_weights)
         return total
 
     def start_thresholds(self, train_set: Comparisons) -> torch.Tensor | None:
@@ -176,20 +176,20 @@ class Objective:
                 what = "a score or a label" if kind == "points" else "an order"
                 raise UserError(f"--loss {name} has nothing to learn from: no training row has {what}")
 
-    def lack(self, row: Comparison) -> str | None:
-        """What a training row lacks, if there is nothing to learn from it.
+    def missing(self, row: Comparison) -> str | None:
+        """Why there is nothing to learn from a training row; None: there is something.
 
         Raises:
             BadRow: what it has does not suit the loss.
         """
-        checks = {"pairs": self._lack_pairs, "lists": self._lack_lists, "points": self._lack_points}
-        missing = [checks[kind](row, name) for name, kind in self.kinds.items()]
-        return " and ".join(missing) if all(missing) else None
+        checks = {"pairs": self._missing_in_pairs, "lists": self._missing_in_lists, "points": self._missing_in_points}
+        reasons = [checks[kind](row, name) for name, kind in self.kinds.items()]
+        return " and ".join(filter(None, reasons)) if all(reasons) else None
 
-    def _lack_pairs(self, row: Comparison, name: str) -> str | None:
+    def _missing_in_pairs(self, row: Comparison, name: str) -> str | None:
         if not row.better:
             return f"--loss {name} needs a preferred answer, and the row has {answers(row)}{_no_order(row)}"
-        margin = self.options.margin
+        margin = self.loss.margin
         if margin == "column" and any(map(math.isnan, row.margin)):
             raise BadRow("margin is missing, and --margin column needs one, or two scores")
         if margin in ("small", "large") and any(map(math.isnan, row.rating)):
@@ -197,11 +197,11 @@ class Objective:
             raise BadRow(f"the row has no rating that --margin {margin} knows: 0 to 3, or {grades}")
         if "scaled" in self.kinds and margin == "column" and min(row.margin) < 0:
             raise BadRow(f"margin is {min(row.margin):g}, and --loss scaled weighs a pair by it: give 0 or more")
-        if self.options.label_smoothing == "column" and any(map(math.isnan, row.probability)):
+        if self.loss.label_smoothing == "column" and any(map(math.isnan, row.probability)):
             raise BadRow("the row has no probability from 0 to 1, and --label_smoothing column needs one")
         return None
 
-    def _lack_lists(self, row: Comparison, name: str) -> str | None:
+    def _missing_in_lists(self, row: Comparison, name: str) -> str | None:
         if not row.better:
             return f"--loss {name} needs ranked lists, and the row has {answers(row)}{_no_order(row)}"
         if name == "plackett_luce" and len(set(row.ranks)) < len(row.ranks):
@@ -216,7 +216,7 @@ class Objective:
             )
         return None
 
-    def _lack_points(self, row: Comparison, name: str) -> str | None:
+    def _missing_in_points(self, row: Comparison, name: str) -> str | None:
         targets = [target for target in row.targets if not math.isnan(target)]
         if not targets:
             return f"--loss {name} needs a score or label, and the row has none"

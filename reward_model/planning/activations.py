@@ -6,7 +6,6 @@ Notation: b rows, s tokens.
 
 from __future__ import annotations
 
-import argparse
 import weakref
 from collections.abc import Iterable
 
@@ -19,6 +18,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, Pretrain
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from reward_model.common.errors import UserError, first_line
+from reward_model.config.groups import ModelConfig
 from reward_model.models.loading import DTYPES, no_pooler, on_drop_in, set_dropout
 from reward_model.models.lora import add_lora
 from reward_model.models.scorer import Scorer, head_layer
@@ -86,7 +86,7 @@ class Meter(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
-def build_on_meta(config: PretrainedConfig, options: argparse.Namespace) -> Scorer:
+def build_on_meta(config: PretrainedConfig, options: ModelConfig, dtype: str) -> Scorer:
     """The scorer that :func:`reward_model.training.engine.build_scorer` would load, without its weights.
 
     Raises:
@@ -99,10 +99,10 @@ def build_on_meta(config: PretrainedConfig, options: argparse.Namespace) -> Scor
     auto_class, others = (AutoModelForSequenceClassification, {}) if has_class else (AutoModel, no_pooler(config))
     try:
         with torch.device("meta"):
-            model = auto_class.from_config(config, dtype=DTYPES[options.dtype], **others)
+            model = auto_class.from_config(config, dtype=DTYPES[dtype], **others)
             if has_class:
                 is_decoder = isinstance(getattr(model, "score", None), nn.Linear)
-                scorer = Scorer(model, "last" if is_decoder else "own")
+                scorer = Scorer(model, "last" if is_decoder else "classifier")
             else:
                 scorer = on_drop_in(model, options.pooling or "last")
         head_layer(scorer).__class__ = _Head
@@ -113,7 +113,7 @@ def build_on_meta(config: PretrainedConfig, options: argparse.Namespace) -> Scor
         with torch.device("meta"):
             add_lora(scorer, options.lora_dim, options.lora_dim, options.lora_module_name)
         for parameter in scorer.parameters():  # PEFT gives adapters the base's dtype, but not on this device
-            parameter.data = parameter.data.to(DTYPES[options.dtype])
+            parameter.data = parameter.data.to(DTYPES[dtype])
     return scorer.train()
 
 

@@ -9,15 +9,12 @@ Notation: Ψ parameters, N GPUs, b pairs, s tokens. Sizes are bytes unless GiB i
 
 from __future__ import annotations
 
-import argparse
-import copy
 import functools
 import math
-import shlex
 from dataclasses import dataclass
 
-from reward_model.config import options as flags
-from reward_model.config.deepspeed import build_config
+from reward_model.config.deepspeed import set_up_deepspeed
+from reward_model.config.options import RunConfig, parse
 from reward_model.models.loading import DTYPES
 from reward_model.models.scorer import Scorer
 from reward_model.planning.activations import activations, count_parameters
@@ -59,39 +56,39 @@ class Estimate:
 
 
 class Plan:
-    """A model and flags; estimates for any cluster and micro-batch."""
+    """A model and a configuration, whose dtype is not ``auto``; estimates for any cluster and micro-batch."""
 
-    def __init__(self, scorer: Scorer, options: argparse.Namespace):
-        self.scorer, self.options = scorer, options
-        self.counts, self.width = count_parameters(scorer), DTYPES[options.dtype].itemsize
+    def __init__(self, scorer: Scorer, config: RunConfig):
+        self.scorer, self.config = scorer, config
+        self.counts, self.width = count_parameters(scorer), DTYPES[config.engine.dtype].itemsize
         self.known: dict[tuple[int, bool], int] = {}
 
     def activations(self, pairs: int, checkpointing: bool) -> int:
         """Of b pairs, none of which share a token: 2·b answers of ``--max_seq_len``."""
         key = (pairs, checkpointing)
         if key not in self.known:
-            self.known[key] = activations(self.scorer, 2 * pairs, self.options.max_seq_len, checkpointing)
+            self.known[key] = activations(self.scorer, 2 * pairs, self.config.data.max_seq_len, checkpointing)
         return self.known[key]
 
     def zero(self, setting: Setting, gpus: int) -> dict:
         """``zero_optimization`` as the trainer would have it; ZeRO++ has stage 3's sizes."""
         line = "--zero_stage 3" if setting.plus else setting.flags
-        options = copy.copy(_parsed(f"--model_name_or_path - --dtype {self.options.dtype} {line}"))
-        return build_config(options, gpus, self.counts.hidden, self.counts.vocabulary)["zero_optimization"]
+        config = _parsed(f"--model_name_or_path - --dtype {self.config.engine.dtype} {line}")
+        return set_up_deepspeed(config, "bf16", gpus, self.counts.hidden, self.counts.vocabulary).zero
 
     def estimates(self, cluster: Cluster, pairs: int) -> list[Estimate]:
         """Every setting, first without checkpointing (unless the flag is given), then with it.
 
         Fewer pairs than the flag says means that much more accumulation.
         """
-        options, found = self.options, []
-        accumulation = options.gradient_accumulation_steps * options.per_device_train_batch_size // pairs
-        for checkpointing in (True,) if options.gradient_checkpointing else (False, True):
+        batches, found = self.config.batches, []
+        accumulation = batches.gradient_accumulation_steps * batches.per_device_train_batch_size // pairs
+        for checkpointing in (True,) if self.config.model.gradient_checkpointing else (False, True):
             size = self.activations(pairs, checkpointing)
             for setting in SETTINGS:
                 if setting.plus and (cluster.gpus <= cluster.per_node or cluster.gpus & (cluster.gpus - 1)):
                     continue  # its gain is between nodes, and DeepSpeed's 8-bit blocks want a power of two
-                if setting.stage == 0 and options.dtype == "fp16":
+                if setting.stage == 0 and self.config.engine.dtype == "fp16":
                     continue  # ds_config takes stage 1 for it
                 zero = self.zero(setting, cluster.gpus)
                 states = model_states(self.counts, setting, cluster, self.width, zero, accumulation > 1)
@@ -111,5 +108,5 @@ class Plan:
 
 
 @functools.cache
-def _parsed(line: str) -> argparse.Namespace:
-    return flags.parse(shlex.split(line))
+def _parsed(line: str) -> RunConfig:
+    return parse(line.split())

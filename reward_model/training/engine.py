@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model as the flags want it, its optimizer, and the DeepSpeed engine around them."""
+"""The model as a run wants it, its optimizer, and the DeepSpeed engine around them."""
 
 from __future__ import annotations
 
-import argparse
+from typing import Any
 
 import torch
 from transformers import get_scheduler
 
 from reward_model.common.errors import UserError, first_line
+from reward_model.config.groups import TrainingConfig
+from reward_model.config.settings import Settings
 from reward_model.models import saving
 from reward_model.models.loading import DTYPES, load_for_training
 from reward_model.models.lora import add_lora
@@ -17,38 +19,39 @@ from reward_model.models.scorer import Scorer, resize_embedding
 BETAS = (0.9, 0.95)  # upstream's
 
 
-def partition_while_loading(ds_config: dict):
+def partition_while_loading(ds_config: dict[str, Any]):
     """While the returned object lives, Transformers partitions the weights it loads (ZeRO 3); None at other stages."""
     from transformers.integrations import HfDeepSpeedConfig
 
     return HfDeepSpeedConfig(ds_config) if ds_config["zero_optimization"]["stage"] == 3 else None
 
 
-def build_scorer(options: argparse.Namespace, rows: int) -> Scorer:
-    """The model as the flags want it, with an embedding of at least ``rows`` rows."""
+def build_scorer(settings: Settings, rows: int) -> Scorer:
+    """The model as the run wants it, with an embedding of at least ``rows`` rows."""
+    model, engine, output = settings.model, settings.engine, settings.output
     scorer = load_for_training(
-        options.model_name_or_path, DTYPES[options.dtype], options.seed, options.pooling, options.dropout
+        model.model_name_or_path, DTYPES[engine.dtype], settings.training.seed, model.pooling, model.dropout
     )
-    if options.loss_level == "token" and scorer.pooling != "last":
+    if settings.loss.level == "token" and scorer.pooling != "last":
         raise UserError("--loss_level token: this model has no score per token; leave the flag out")
-    if options.output_dir and options.save_format != "hf":
+    if output.output_dir and output.save_format != "hf":
         saving.require_dschat(scorer)
     resize_embedding(scorer, rows)
-    if options.gradient_checkpointing:
+    if model.gradient_checkpointing:
         try:
             # reentrant under ZeRO 3: the other kind compares shapes of weights, which ZeRO 3 empties in between
-            reentrant = options.zero_stage == 3
+            reentrant = engine.zero_stage == 3
             scorer.unwrapped.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-            if reentrant and options.lora_dim:
+            if reentrant and model.lora_dim:
                 scorer.backbone.enable_input_require_grads()
         except ValueError as error:
             raise UserError(f"--gradient_checkpointing: {first_line(error)}") from error
-    if options.lora_dim:
-        add_lora(scorer, options.lora_dim, options.lora_alpha or options.lora_dim, options.lora_module_name)
+    if model.lora_dim:
+        add_lora(scorer, model.lora_dim, model.lora_alpha or model.lora_dim, model.lora_module_name)
     return scorer
 
 
-def parameter_groups(scorer: Scorer, options: argparse.Namespace) -> list[dict]:
+def parameter_groups(scorer: Scorer, training: TrainingConfig) -> list[dict[str, Any]]:
     """AdamW's groups: matrices decay, biases and norms do not; LoRA and what is no backbone have learning rates."""
     inside = {id(parameter) for parameter in scorer.backbone.parameters()}
     groups: dict[tuple[float, float], list] = {}
@@ -56,38 +59,39 @@ def parameter_groups(scorer: Scorer, options: argparse.Namespace) -> list[dict]:
         if not parameter.requires_grad:
             continue
         is_matrix = len(getattr(parameter, "ds_shape", parameter.shape)) > 1
-        rate = options.learning_rate
+        rate = training.learning_rate
         if id(parameter) not in inside:
-            rate = options.head_learning_rate or rate
+            rate = training.head_learning_rate or rate
         elif is_matrix and "lora_" in name:
-            rate = options.lora_learning_rate
-        groups.setdefault((rate, options.weight_decay if is_matrix else 0.0), []).append(parameter)
+            rate = training.lora_learning_rate
+        groups.setdefault((rate, training.weight_decay if is_matrix else 0.0), []).append(parameter)
     return [{"params": own, "lr": rate, "weight_decay": decay} for (rate, decay), own in groups.items()]
 
 
-def start_engine(options: argparse.Namespace, scorer: Scorer, ds_config: dict, steps: int):
+def start_engine(settings: Settings, scorer: Scorer, steps: int):
     """DeepSpeed's engine with AdamW and the learning-rate schedule of so many steps."""
     import deepspeed
 
-    groups = parameter_groups(scorer, options)
-    if options.offload:
+    training, ds_config = settings.training, settings.deepspeed.config
+    groups = parameter_groups(scorer, training)
+    if settings.engine.offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        optimizer = DeepSpeedCPUAdam(groups, lr=options.learning_rate, betas=BETAS)
+        optimizer = DeepSpeedCPUAdam(groups, lr=training.learning_rate, betas=BETAS)
     else:
-        optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, betas=BETAS, fused=True)
+        optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, betas=BETAS, fused=True)
     scheduler = get_scheduler(
-        options.lr_scheduler_type,
+        training.lr_scheduler_type,
         optimizer,
-        num_warmup_steps=options.num_warmup_steps,
+        num_warmup_steps=training.num_warmup_steps,
         num_training_steps=steps,
     )
     engine, *_ = deepspeed.initialize(model=scorer, optimizer=optimizer, lr_scheduler=scheduler, config=ds_config)
-    if options.zero_stage == 0 and options.dtype != "fp32":
+    if settings.engine.zero_stage == 0 and settings.engine.dtype != "fp32":
         # DeepSpeed's half-precision optimizer at stage 0 has taken a step with zero gradients by now, which leaves
         # Adam's bias correction one step ahead: the first updates come out at 0.73, 0.83, … of their size
         optimizer.state.clear()
-    if options.tokens_per_batch and hasattr(engine.optimizer, "gradient_accumulation_steps"):
+    if settings.batches.tokens_per_batch and hasattr(engine.optimizer, "gradient_accumulation_steps"):
         # how many micro-batches a step has is not known; ZeRO 1 and 2 with offload ask only whether it is one
-        engine.optimizer.gradient_accumulation_steps = max(2, options.gradient_accumulation_steps)
+        engine.optimizer.gradient_accumulation_steps = max(2, settings.batches.gradient_accumulation_steps)
     return engine

@@ -1,28 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run from flags to files: data, model, engine, training, and what is left behind."""
+"""A run from its configuration to its files: data, model, engine, training, and what is left behind."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import set_seed
 
 import reward_model
 from reward_model.batching.planner import Planner
 from reward_model.common import distributed
 from reward_model.common.distributed import DistributedContext
 from reward_model.common.errors import UserError
-from reward_model.common.logging import say
-from reward_model.config.deepspeed import build_config
-from reward_model.config.options import cache_folder, explain_inherited, refuse_used_folder
+from reward_model.common.logging import logger
+from reward_model.config.options import RunConfig, explain_inherited, refuse_used_folder
+from reward_model.config.settings import Settings, resolve
 from reward_model.data.comparisons import Comparisons
-from reward_model.data.preprocessing import PreprocessingConfig, load_answers, load_comparisons
-from reward_model.data.tokenizer import SpecialTokens, choose_special_tokens, load_tokenizer
 from reward_model.evaluation import pictures, score_scale
 from reward_model.evaluation.evaluate import summary
 from reward_model.models import saving
@@ -30,9 +25,9 @@ from reward_model.models.forward import ForwardPass
 from reward_model.models.loading import DTYPES, read_config
 from reward_model.models.scorer import Scorer, count
 from reward_model.models.shared_prefix import SEPARATE
-from reward_model.objectives import answer_similarity
 from reward_model.objectives.losses import Thresholds
 from reward_model.objectives.objective import Objective
+from reward_model.training.data import Data, load_data
 from reward_model.training.engine import build_scorer, partition_while_loading, start_engine
 from reward_model.training.records import Records, write_text
 from reward_model.training.trainer import Trainer
@@ -40,171 +35,125 @@ from reward_model.training.trainer import Trainer
 ROWS_TO_NORMALISE_BY = 4_096  # their standard deviation is known to about 1 %; OpenAI took 256
 
 
-def run(options: argparse.Namespace) -> None:
-    """Train, evaluate and save as the flags say.
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to.
+
+    metrics: of its last evaluation, as the last ``eval`` line of ``metrics.jsonl`` has them; ``accuracy``, ``loss``, …
+    steps: of the optimizer.
+    folder: holds the model, ``metrics.jsonl`` and ``run.json``; None: there was no ``--output_dir``.
+    report: the picture of the run.
+    """
+
+    metrics: dict[str, float]
+    steps: int
+    folder: Path | None = None
+    report: Path | None = None
+
+
+def run(config: RunConfig) -> TrainResult:
+    """Train, evaluate and save as a configuration says; every rank calls it.
 
     Raises:
         UserError: whatever the user can mend.
     """
-    folder = Path(options.output_dir) if options.output_dir else None
+    folder = Path(config.output.output_dir) if config.output.output_dir else None
     if folder:
         refuse_used_folder(folder)
-    context = distributed.start(options)
-    explain_inherited(options)
-    options.dtype = options.dtype or distributed.default_dtype()
-    distributed.require_dtype(options.dtype)
-    set_seed(options.seed)
-    config = read_config(options.model_name_or_path)
-    text = config.get_text_config()
-    ds_config = build_config(options, context.world_size, text.hidden_size, text.vocab_size)
-    distributed.require_zero(ds_config["zero_optimization"], options.nvme_path)
-    objective = Objective(options)
-    data = load_data(options, text, objective, context)
-    trainer = prepare(options, context, objective, data, ds_config, folder)
+    context = distributed.start(config.engine.local_rank, config.engine.offload, config.output.debug)
+    explain_inherited(config)
+    text = read_config(config.model.model_name_or_path).get_text_config()
+    default_dtype = distributed.default_dtype()
+    if config.engine.dtype != "auto":
+        distributed.require_dtype(config.engine.dtype)
+    settings = resolve(config, default_dtype, context.world_size, text.hidden_size, text.vocab_size)
+    distributed.require_dtype(settings.engine.dtype)
+    distributed.require_zero(settings.deepspeed.zero, settings.engine.nvme_path)
+    set_seed(settings.training.seed)
+    objective = Objective(settings.loss)
+    data = load_data(settings, text, objective, context)
+    trainer = prepare(settings, context, objective, data, folder)
     trainer.train()
     keep_scale(trainer, data.reference)
-    trainer.forward.use(SEPARATE)  # what is saved names no attention of ours
-    trainer.engine.empty_partition_cache()  # ZeRO 3 may be fetching ahead, and gathers no weight twice
     if folder:
-        scorer = trainer.forward.scorer
-        saving.save(scorer, data.tokenizer, folder, options.save_format, is_writer=context.is_first)
-        if context.is_first:
-            pictures.draw(folder / "metrics.jsonl", folder / "report.png", trainer.last.scores)
+        save(trainer, data, folder)
     summarize(trainer, folder)
     torch.distributed.barrier()
-    if options.nvme_path:
-        distributed.release_swap_files(ds_config["zero_optimization"], options.nvme_path)
-
-
-@dataclass(frozen=True)
-class Data:
-    """The rows of a run, tokenised.
-
-    reference: those that scores are normalized by; None: they are not. longest: tokens of the longest text of all.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    special: SpecialTokens
-    train: Comparisons
-    evaluation: Comparisons
-    reference: Comparisons | None
-    longest: int
-
-
-def load_data(options: argparse.Namespace, config, objective: Objective, context: DistributedContext) -> Data:
-    """Read and tokenise what the flags name, and check that the objective can learn from it.
-
-    Args:
-        config: of the model, its text part.
-
-    Raises:
-        UserError: unreadable or unusable data, or texts longer than the model's positions.
-    """
-    tokenizer = load_tokenizer(options.model_name_or_path, options.add_eot_token)
-    special = choose_special_tokens(tokenizer, config.vocab_size, int(options.add_eot_token))
-    preprocessing = PreprocessingConfig(
-        max_seq_len=options.max_seq_len,
-        on_bad_row=options.on_bad_row,
-        cache=cache_folder(options),
-        processes=options.num_proc,
-        lack=objective.lack,
-    )
-    train, evaluation = load_comparisons(
-        options.data_path, options.eval_data_path, tokenizer, special, preprocessing, options.seed, options.data_split
-    )
-    objective.require_rows(train)
-    known = {None: None, "train": train, "eval": evaluation}
-    if options.normalize_scores in known:
-        reference = known[options.normalize_scores]
-    else:
-        reference = load_answers(options.normalize_scores, tokenizer, special, preprocessing, options.seed)
-    longest = int(max(part.lengths.max() for part in (train, evaluation, reference) if part is not None))
-    require_positions(config, tokenizer, longest)
-    if "prior_cosine" in objective.kinds:
-        train = answer_similarity.with_cosines(train, tokenizer, options.prior_model, context)
-    return Data(tokenizer, special, train, evaluation, reference, longest)
-
-
-def require_positions(config, tokenizer, longest: int) -> None:
-    """Raises UserError if the longest text has more tokens than the model has positions."""
-    # RoBERTa's kind numbers its positions from 2 and says so only in its tokenizer
-    positions = min(getattr(config, "max_position_embeddings", None) or math.inf, tokenizer.model_max_length)
-    if longest > positions:
-        raise UserError(
-            f"the longest text has {longest} tokens, the model {positions} positions: --max_seq_len {positions}"
-        )
+    if settings.engine.nvme_path:
+        distributed.release_swap_files(settings.deepspeed.zero, settings.engine.nvme_path)
+    trainer.engine.destroy()
+    return TrainResult(dict(trainer.last.metrics), trainer.step, folder, folder / "report.png" if folder else None)
 
 
 def prepare(
-    options: argparse.Namespace,
-    context: DistributedContext,
-    objective: Objective,
-    data: Data,
-    ds_config: dict,
-    folder: Path | None,
+    settings: Settings, context: DistributedContext, objective: Objective, data: Data, folder: Path | None
 ) -> Trainer:
     """The model, its engine and everything around them, ready to train."""
     thresholds = objective.start_thresholds(data.train)
-    partitioned = partition_while_loading(ds_config)
-    scorer = build_scorer(options, data.special.rows)
+    partitioned = partition_while_loading(settings.deepspeed.config)
+    scorer = build_scorer(settings, data.special.rows)
     for part in (scorer.config, scorer.config.get_text_config()):
         part.pad_token_id = data.special.pad
     saving.forget_scale(scorer.config)
+    dtype, seed = DTYPES[settings.engine.dtype], settings.training.seed
     if thresholds is not None:
-        scorer.thresholds = Thresholds(thresholds, DTYPES[options.dtype])
+        scorer.thresholds = Thresholds(thresholds, dtype)
     if folder:
-        open_folder(folder, context, scorer, options)
-    planner = Planner(options, context, objective.by_row)
-    most = options.eval_iters * options.per_device_eval_batch_size * context.world_size
+        open_folder(folder, context, scorer, settings)
+    eval_batch = settings.evaluation.per_device_eval_batch_size
+    planner = Planner(settings.batches, eval_batch, seed, context, objective.by_row)
+    most = settings.evaluation.eval_iters * eval_batch * context.world_size
     groups = planner.training_groups(data.train), planner.evaluation_groups(data.evaluation, most)
-    steps = sum(len(planner.epoch(groups[0], epoch, SEPARATE.layout)) for epoch in range(options.num_train_epochs))
-    engine = start_engine(options, scorer, ds_config, steps)
+    epochs = range(settings.training.num_train_epochs)
+    steps = sum(len(planner.epoch(groups[0], epoch, SEPARATE.layout)) for epoch in epochs)
+    engine = start_engine(settings, scorer, steps)
     del partitioned
-    torch.manual_seed(options.seed + context.rank)  # dropout: another stream on each rank
-    device, dtype = context.device, DTYPES[options.dtype]
-    forward = ForwardPass(engine, scorer, dtype, device, data.special.pad, options.max_responses)
+    torch.manual_seed(seed + context.rank)  # dropout: another stream on each rank
+    forward = ForwardPass(engine, scorer, dtype, context.device, data.special.pad, settings.batches.max_responses)
     records = Records(folder, engine.monitor, context.is_first)
     rows = data.train, data.evaluation
-    trainer = Trainer(options, context, engine, forward, objective, planner, records, rows, groups, steps)
-    say(described(trainer, ds_config["train_batch_size"]))
-    say(forward.choose_attention(data.longest))
+    trainer = Trainer(settings, context, engine, forward, objective, planner, records, rows, groups, steps)
+    logger.info(described(trainer))
+    logger.info(forward.choose_attention(data.longest))
     for line in planner.advice(groups[0], forward.layout.kind):
-        say(line)
+        logger.warning(line)
     if not folder:
-        say("no --output_dir: nothing will be saved")
+        logger.warning("no --output_dir: nothing will be saved")
     return trainer
 
 
-def open_folder(folder: Path, context: DistributedContext, scorer: Scorer, options: argparse.Namespace) -> None:
-    """Make the output folder, and write the flags into it, while an error costs nothing yet.
+def open_folder(folder: Path, context: DistributedContext, scorer: Scorer, settings: Settings) -> None:
+    """Make the output folder, and write ``run.json`` into it, while an error costs nothing yet.
 
     Raises:
         UserError: it cannot be made, or there is no room for the model.
     """
-    size = sum(count(p) for p in scorer.parameters()) * torch.finfo(DTYPES[options.dtype]).bits // 8
+    size = sum(count(p) for p in scorer.parameters()) * torch.finfo(DTYPES[settings.engine.dtype]).bits // 8
     if context.is_first:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--output_dir {folder}: {error.strerror}") from error
-        saving.require_space(folder, size * (2 if options.save_format == "both" else 1))
-        settings = {name: value for name, value in vars(options).items() if name != "explicit"}
-        versions = {"reward_model": reward_model.__version__, "torch": torch.__version__}
-        write_text(folder / "run.json", json.dumps(settings | {"versions": versions}, indent=2, default=str) + "\n")
+        saving.require_space(folder, size * (2 if settings.output.save_format == "both" else 1))
+        versions = {"reward_model": reward_model.__version__, "torch": str(torch.__version__)}
+        write_text(folder / "run.json", settings.to_json(versions))
+    torch.distributed.barrier()
 
 
-def described(trainer: Trainer, global_batch: int) -> str:
+def described(trainer: Trainer) -> str:
     """What is going to be done, in a line."""
-    options, context, by_row = trainer.options, trainer.context, trainer.objective.by_row
+    settings, context, by_row = trainer.settings, trainer.context, trainer.objective.by_row
+    batches, engine = settings.batches, settings.engine
     sizes = [(0 if by_row else part.pairs.sum()) or len(part) for part in (trainer.train_set, trainer.eval_set)]
     what = "rows" if by_row else "pairs"
-    elements = "prompts" if options.batch_element == "prompt" else what
-    brought = f" in {len(trainer.groups)} groups" if options.merge == "prompt" else ""
+    elements = "prompts" if batches.batch_element == "prompt" else what
+    brought = f" in {len(trainer.groups)} groups" if batches.merge == "prompt" else ""
     return (
-        f"{sizes[0]} training {what}{brought}, {sizes[1]} held out; global batch {global_batch} = "
-        f"{options.per_device_train_batch_size} {elements} × {options.gradient_accumulation_steps} accumulated × "
+        f"{sizes[0]} training {what}{brought}, {sizes[1]} held out; "
+        f"global batch {settings.deepspeed.config['train_batch_size']} = "
+        f"{batches.per_device_train_batch_size} {elements} × {batches.gradient_accumulation_steps} accumulated × "
         f"{context.world_size} {'process' if context.world_size == 1 else 'processes'}; {trainer.total_steps} steps; "
-        f"{context.device.type}, {options.dtype}, ZeRO {options.zero_stage}{', offload' if options.offload else ''}"
+        f"{context.device.type}, {engine.dtype}, ZeRO {engine.zero_stage}{', offload' if engine.offload else ''}"
     )
 
 
@@ -223,18 +172,29 @@ def keep_scale(trainer: Trainer, reference: Comparisons | None) -> None:
             | asdict(before)
             | {"mean_after": after.mean, "std_after": after.std}
         )
-        say(
+        logger.info(
             f"scores of {before.answers} answers had mean {before.mean:.4f} and standard deviation "
             f"{scale:.4f}; the saved head gives {after.std:.4f}, its mean {after.mean:.4f} is in config.json"
         )
     score_scale.keep_thresholds(forward.scorer, trainer.objective.lowest_grade, scale)
 
 
+def save(trainer: Trainer, data: Data, folder: Path) -> None:
+    """Write the model, and the picture of the run."""
+    forward = trainer.forward
+    forward.use(SEPARATE)  # what is saved names no attention of ours
+    trainer.engine.empty_partition_cache()  # ZeRO 3 may be fetching ahead, and gathers no weight twice
+    is_writer = trainer.context.is_first
+    saving.save(forward.scorer, data.tokenizer, folder, trainer.settings.output.save_format, is_writer)
+    if is_writer:
+        pictures.draw(folder / "metrics.jsonl", folder / "report.png", trainer.last.scores)
+
+
 def summarize(trainer: Trainer, folder: Path | None) -> None:
     """What a user wants to know at the end."""
     for number, line in enumerate(summary(trainer.last.metrics, trainer.objective.names)):
-        say(line if number else f"\n{line}")
+        logger.info(line if number else f"\n{line}")
     if folder:
-        say(f"model:   {folder}\npicture: {folder / 'report.png'}")
+        logger.info(f"model:   {folder}\npicture: {folder / 'report.png'}")
     else:
-        say("nothing was saved: there was no --output_dir")
+        logger.info("nothing was saved: there was no --output_dir")

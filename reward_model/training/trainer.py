@@ -6,8 +6,6 @@ Notation: n responses, r tokens of the longest, p pairs.
 
 from __future__ import annotations
 
-import argparse
-
 import torch
 
 from reward_model.batching.collate import Batch
@@ -15,8 +13,9 @@ from reward_model.batching.groups import RowGroups
 from reward_model.batching.planner import Planner
 from reward_model.common.distributed import DistributedContext
 from reward_model.common.errors import UserError
-from reward_model.common.logging import say
+from reward_model.common.logging import logger
 from reward_model.common.progress import progress
+from reward_model.config.settings import Settings
 from reward_model.data.comparisons import Comparisons
 from reward_model.evaluation.evaluate import Evaluation, described, evaluate
 from reward_model.models.forward import ForwardPass
@@ -34,7 +33,7 @@ class Trainer:
 
     def __init__(
         self,
-        options: argparse.Namespace,
+        settings: Settings,
         context: DistributedContext,
         engine,
         forward: ForwardPass,
@@ -51,7 +50,7 @@ class Trainer:
             rows, groups: for training, and for evaluations.
             total_steps: of all epochs.
         """
-        self.options, self.context, self.engine, self.forward = options, context, engine, forward
+        self.settings, self.context, self.engine, self.forward = settings, context, engine, forward
         self.objective, self.planner, self.records = objective, planner, records
         self.train_set, self.eval_set = rows
         self.groups, self.eval_groups = groups
@@ -60,11 +59,11 @@ class Trainer:
 
     def train(self) -> None:
         """All epochs, with an evaluation before the first step, after each epoch, and every ``--eval_interval``."""
-        options, layout = self.options, self.forward.layout
+        layout, interval = self.forward.layout, self.settings.evaluation.eval_interval
         self.evaluate(epoch=0)
         bar = progress(total=self.total_steps, desc="training", unit="step", disable=not self.context.is_first)
         log = StepLog(self.context, self.records, bar)
-        for epoch in range(options.num_train_epochs):
+        for epoch in range(self.settings.training.num_train_epochs):
             self.engine.train()
             plan = self.planner.epoch(self.groups, epoch, layout.kind)
             for done, batches in enumerate(self.planner.load(self.train_set, plan, layout), 1):
@@ -74,7 +73,7 @@ class Trainer:
                 self.step += 1
                 reached = epoch + done / len(plan)
                 log.end_step(self.step, reached, self.engine.get_lr()[0], self.engine.get_global_grad_norm())
-                if done == len(plan) or (options.eval_interval and self.step % options.eval_interval == 0):
+                if done == len(plan) or (interval and self.step % interval == 0):
                     log.flush()
                     self.evaluate(reached)
                     self.engine.train()
@@ -94,7 +93,7 @@ class Trainer:
     def loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The mean loss of a batch (0-d), and the end scores of its winners and losers (p,); float32."""
         every = None
-        if self.options.loss_level == "token":
+        if self.settings.loss.level == "token":
             every = self.forward(batch, batch.tokens)  # (n, r)
             scores = every[:, -1]  # beyond its end a response repeats its last token
         else:
@@ -118,4 +117,4 @@ class Trainer:
             )
         self.last = found
         self.records.add({"split": "eval", "step": self.step, "epoch": round(epoch, 4)} | found.metrics)
-        say(f"step {self.step}: {described(found.metrics, self.objective.names)}")
+        logger.info(f"step {self.step}: {described(found.metrics, self.objective.names)}")

@@ -2,7 +2,7 @@
 """The same model trained with each objective and each penalty, on human judgements of arguments (UKPConvArg1).
 
 python tests/benchmarks/objectives.py --model FOLDER --data FOLDER --output FOLDER
-python tests/benchmarks/objectives.py … --seeds 1 2 3 --arms logistic centre --processes 2 --flags "--max_grad_norm 0"
+python tests/benchmarks/objectives.py … --seeds 1 2 3 --arms logistic center --processes 2 --flags "--max_grad_norm 0"
 
 --data holds train_pairs, eval_pairs and train_ranked, all .jsonl.gz: prompt, chosen, rejected, margin, votes_chosen,
 votes; prompt, responses, scores. Lists and scores are of the pairs' own texts. All are held against the same pairs.
@@ -41,8 +41,8 @@ ARMS = {
     "direct": ("pairs", "pairs", ["--loss", "direct"]),
     "prior, length": ("pairs", "pairs", ["--loss", "prior_length"]),
     "prior, cosine": ("pairs", "pairs", ["--loss", "prior_cosine", "--prior_model", "{model}"]),
-    "centre": ("pairs", "penalties on logistic", ["--score_penalty", "centre"]),
-    "centre 0.1": ("pairs", "penalties on logistic", ["--score_penalty", "centre", "--score_penalty_weight", 0.1]),
+    "center": ("pairs", "penalties on logistic", ["--score_penalty", "center"]),
+    "center 0.1": ("pairs", "penalties on logistic", ["--score_penalty", "center", "--score_penalty_weight", 0.1]),
     "l2 0.1": ("pairs", "penalties on logistic", ["--score_penalty", "l2", "--score_penalty_weight", 0.1]),
     "zero_sum": (
         "pairs",

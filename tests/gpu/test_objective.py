@@ -3,10 +3,10 @@
 
 import pytest
 import torch
+from flags import loss_of
 
 from reward_model.batching.collate import Layout, collate
 from reward_model.config.objectives import LIST_LOSSES, PAIR_LOSSES, POINT_LOSSES
-from reward_model.config.options import parse
 from reward_model.data.comparisons import Comparison
 from reward_model.data.rows import judge_answer, judge_list, judge_pair
 from reward_model.objectives.objective import Objective
@@ -29,7 +29,7 @@ def test_a_gpu_computes_what_a_cpu_does(flags):
         Comparison([4], [[9, 9]], **judge_answer({"label": 1})),
     ]
     batch = collate(rows, Layout("packed", 0), row_weights=[1, 1, 1])
-    objective = Objective(parse(["--model_name_or_path", "none", *flags.split()]))
+    objective = Objective(loss_of(flags))
     found = []
     for device in ("cpu", "cuda"):
         scores = torch.linspace(-1, 1, len(batch.ends)).to(device).requires_grad_()

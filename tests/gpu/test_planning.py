@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What ``reward-model plan`` says against what a run on a GPU has held at most. Written without a GPU at hand."""
 
-import argparse
 import shlex
 import sys
 
@@ -10,6 +9,7 @@ import runs
 import torch
 import transformers
 
+from reward_model.config.options import RunConfig
 from reward_model.planning.activations import build_on_meta, passes
 from reward_model.planning.model_states import SETTINGS, Cluster, model_states
 from reward_model.planning.plan import Plan
@@ -49,9 +49,8 @@ def test_a_run_holds_what_the_plan_says(name, more, larger, demo, tmp_path, monk
     setting = [*shlex.split(BY_NAME[name].flags), "--dtype", "bf16", *shlex.split(more)]
     metrics = runs.train(demo, tmp_path / "out", *setting, "--model_name_or_path", larger, launcher="python")
     held, tokens = (int(word) for word in metrics.output.split("HELD ")[1].split()[:2])
-    fields = {"lora_dim": 16 if "lora" in more else 0, "lora_module_name": None, "pooling": None, "dropout": None}
-    options = argparse.Namespace(dtype="bf16", model_name_or_path=str(larger), **fields)
-    plan = Plan(build_on_meta(transformers.AutoConfig.from_pretrained(larger), options), options)
+    config = RunConfig.of(model_name_or_path=str(larger), dtype="bf16", lora_dim=16 if "lora" in more else 0)
+    plan = Plan(build_on_meta(transformers.AutoConfig.from_pretrained(larger), config.model, "bf16"), config)
     if "checkpointing" in more:
         plan.scorer.unwrapped.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     states = model_states(plan.counts, BY_NAME[name], Cluster(1, 1), 2, plan.zero(BY_NAME[name], 1))

@@ -103,7 +103,7 @@ class Watched(trainer.Trainer):
 
 
 def main():
-    options = parse(sys.argv[2:])
+    config = parse(sys.argv[2:])
     build = run.build_scorer
 
     def build_scorer(*args):
@@ -111,7 +111,7 @@ def main():
         return build(*args)
 
     run.build_scorer, run.Trainer = build_scorer, Watched
-    run.run(options)
+    run.run(config)
 
 
 if __name__ == "__main__":

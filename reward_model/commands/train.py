@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``reward-model train``, and ``training_scripts/main.py``: a run from its command line to its exit status."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import time
+
+from reward_model.common.distributed import end, prepare_environment, release_shared_memory
+from reward_model.common.logging import quieten, show_messages
+
+LAUNCHER_GRACE = 3.0  # seconds in which a launcher ends the other ranks once the first has said what is wrong
+
+LOST_CONTACT = ("closed by peer", "Connection reset", "Connection refused", "Broken pipe", "Timed out")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run and return the exit status; an error that the user can mend is one line, said by the first rank."""
+    words = sys.argv[1:] if arguments is None else arguments
+    prepare_environment()
+    debug = "--debug" in words
+    quieten(debug)
+    show_messages()
+    import torch
+
+    from reward_model.common.errors import UserError, first_line
+    from reward_model.config.options import parse
+
+    try:
+        config = parse(words)
+        from reward_model.training.run import run  # seconds of imports, which a typo need not wait for
+
+        run(config)
+    except UserError as error:
+        return fail(str(error), debug)
+    except torch.OutOfMemoryError:
+        advice = "smaller --per_device_train_batch_size or --max_seq_len, --gradient_checkpointing, higher --zero_stage"
+        return fail(f"out of memory on the device: {advice}", debug)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return fail(f"no space left on the disk: {error}", debug)
+    except RuntimeError as error:
+        # gloo raises a plain RuntimeError; the rest of torch.distributed has classes of its own
+        is_lost = isinstance(error, torch.distributed.DistError) or any(words in str(error) for words in LOST_CONTACT)
+        if not is_lost:
+            raise
+        if "EADDRINUSE" in str(error):
+            return fail("the port is in use by another run: deepspeed --master_port N main.py takes another", debug)
+        what = f"lost contact with another process, whose own message says why ({first_line(error)})"
+        return fail(what, debug, wait=LAUNCHER_GRACE)
+    except KeyboardInterrupt:
+        return fail("interrupted", debug)
+    end()
+    return 0
+
+
+def fail(message: str, debug: bool, wait: float = 0.0) -> int:
+    """Say what is wrong and leave: the launcher ends the ranks that wait for this one.
+
+    Args:
+        wait: seconds before leaving, so that a rank that is at fault ends first, and its exit status is the run's.
+    """
+    rank = os.environ["RANK"]
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+    elif rank != "0":
+        time.sleep(LAUNCHER_GRACE)  # only one voice, unless the fault is this rank's alone
+    print(f"error: {message}" if rank == "0" else f"error on rank {rank}: {message}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    time.sleep(wait)
+    release_shared_memory()
+    os._exit(1)

@@ -1,0 +1,387 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run can be told, in groups: each field is a flag of ``main.py``, a key of ``--config`` and a Python argument.
+
+Flags that upstream's step 2 has keep their names and their meaning. A group checks its own values when it is made; what
+two of them must agree on is checked in :mod:`reward_model.config.options`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+
+from reward_model.common.errors import UserError
+from reward_model.config.objectives import LIST_LOSSES, PAIR_LOSSES, POINT_LOSSES
+
+Scheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
+
+
+def flag(default: Any = MISSING, *, help: str, metavar: str | tuple[str, ...] | None = None) -> Any:
+    """A field with its help; a list is given as a tuple, from which each object gets a list of its own."""
+    metadata: dict[str, Any] = {"help": help} | ({} if metavar is None else {"metavar": metavar})
+    if isinstance(default, tuple):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+class Group:
+    """Checks each value when the object is made.
+
+    ``_bounds``: field → (lowest, highest, whether the lowest itself is allowed); no highest value is ever reached.
+    """
+
+    _argument_group_name: ClassVar[str]  # HfArgumentParser's name for the heading in --help
+    _bounds: ClassVar[dict[str, tuple[float, float, bool]]] = {}
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a value that is out of its range or not among the choices; names the flag."""
+        hints = get_type_hints(type(self))
+        for each in fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
+            value = getattr(self, each.name)
+            if value is None:
+                continue
+            choices = _choices(hints[each.name])
+            if choices and value not in choices:
+                named = ", ".join(map(str, choices))
+                raise UserError(f"--{each.name} {value}: choose from {named}")
+            if each.name in self._bounds:
+                for number in value if isinstance(value, list) else [value]:
+                    _require_bounds(f"--{each.name}", number, *self._bounds[each.name])
+
+
+def _choices(hint: Any) -> tuple:
+    """The values that a ``Literal``, or a ``Literal | None``, allows; empty: any."""
+    literals = [part for part in (hint, *get_args(hint)) if get_origin(part) is Literal]
+    return get_args(literals[0]) if literals else ()
+
+
+def _require_bounds(name: str, value: float, low: float, high: float, reaches_low: bool) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise UserError(f"{name} {value}: not a finite number")
+    if value >= high:
+        raise UserError(f"{name} {value}: not in [{low}, {high})")
+    if value < low or (value == low and not reaches_low):
+        raise UserError(f"{name} {value}: {'below' if reaches_low else 'not above'} {low:g}")
+
+
+NUMBER = (-math.inf, math.inf, True)
+NOT_NEGATIVE = (0, math.inf, True)
+POSITIVE = (0, math.inf, False)
+COUNT = (1, math.inf, True)
+
+
+@dataclass(frozen=True)
+class DataConfig(Group):
+    """Which rows a run reads, and how they become token ids."""
+
+    _argument_group_name: ClassVar[str] = "data"
+    _bounds: ClassVar = {"max_seq_len": COUNT, "num_proc": NOT_NEGATIVE}
+
+    data_path: list[str] = flag(
+        ("Dahoas/rm-static",),
+        metavar="PATH",
+        help="The training data: hub names, files (.jsonl, .json, .parquet, .csv, also .gz), or folders that hold "
+        "train and eval files.",
+    )
+    eval_data_path: list[str] = flag(
+        (),
+        metavar="PATH",
+        help="The rows to evaluate on. Without it, the evaluation split of the data or a tenth of the prompts is used.",
+    )
+    data_split: str | None = flag(
+        None,
+        metavar="SHARES",
+        help="Upstream's shares of the data for its three steps, such as 2,4,4; this trainer takes the second share. "
+        "Without it, every row is used.",
+    )
+    data_output_path: str | None = flag(
+        None, metavar="FOLDER", help="The cache of tokenized rows. Default: ~/.cache/dschat-reward."
+    )
+    max_seq_len: int = flag(
+        512, metavar="TOKENS", help="The longest text in tokens; a longer one loses the left of its prompt."
+    )
+    on_bad_row: Literal["stop", "skip"] = flag(
+        "stop", help="Whether a row that cannot be used stops the run, or is skipped and counted."
+    )
+    num_proc: int = flag(
+        0, metavar="N", help="The number of processes that tokenize; 0 chooses by the number of cores and rows."
+    )
+    add_eot_token: bool = flag(False, help="Add <|endoftext|> to the tokenizer as one token, and end texts with it.")
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where tokenized rows lie: private to the user, unlike upstream's folder under /tmp."""
+        if self.data_output_path:
+            return Path(self.data_output_path)
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dschat-reward"
+
+
+@dataclass(frozen=True)
+class ModelConfig(Group):
+    """The pretrained model, its head, and what of it is trained."""
+
+    _argument_group_name: ClassVar[str] = "model"
+    _bounds: ClassVar = {"dropout": (0, 1, True), "lora_dim": NOT_NEGATIVE, "lora_alpha": POSITIVE}
+
+    model_name_or_path: str = flag(metavar="MODEL", help="A pretrained model: a folder or a hub name. Required.")
+    dropout: float | None = flag(
+        None,
+        metavar="PROBABILITY",
+        help="The probability of every dropout in the model. Without it, the model's own configuration decides.",
+    )
+    pooling: Literal["last", "mean", "classifier", "own"] | None = flag(
+        None,
+        help="Where a text is scored: at its last token, at the mean of its tokens, or by the classification head that "
+        "an encoder brings (formerly called own). Default: last for a decoder, classifier for an encoder.",
+    )
+    gradient_checkpointing: bool = flag(
+        False, help="Recompute activations in the backward pass, which saves memory and costs a third more compute."
+    )
+    lora_dim: int = flag(
+        0, metavar="R", help="The dimension of LoRA adapters beside the linear layers; 0 trains the whole model."
+    )
+    lora_alpha: float | None = flag(
+        None, metavar="ALPHA", help="LoRA's updates are scaled by alpha / dimension. Default: the dimension, scale 1."
+    )
+    lora_module_name: str | None = flag(
+        None, metavar="TEXT", help="Put adapters only on layers whose name contains this. Default: every linear layer."
+    )
+    only_optimize_lora: bool = flag(False, help="Upstream's flag, without effect: with LoRA the base is always frozen.")
+    num_padding_at_beginning: int = flag(
+        0, metavar="N", help="Upstream's flag, without effect: the length of a text says where it ends."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pooling == "own":
+            object.__setattr__(self, "pooling", "classifier")  # the name until November 2026
+        if self.lora_alpha and not self.lora_dim:
+            raise UserError("--lora_alpha without --lora_dim: give the adapters' dimension")
+
+
+@dataclass(frozen=True)
+class LossConfig(Group):
+    """The objectives and the penalties; :func:`reward_model.config.loss.resolve_loss` makes a ``Loss`` of it."""
+
+    _argument_group_name: ClassVar[str] = "loss"
+    _bounds: ClassVar = {
+        "loss_weight": POSITIVE,
+        "focal_gamma": NOT_NEGATIVE,
+        "huber_delta": POSITIVE,
+        "prior_beta": NUMBER,
+        "length_penalty": NOT_NEGATIVE,
+        "score_penalty_weight": NOT_NEGATIVE,
+    }
+
+    loss: list[str] = flag(
+        ("logistic",),
+        metavar="NAME",
+        help=f"The objectives. For pairs: {', '.join(PAIR_LOSSES)}. For ranked lists: {', '.join(LIST_LOSSES)}. For "
+        f"scores or labels: {', '.join(POINT_LOSSES)}. One of each kind at most; each row is learned from by those "
+        "that suit it.",
+    )
+    loss_weight: list[float] = flag((), metavar="NUMBER", help="The weight of each objective. Default: 1 each.")
+    loss_level: Literal["sequence", "token"] = flag(
+        "sequence", help="Compare the scores at the end of the responses, or the mean over their tokens."
+    )
+    margin: str | None = flag(
+        None,
+        metavar="NUMBER|column|small|large",
+        help="By how much the better response should win: a number, the margin column of the data, or Llama 2's small "
+        "or large margins from its rating column. Default: 0, and 1 for hinge.",
+    )
+    label_smoothing: str = flag(
+        "0",
+        metavar="NUMBER|column",
+        help="The share of flipped labels to assume, from 0 to 0.5; column takes 1 − the data's probability column.",
+    )
+    focal_gamma: float = flag(2.0, metavar="GAMMA", help="The exponent of focal; 0 makes it logistic.")
+    huber_delta: float = flag(1.0, metavar="DELTA", help="The error from which on huber is linear.")
+    prior_beta: list[float] = flag(
+        (20.0, -15.0),
+        metavar="NUMBER",
+        help="Two numbers B1 B3 of prior_length and prior_cosine, which bound the gap by B1 / similarity + B3.",
+    )
+    prior_model: str | None = flag(
+        None, metavar="MODEL", help="The sentence encoder of prior_cosine: a folder or a hub name."
+    )
+    length_penalty: float = flag(
+        0.0, metavar="WEIGHT", help="The weight of the squared correlation between score and length."
+    )
+    score_penalty: Literal["center", "l2", "zero_sum", "log_barrier", "centre"] | None = flag(
+        None, help="A penalty that keeps scores near zero. Without it, there is none."
+    )
+    score_penalty_weight: float = flag(0.01, metavar="WEIGHT", help="The weight of --score_penalty.")
+    compute_fp32_loss: bool = flag(False, help="Upstream's flag, without effect: the loss is always in float32.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.score_penalty == "centre":
+            object.__setattr__(self, "score_penalty", "center")  # the name until November 2026
+        if len(self.prior_beta) != 2:
+            raise UserError(f"--prior_beta: {len(self.prior_beta)} numbers; give two, B1 and B3")
+
+
+@dataclass(frozen=True)
+class BatchConfig(Group):
+    """How rows become steps."""
+
+    _argument_group_name: ClassVar[str] = "batches"
+    _bounds: ClassVar = {
+        "per_device_train_batch_size": COUNT,
+        "gradient_accumulation_steps": COUNT,
+        "max_responses": NOT_NEGATIVE,
+        "tokens_per_batch": NOT_NEGATIVE,
+    }
+
+    per_device_train_batch_size: int = flag(
+        16,
+        metavar="N",
+        help="The size of a micro-batch on each GPU: in pairs; with objectives of lists or scores, in rows; with "
+        "--batch_element prompt, in prompts.",
+    )
+    gradient_accumulation_steps: int = flag(1, metavar="N", help="The number of micro-batches in a step.")
+    merge: Literal["batch", "prompt"] = flag(
+        "batch",
+        help="Rows of one prompt are encoded together: those that meet in a batch, or all of them, brought together.",
+    )
+    batch_element: Literal["pair", "prompt"] = flag(
+        "pair",
+        help="With --merge prompt: what the batch size counts and what weighs the same, a pair or all pairs of a "
+        "prompt together.",
+    )
+    max_responses: int = flag(16, metavar="K", help="The most responses of a prompt that are encoded in one row.")
+    tokens_per_batch: int = flag(
+        0,
+        metavar="TOKENS",
+        help="The most tokens of a forward pass, pads included; a step has as many passes as it needs. 0: no limit.",
+    )
+    group_by_length: bool = flag(False, help="Draw batches from rows of similar length, so that there are fewer pads.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batch_element == "prompt" and self.merge != "prompt":
+            raise UserError("--batch_element prompt needs --merge prompt, which brings a prompt's rows together")
+        if self.max_responses < 2:
+            raise UserError(f"--max_responses {self.max_responses}: give 2 or more, a pair has two")
+
+
+@dataclass(frozen=True)
+class TrainingConfig(Group):
+    """The optimizer (AdamW) and how long it runs."""
+
+    _argument_group_name: ClassVar[str] = "training"
+    _bounds: ClassVar = {
+        "num_train_epochs": COUNT,
+        "learning_rate": POSITIVE,
+        "head_learning_rate": POSITIVE,
+        "lora_learning_rate": POSITIVE,
+        "weight_decay": NOT_NEGATIVE,
+        "max_grad_norm": NOT_NEGATIVE,
+        "num_warmup_steps": NOT_NEGATIVE,
+        "seed": (0, 2**32, True),  # NumPy takes no larger one
+    }
+
+    num_train_epochs: int = flag(1, metavar="N", help="The number of passes over the data.")
+    learning_rate: float = flag(5e-5, metavar="RATE", help="The learning rate after the warm-up.")
+    head_learning_rate: float | None = flag(
+        None, metavar="RATE", help="The learning rate of the score head. Default: --learning_rate."
+    )
+    lora_learning_rate: float = flag(5e-4, metavar="RATE", help="The learning rate of LoRA adapters.")
+    weight_decay: float = flag(0.0, metavar="DECAY", help="The weight decay of matrices; biases and norms have none.")
+    max_grad_norm: float = flag(1.0, metavar="NORM", help="Gradients are clipped to this norm; 0 clips nothing.")
+    lr_scheduler_type: Scheduler = flag("cosine", help="The learning-rate schedule after the warm-up.")
+    num_warmup_steps: int = flag(0, metavar="N", help="The number of steps in which the learning rate rises from 0.")
+    seed: int = flag(1234, metavar="N", help="The seed of everything random.")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig(Group):
+    """When held-out rows are scored, and how many."""
+
+    _argument_group_name: ClassVar[str] = "evaluation"
+    _bounds: ClassVar = {
+        "per_device_eval_batch_size": COUNT,
+        "eval_interval": NOT_NEGATIVE,
+        "eval_iters": NOT_NEGATIVE,
+    }
+
+    per_device_eval_batch_size: int = flag(
+        16, metavar="N", help="The size of an evaluation batch on each GPU, in pairs or scored responses."
+    )
+    eval_interval: int = flag(
+        0,
+        metavar="STEPS",
+        help="Evaluate every so many steps, too, and not only before the first and after each epoch.",
+    )
+    eval_iters: int = flag(
+        0, metavar="N", help="The number of batches in an evaluation; 0 evaluates on every held-out row."
+    )
+
+
+@dataclass(frozen=True)
+class OutputConfig(Group):
+    """What a run leaves behind, and what it shows."""
+
+    _argument_group_name: ClassVar[str] = "output"
+
+    output_dir: str | None = flag(
+        None, metavar="FOLDER", help="The folder of model, metrics and report. Without it, nothing is kept."
+    )
+    normalize_scores: str | None = flag(
+        None,
+        metavar="train|eval|PATH",
+        help="Save a head whose scores on these rows have standard deviation 1, and their mean in config.json.",
+    )
+    save_format: Literal["hf", "dschat", "both"] = flag(
+        "hf", help="Save what Transformers loads, what upstream's step 3 loads, or both."
+    )
+    enable_tensorboard: bool = flag(False, help="Write events for TensorBoard.")
+    tensorboard_path: str = flag("step2_tensorboard", metavar="FOLDER", help="The folder of TensorBoard's events.")
+    debug: bool = flag(False, help="Show tracebacks and DeepSpeed's own log.")
+
+
+@dataclass(frozen=True)
+class EngineConfig(Group):
+    """What DeepSpeed is told."""
+
+    _argument_group_name: ClassVar[str] = "DeepSpeed"
+
+    zero_stage: Literal[0, 1, 2, 3] = flag(
+        0, help="What the GPUs divide among them: 0 nothing, 1 the optimizer, 2 gradients too, 3 parameters too."
+    )
+    offload: bool = flag(
+        False, help="Keep the optimizer, and at stage 3 the parameters too, in the memory of the host."
+    )
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = flag(
+        "auto",
+        help="The number format of weights and activations. auto is bf16 on a GPU that supports it, fp16 on one that "
+        "does not, and fp32 on a CPU.",
+    )
+    deepspeed: bool = flag(False, help="Upstream's flag, without effect: this trainer always uses DeepSpeed.")
+    deepspeed_config: str | None = flag(
+        None,
+        metavar="FILE",
+        help="A DeepSpeed configuration: a file, or the name of one of ours (zero3_nvme.json, zeropp.json, …). "
+        "Default: the one that the flags above choose.",
+    )
+    nvme_path: str | None = flag(
+        None, metavar="FOLDER", help="For zero3_nvme.json: a folder on the NVMe disk of each node."
+    )
+    local_rank: int = flag(-1, metavar="N", help="Given by the launcher.")
+
+
+GROUPS = {
+    "data": DataConfig,
+    "model": ModelConfig,
+    "loss": LossConfig,
+    "batches": BatchConfig,
+    "training": TrainingConfig,
+    "evaluation": EvaluationConfig,
+    "output": OutputConfig,
+    "engine": EngineConfig,
+}
+FLAGS = tuple(each.name for group in GROUPS.values() for each in fields(group))

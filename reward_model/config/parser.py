@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Groups of flags → a parser of command lines, by Transformers' ``HfArgumentParser``."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from reward_model.common.errors import UserError
+from reward_model.config.groups import GROUPS
+
+EXAMPLE = "deepspeed main.py --model_name_or_path facebook/opt-350m --data_path Dahoas/rm-static --output_dir output"
+
+
+def words_of(values: dict[str, Any]) -> list[str]:
+    """Flags and values as a command line has them; None says nothing.
+
+    >>> words_of({"data_path": ["a", "b"], "seed": 7, "offload": True, "output_dir": None})
+    ['--data_path', 'a', 'b', '--seed=7', '--offload=true']
+    """
+    words: list[str] = []
+    for name, value in values.items():
+        if isinstance(value, (list, tuple)):
+            words += [f"--{name}", *map(_word, value)] if value else []
+        elif value is not None:
+            words.append(f"--{name}={_word(value)}")
+    return words
+
+
+def _word(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def require_known(name: str, known: Iterable[str], where: str) -> None:
+    """Raises UserError for a name that is not known; names the nearest one that is."""
+    known = list(known)
+    if name in known:
+        return
+    near = difflib.get_close_matches(name, known, n=1)
+    raise UserError(f"{where}no option {name}" + (f"; did you mean {near[0]}?" if near else ""))
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Shows one spelling of each flag, and the default of each whose sentence does not name it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        silent = action.default in (None, [], argparse.SUPPRESS) or action.default is False or "Default:" in text
+        if silent:
+            return text
+        default = " ".join(map(str, action.default)) if isinstance(action.default, list) else action.default
+        return f"{text} Default: {default}."
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        name = max(action.option_strings, key=lambda text: (text.startswith("--"), "_" in text))
+        if action.nargs == 0 or (action.nargs == "?" and action.const is True):
+            return name
+        return f"{name} {self._format_args(action, self._get_default_metavar_for_optional(action))}"
+
+
+def build_parser(groups: Sequence[type], **kwargs: Any):
+    """Transformers' parser for groups of flags, which reports a wrong one as one line, without the page of usage.
+
+    A function, since importing Transformers takes most of a second that ``import reward_model`` need not take.
+    """
+    from transformers.hf_argparser import HfArgumentParser
+
+    class Parser(HfArgumentParser):
+        def error(self, message: str):
+            message = re.sub(r"(--\w+)(/--[\w-]+)+", r"\1", " ".join(message.split()))
+            raise UserError(f"{message} (--help lists the flags)")
+
+    return Parser(list(groups), allow_abbrev=False, formatter_class=Help, **kwargs)
+
+
+def run_parser():
+    """The parser of ``main.py``'s flags."""
+    parser = build_parser(
+        list(GROUPS.values()),
+        description="Train a reward model on preference pairs, ranked lists or scores with DeepSpeed.",
+        usage="%(prog)s --model_name_or_path MODEL [--config FILE] [FLAG [VALUE …] …]",
+        epilog=f"A flag without a value can be given true or false. Hyphens may stand for underscores.\n"
+        f"example: {EXAMPLE}",
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="Read flags from a YAML or JSON file, such as the run.json of an earlier run; flags given here win.",
+    )
+    return parser
+
+
+def given_names(parser: argparse.ArgumentParser, words: Sequence[str]) -> frozenset[str]:
+    """The names of the flags that a command line gives."""
+    flags = {word.split("=")[0] for word in words}
+    return frozenset(action.dest for action in parser._actions if flags.intersection(action.option_strings))
+
+
+def read_words(parser, words: Sequence[str]) -> tuple:
+    """A command line → one object of each of the parser's groups, and the namespace of the flags beside them.
+
+    Raises:
+        UserError: an unknown flag, with the nearest one, or a wrong value.
+    """
+    *groups, rest = parser.parse_args_into_dataclasses(
+        list(words), return_remaining_strings=True, look_for_args_file=False
+    )
+    if rest:
+        known = [name for action in parser._actions for name in action.option_strings]
+        near = difflib.get_close_matches(rest[0].split("=")[0], known, n=1)
+        parser.error(f"unrecognized arguments: {' '.join(rest)}" + (f"; did you mean {near[0]}?" if near else ""))
+    return tuple(groups)

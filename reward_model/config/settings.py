@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run was asked to do, and where it runs → what it does."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from reward_model.config.deepspeed import DeepSpeedSetup, set_up_deepspeed
+from reward_model.config.groups import (
+    BatchConfig,
+    DataConfig,
+    EngineConfig,
+    EvaluationConfig,
+    ModelConfig,
+    OutputConfig,
+    TrainingConfig,
+)
+from reward_model.config.loss import Loss, resolve_loss
+from reward_model.config.options import RunConfig
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A run with every value decided.
+
+    The groups are those of :class:`RunConfig`, in which the DeepSpeed file has had its say and no dtype is ``auto``.
+
+    deepspeed: DeepSpeed's whole configuration.
+    given: the names of the flags that somebody set.
+    """
+
+    model: ModelConfig
+    data: DataConfig
+    loss: Loss
+    batches: BatchConfig
+    training: TrainingConfig
+    evaluation: EvaluationConfig
+    output: OutputConfig
+    engine: EngineConfig
+    deepspeed: DeepSpeedSetup
+    given: frozenset[str]
+
+    def to_json(self, versions: dict[str, str]) -> str:
+        """``run.json``: the value of every flag, the names of those that were given, and the versions of packages."""
+        groups = (self.data, self.model, self.batches, self.training, self.evaluation, self.output, self.engine)
+        values: dict[str, Any] = {name: value for group in groups for name, value in asdict(group).items()}
+        loss = asdict(self.loss)
+        weights = loss.pop("weights")
+        values |= {
+            "loss": list(weights),
+            "loss_weight": list(weights.values()),
+            "loss_level": loss.pop("level"),
+            **loss,
+        }
+        return json.dumps(values | {"given": sorted(self.given), "versions": versions}, indent=2) + "\n"
+
+
+def resolve(config: RunConfig, default_dtype: str, world_size: int, hidden_size: int, vocab_size: int) -> Settings:
+    """Decide what the machine, the model and the DeepSpeed file leave open.
+
+    Args:
+        default_dtype: what ``--dtype auto`` means on this machine.
+        world_size: the number of processes.
+        hidden_size, vocab_size: of the model.
+
+    Raises:
+        UserError: the DeepSpeed file cannot be used, or contradicts a flag.
+    """
+    setup = set_up_deepspeed(config, default_dtype, world_size, hidden_size, vocab_size)
+    return Settings(
+        model=config.model,
+        data=config.data,
+        loss=resolve_loss(config.loss, config.given),
+        batches=replace(
+            config.batches,
+            per_device_train_batch_size=setup.micro_batch,
+            gradient_accumulation_steps=setup.accumulation,
+        ),
+        training=replace(config.training, max_grad_norm=setup.max_grad_norm),
+        evaluation=config.evaluation,
+        output=config.output,
+        engine=replace(config.engine, zero_stage=setup.zero_stage, offload=setup.offload, dtype=setup.dtype),
+        deepspeed=setup,
+        given=config.given,
+    )

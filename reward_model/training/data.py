@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows of a run: read, tokenized, and found fit for its objective and its model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from reward_model.common.distributed import DistributedContext
+from reward_model.common.errors import UserError
+from reward_model.config.settings import Settings
+from reward_model.data.comparisons import Comparisons
+from reward_model.data.preprocessing import PreprocessingConfig, load_answers, load_comparisons
+from reward_model.data.tokenizer import SpecialTokens, choose_special_tokens, load_tokenizer
+from reward_model.objectives import answer_similarity
+from reward_model.objectives.objective import Objective
+
+
+@dataclass(frozen=True)
+class Data:
+    """The rows of a run, tokenized.
+
+    reference: those that scores are normalized by; None: they are not. longest: tokens of the longest text of all.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    special: SpecialTokens
+    train: Comparisons
+    evaluation: Comparisons
+    reference: Comparisons | None
+    longest: int
+
+
+def load_data(settings: Settings, config, objective: Objective, context: DistributedContext) -> Data:
+    """Read and tokenize what the run names, and check that the objective can learn from it.
+
+    Args:
+        config: of the model, its text part.
+
+    Raises:
+        UserError: unreadable or unusable data, or texts longer than the model's positions.
+    """
+    data, seed, normalize = settings.data, settings.training.seed, settings.output.normalize_scores
+    tokenizer = load_tokenizer(settings.model.model_name_or_path, data.add_eot_token)
+    special = choose_special_tokens(tokenizer, config.vocab_size, int(data.add_eot_token))
+    preprocessing = PreprocessingConfig(
+        max_seq_len=data.max_seq_len,
+        on_bad_row=data.on_bad_row,
+        cache=data.cache_folder,
+        processes=data.num_proc,
+        missing=objective.missing,
+    )
+    train, evaluation = load_comparisons(
+        data.data_path, data.eval_data_path, tokenizer, special, preprocessing, seed, data.data_split
+    )
+    objective.require_rows(train)
+    known = {None: None, "train": train, "eval": evaluation}
+    if normalize is None or normalize in known:
+        reference = known[normalize]
+    else:
+        reference = load_answers(normalize, tokenizer, special, preprocessing, seed)
+    longest = int(max(part.lengths.max() for part in (train, evaluation, reference) if part is not None))
+    require_positions(config, tokenizer, longest)
+    if "prior_cosine" in objective.kinds:
+        train = answer_similarity.with_cosines(train, tokenizer, settings.loss.prior_model, context)
+    return Data(tokenizer, special, train, evaluation, reference, longest)
+
+
+def require_positions(config, tokenizer, longest: int) -> None:
+    """Raises UserError if the longest text has more tokens than the model has positions."""
+    # RoBERTa's kind numbers its positions from 2 and says so only in its tokenizer
+    positions = min(getattr(config, "max_position_embeddings", None) or math.inf, tokenizer.model_max_length)
+    if longest > positions:
+        raise UserError(
+            f"the longest text has {longest} tokens, the model {positions} positions: --max_seq_len {positions}"
+        )
