@@ -44,7 +44,7 @@ class BatchSpec:
         weighs as much as another, however many pairs it has (InstructGPT's choice for a prompt, against overfitting).
     accumulation: micro-batches of a rank in a step.
     layout: ``packed``: a micro-batch is one row without pads; ``shared``, ``separate``: a row for each group, or each
-        text, padded to the longest (:class:`reward_model.batching.collate.Layout`).
+        text, padded to the longest (:class:`reward_model.batching.layout.Layout`).
     tokens: at most so many, pads included, in a micro-batch, of which a step then has as many as that takes; 0: no
         such limit.
     by_length: groups of similar length in a step, as far as that leaves the order random.

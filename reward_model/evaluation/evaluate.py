@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from reward_model.batching.collate import Batch
+from reward_model.batching.batch import Batch
 from reward_model.common.distributed import DistributedContext, gather_rows
 from reward_model.common.progress import progress
 from reward_model.evaluation.metrics import pair_metrics, point_metrics
@@ -51,7 +51,7 @@ def score_batches(
     found = []
     for (batch,) in progress(batches, desc="evaluating", unit="batch", leave=False, disable=not context.is_first):
         batch = batch.to(forward.device)
-        tables = read(batch, forward(batch, batch.ends))
+        tables = read(batch, forward(batch, batch.tokens.ends))
         found.append([table if batch.weight else table[:0] for table in tables])
     return [gather_rows(torch.cat(parts)).cpu().numpy() for parts in zip(*found)]
 
@@ -88,19 +88,19 @@ def read_judged(
         Of each pair: chosen and rejected score, chosen and rejected length (p, 4); of each scored answer: score,
         target, loss, whether its label is right (·, 4); of each list: whether its best answer has the highest score.
     """
-    sides = (batch.better, batch.worse)
-    pairs = torch.stack([v[side].float() for v in (scores, batch.response_lengths) for side in sides], dim=1)
-    scored = batch.point_weights > 0
-    losses = torch.full_like(batch.targets, math.nan)
+    sides, lengths = (batch.pairs.better, batch.pairs.worse), batch.tokens.response_lengths
+    pairs = torch.stack([v[side].float() for v in (scores, lengths) for side in sides], dim=1)
+    targets, scored = batch.points.targets, batch.points.weights > 0
+    losses = torch.full_like(targets, math.nan)
     if "points" in objective.names:
         losses = objective.point_losses(batch, scores, thresholds)
     right = objective.right_labels(batch, scores, thresholds)
-    points = torch.stack([scores[batch.answers], batch.targets, losses, right], dim=1)[scored]
-    absent = batch.ranks < 0
+    points = torch.stack([scores[batch.points.responses], targets, losses, right], dim=1)[scored]
+    ranks, absent = batch.lists.ranks, batch.lists.ranks < 0
     hits = scores.new_zeros(0, 1)
-    if len(batch.ranks):
-        best = scores[batch.listed].masked_fill(absent, -math.inf).argmax(1, keepdim=True)
-        hits = (batch.ranks.gather(1, best) == 0)[(~absent).sum(1) > 2].float()  # of two answers, the pair tells
+    if len(ranks):
+        best = scores[batch.lists.responses].masked_fill(absent, -math.inf).argmax(1, keepdim=True)
+        hits = (ranks.gather(1, best) == 0)[(~absent).sum(1) > 2].float()  # of two answers, the pair tells
     return [pairs, points, hits]
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from reward_model.batching.collate import Batch
+from reward_model.batching.batch import Batch
 from reward_model.common.errors import UserError
 from reward_model.config.objectives import PAIR_LOSSES, kind_of
 from reward_model.data.comparisons import GRADES, BadRow, Comparison, Comparisons, answers
@@ -60,26 +60,27 @@ class Objective:
         total = scores.new_zeros(())
         for name, weight in self.weights.items():
             if name in PAIR_LOSSES:
-                part = (self.pair_losses(batch, scores, every) * batch.pair_weights).sum()
+                part = (self.pair_losses(batch, scores, every) * batch.pairs.weights).sum()
             elif name in LIST_FUNCTIONS:
-                part = (LIST_FUNCTIONS[name](scores[batch.listed], batch.ranks) * batch.list_weights).sum()
+                lists = batch.lists
+                part = (LIST_FUNCTIONS[name](scores[lists.responses], lists.ranks) * lists.weights).sum()
             else:
-                part = (self.point_losses(batch, scores, thresholds) * batch.point_weights).sum()
+                part = (self.point_losses(batch, scores, thresholds) * batch.points.weights).sum()
             total = total + weight * part
         return total + self.penalties(batch, scores)
 
     def pair_losses(self, batch: Batch, scores: torch.Tensor, every: torch.Tensor | None = None) -> torch.Tensor:
         """Of each judged pair, (p,)."""
+        pairs, lengths = batch.pairs, batch.tokens.span_lengths
         pair_loss = self.pair_loss(batch, per_token=every is not None)
         if every is None:
-            return pair_loss(scores[batch.better], scores[batch.worse])
-        lengths = batch.token_lengths
-        end = torch.minimum(lengths[batch.better], lengths[batch.worse])  # no pad has a score
-        return span_loss(every[batch.better], every[batch.worse], batch.start, end, pair_loss)
+            return pair_loss(scores[pairs.better], scores[pairs.worse])
+        end = torch.minimum(lengths[pairs.better], lengths[pairs.worse])  # no pad has a score
+        return span_loss(every[pairs.better], every[pairs.worse], pairs.start, end, pair_loss)
 
     def pair_loss(self, batch: Batch, per_token: bool) -> PairLoss:
         """Chosen and rejected scores, (p,) or per token (p, r), → losses of the same shape."""
-        options, name = self.options, self.names["pairs"]
+        options, name, pairs = self.options, self.names["pairs"], batch.pairs
 
         def per_pair(value):
             return value[:, None] if per_token and isinstance(value, torch.Tensor) else value
@@ -95,57 +96,60 @@ class Objective:
             return losses.direct_loss
         if name == "logistic":
             smoothing = options.label_smoothing
-            smoothing = per_pair(1 - batch.probability) if smoothing == "column" else smoothing
+            smoothing = per_pair(1 - pairs.probability) if smoothing == "column" else smoothing
             return lambda c, r: pairwise_loss(c, r, margin, smoothing)
         if name == "prior_length":
-            own = batch.token_lengths[batch.better] - batch.start, batch.token_lengths[batch.worse] - batch.start
+            lengths = batch.tokens.span_lengths
+            own = lengths[pairs.better] - pairs.start, lengths[pairs.worse] - pairs.start
             similarity = losses.length_similarity(*own)
         else:
-            similarity = losses.angular_similarity(batch.similarity)
+            similarity = losses.angular_similarity(pairs.similarity)
         bound = per_pair(losses.prior_bound(similarity, *options.prior_beta))
         return lambda c, r: losses.prior_constrained_loss(c, r, bound)
 
     def margin(self, batch: Batch) -> torch.Tensor | float:
         """A number, or (p,)."""
-        values = {"column": batch.margin, "large": batch.rating, "small": batch.rating / 3}
+        pairs = batch.pairs
+        values = {"column": pairs.margin, "large": pairs.rating, "small": pairs.rating / 3}
         return values.get(self.options.margin, self.options.margin)
 
     def point_losses(self, batch: Batch, scores: torch.Tensor, thresholds: torch.Tensor | None = None) -> torch.Tensor:
         """Of each answer (a,); whatever the loss of 0 is where an answer has no target."""
-        name, scores = self.names["points"], scores[batch.answers]
+        name, scores, targets = self.names["points"], scores[batch.points.responses], batch.points.targets
         if name == "mse":
-            return losses.squared_error(scores, batch.targets)
+            return losses.squared_error(scores, targets)
         if name == "mae":
-            return losses.absolute_error(scores, batch.targets)
+            return losses.absolute_error(scores, targets)
         if name == "huber":
-            return losses.huber_loss(scores, batch.targets, self.options.huber_delta)
+            return losses.huber_loss(scores, targets, self.options.huber_delta)
         if name == "bce":
-            return losses.binary_loss(scores, batch.targets)
-        grade = (batch.targets - self.lowest_grade).clamp(0, len(thresholds))
+            return losses.binary_loss(scores, targets)
+        grade = (targets - self.lowest_grade).clamp(0, len(thresholds))
         return losses.ordinal_loss(scores, grade, thresholds)
 
     def right_labels(self, batch: Batch, scores: torch.Tensor, thresholds: torch.Tensor | None) -> torch.Tensor:
         """Whether each answer (a,) gets its label, 1 or 0: the likeliest grade, or the side of 0; NaN: no such loss."""
-        name, scores = self.names.get("points"), scores[batch.answers]
+        name, scores, targets = self.names.get("points"), scores[batch.points.responses], batch.points.targets
         if name == "ordinal":
-            return (losses.likeliest_grade(scores, thresholds) == batch.targets - self.lowest_grade).float()
+            return (losses.likeliest_grade(scores, thresholds) == targets - self.lowest_grade).float()
         if name == "bce":
-            return ((scores > 0) == (batch.targets > 0.5)).float()
+            return ((scores > 0) == (targets > 0.5)).float()
         return torch.full_like(scores, math.nan)
 
     def penalties(self, batch: Batch, scores: torch.Tensor) -> torch.Tensor | float:
         """What is added for the scores' scale and for what follows length: over rows, and their answers."""
-        options, total = self.options, 0.0
-        own = scores[batch.answers]
+        options, points, total = self.options, batch.points, 0.0
+        own = scores[points.responses]
         if options.score_penalty == "centre":  # (r_1 + r_2)² of a pair: four times the squared mean of a row
-            shares = batch.answer_weights / batch.row_weights[batch.answer_rows]
-            means = own.new_zeros(len(batch.row_weights)).index_add(0, batch.answer_rows, own * shares)
-            total = options.score_penalty_weight * score_penalty("centre", means, means, batch.row_weights)
+            shares = points.response_weights / points.row_weights[points.rows]
+            means = own.new_zeros(len(points.row_weights)).index_add(0, points.rows, own * shares)
+            total = options.score_penalty_weight * score_penalty("centre", means, means, points.row_weights)
         elif options.score_penalty:
-            total = options.score_penalty_weight * score_penalty(options.score_penalty, own, own, batch.answer_weights)
+            penalty = score_penalty(options.score_penalty, own, own, points.response_weights)
+            total = options.score_penalty_weight * penalty
         if options.length_penalty:
-            lengths = batch.response_lengths[batch.answers]
-            total = total + options.length_penalty * losses.length_penalty(own, lengths, batch.answer_weights)
+            lengths = batch.tokens.response_lengths[points.responses]
+            total = total + options.length_penalty * losses.length_penalty(own, lengths, points.response_weights)
         return total
 
     def start_thresholds(self, train_set: Comparisons) -> torch.Tensor | None:
