@@ -6,7 +6,7 @@ data (a Comparison) is not a row of token ids, which may hold many of them or on
 
 Notation for shapes: b rows of token ids with s tokens each; n responses, of which the longest has r tokens; p judged
 pairs; l ranked lists, of which the longest has k responses; c rows of the data; t responses of these rows, where a
-response that several rows judged counts once for each.
+response that several rows judged counts once for each; m numbers in ``Tokens.sizes``, K + 2 for each comparison.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Tokens(TensorFields):
     position_ids: torch.Tensor  # (b, s) int64; each response continues the positions of its prompt
     comparison: torch.Tensor  # (b, s) int32; which merged comparison a token belongs to, −1 for a pad
     response: torch.Tensor  # (b, s) int32; which response of that comparison, counted from 1; 0 for the prompt
-    sizes: torch.Tensor  # int64; for each comparison its number of responses, its prompt's tokens, each response's
+    sizes: torch.Tensor  # (m,) int64; for each comparison K, then the lengths of its prompt and of its K responses
     ends: torch.Tensor  # (n,) int64; index of each response's last token
     spans: torch.Tensor  # (n, r) int64; indices of each response's tokens; its last token fills what is beyond its end
     span_lengths: torch.Tensor  # (n,) int64; number of tokens in each span
@@ -89,7 +89,7 @@ class Tokens(TensorFields):
         lengths = np.array([len(segment.ids) for segment in responses])
         response_lengths = np.zeros(len(responses), np.int64)
         for row in placed:
-            response_lengths[row.responses] = _answer_lengths(row.comparison)
+            response_lengths[row.responses] = _response_lengths(row.comparison)
         values = {
             "input_ids": ids,
             "attention_mask": (comparison >= 0).astype(np.int64),
@@ -133,7 +133,7 @@ def _sizes(c: Comparison) -> list[int]:
     return [len(c.responses), len(c.prompt), *map(len, c.responses)]
 
 
-def _answer_lengths(row: Comparison) -> list[int]:
+def _response_lengths(row: Comparison) -> list[int]:
     """Number of tokens of each response after what was asked, which may be less than what the responses share."""
     asked = len(row.prompt) if row.prompt_tokens is None else row.prompt_tokens
     return [len(row.prompt) + len(response) - asked for response in row.responses]
@@ -167,8 +167,8 @@ class Pairs(TensorFields):
         worse = [row.responses[k] for row in placed for k in row.comparison.worse]
 
         def known(name: str) -> torch.Tensor:
-            facts = [(getattr(row.comparison, name), len(row.comparison.better)) for row in placed]
-            return _floats([value for values, pairs in facts for value in values or [math.nan] * pairs])
+            rows = [row.comparison for row in placed]
+            return _floats([value for c in rows for value in getattr(c, name) or [math.nan] * len(c.better)])
 
         return cls(
             better=_integers(better),

@@ -38,14 +38,14 @@ class Evaluation:
 def score_batches(
     forward: ForwardPass, batches: Iterable[list[Batch]], context: DistributedContext, read: Read
 ) -> list[np.ndarray]:
-    """Score batches on all ranks, each row once, and put together what is read of each.
+    """Score batches on all ranks, each row once, and join what ``read`` takes from each batch.
 
     Args:
-        batches: lists of one batch; a batch of weight 0 is a filler, and nothing of it counts.
-        read: a batch and its scores (n,) → tables with a line for each pair, answer or list of it.
+        batches: Lists of one batch. A batch of weight 0 is a filler, of which nothing counts.
+        read: Takes a batch and its scores, shape (n,), and returns tables with a line for each pair, response or list.
 
     Returns:
-        The tables, their lines from all ranks.
+        The tables, with the lines of all ranks.
     """
     forward.module.eval()
     found = []
@@ -82,11 +82,12 @@ def evaluate(
 def read_judged(
     batch: Batch, scores: torch.Tensor, objective: Objective, thresholds: torch.Tensor | None
 ) -> list[torch.Tensor]:
-    """What an evaluation needs of a batch.
+    """Read what an evaluation needs from a batch, as three tables.
 
     Returns:
-        Of each pair: chosen and rejected score, chosen and rejected length (p, 4); of each scored answer: score,
-        target, loss, whether its label is right (·, 4); of each list: whether its best answer has the highest score.
+        For each pair its chosen score, rejected score, chosen length and rejected length, shape (p, 4). For each scored
+        response its score, its target, its loss and whether its label is right, shape (·, 4). For each list of three or
+        more whether a best response has the highest score, shape (·, 1).
     """
     sides, lengths = (batch.pairs.better, batch.pairs.worse), batch.tokens.response_lengths
     pairs = torch.stack([v[side].float() for v in (scores, lengths) for side in sides], dim=1)
@@ -100,7 +101,7 @@ def read_judged(
     hits = scores.new_zeros(0, 1)
     if len(ranks):
         best = scores[batch.lists.responses].masked_fill(absent, -math.inf).argmax(1, keepdim=True)
-        hits = (ranks.gather(1, best) == 0)[(~absent).sum(1) > 2].float()  # of two answers, the pair tells
+        hits = (ranks.gather(1, best) == 0)[(~absent).sum(1) > 2].float()  # a list of two is told by its pair
     return [pairs, points, hits]
 
 

@@ -26,7 +26,7 @@ class Spread:
 
 
 def measure(forward: ForwardPass, batches: Iterable[list[Batch]], context: DistributedContext) -> Spread:
-    """The spread of the scores of all answers."""
+    """The spread of the scores of all responses of all rows."""
     (scores,) = score_batches(forward, batches, context, lambda batch, scores: [scores[batch.points.responses]])
     scores = scores.astype(np.float64)
     return Spread(len(scores), float(scores.mean()), float(scores.std()))

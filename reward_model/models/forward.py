@@ -60,12 +60,12 @@ class ForwardPass:
         self.scorer.backbone.set_attn_implementation(attention.attention or self.own_attention)
 
     def __call__(self, batch: Batch, at: torch.Tensor, states: bool = False) -> torch.Tensor:
-        """Scores at tokens of a batch, in the shape of ``at``; float32.
+        """Scores at tokens of a batch, a float32 tensor of the shape of ``at``.
 
         Args:
-            batch: on this device.
-            at: indices into its tokens, such as ``batch.tokens.ends`` (n,) or ``batch.tokens.spans`` (n, r).
-            states: the hidden states instead, one more dimension h.
+            batch: A batch on this device.
+            at: Indices of tokens, such as ``batch.tokens.ends``, shape (n,), or ``batch.tokens.spans``, shape (n, r).
+            states: Whether to return the hidden states instead, which have one more dimension h.
         """
         shared = self.attention is not SEPARATE
         tokens = batch.tokens

@@ -61,8 +61,9 @@ def attention_mask(tokens: Tokens, backend: AttentionBackend, dtype: torch.dtype
     """What the model is given as its attention mask.
 
     Returns:
-        (b, s) of ones and zeros for separate rows; ``slices``: the tokens' sizes as (1, 1, 1, m); ``flex``: a
-        BlockMask; ``dense``: (b, 1, s, s), 0 where a token sees another and −inf elsewhere, in ``dtype``.
+        For separate rows, ones and zeros of shape (b, s). For ``slices``, ``Tokens.sizes`` in shape (1, 1, 1, m). For
+        ``flex``, a BlockMask. For ``dense``, a tensor of ``dtype`` and shape (b, 1, s, s), 0 where a token sees another
+        and −inf elsewhere.
     """
     if backend.name == "separate":
         return tokens.attention_mask

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flags → the loss of a batch: which objectives, of which judgements, with which weights; and what a row needs for it.
+"""The loss of a batch as the flags define it, and what a row needs so that the loss can learn from it.
 
-An objective learns from pairs, from ranked lists, or from single answers with a score or label. One objective of pairs
-alone takes the pair for its element: every pair of a batch weighs the same. Any other choice takes the row: a row's
-pairs share its weight, and so do its answers.
+An objective learns from judged pairs, from ranked lists, or from single responses with a score or label. If there is
+one objective, of pairs, every pair of a batch weighs the same. With any other choice every row weighs the same, and
+the pairs of a row share its weight, as its scored responses do.
+
+Notation for shapes: n responses, of which the longest has r tokens; p judged pairs; t responses of the rows, where a
+response that several rows judged counts once for each.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ PairLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Objective:
-    """The loss that the flags name. ``kinds``: of each objective, ``pairs``, ``lists`` or ``points``."""
+    """The loss that the flags name. ``kinds`` says for each objective whether it learns from pairs, lists or points."""
 
     def __init__(self, options: argparse.Namespace):
         self.options = options
@@ -50,12 +53,23 @@ class Objective:
         every: torch.Tensor | None = None,
         thresholds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The loss of a batch, 0-d, float32.
+        """Mean loss of a batch, a 0-d float32 tensor: the weighted sum of the objectives, and the penalties.
 
         Args:
-            scores: of the responses (n,).
-            every: of each of their tokens (n, r), for ``--loss_level token``.
-            thresholds: of ``ordinal``.
+            scores: The score of each response, shape (n,).
+            every: The score at each token of each response, shape (n, r), for ``--loss_level token``.
+            thresholds: The thresholds between grades, for ``--loss ordinal``.
+
+        Example: one pair, whose scores differ by 2. Its logistic loss is log(1 + exp(−2)).
+
+        >>> from reward_model.batching.collate import collate
+        >>> from reward_model.batching.layout import Layout
+        >>> from reward_model.config.options import parse
+        >>> row = Comparison([1, 2], [[3], [4]], better=[0], worse=[1], margin=[0.0])
+        >>> objective = Objective(parse(["--model_name_or_path", "facebook/opt-350m"]))
+        >>> loss = objective(collate([row], Layout("packed", pad=0)), scores=torch.tensor([1.5, -0.5]))
+        >>> round(loss.item(), 4)
+        0.1269
         """
         total = scores.new_zeros(())
         for name, weight in self.weights.items():
@@ -70,7 +84,7 @@ class Objective:
         return total + self.penalties(batch, scores)
 
     def pair_losses(self, batch: Batch, scores: torch.Tensor, every: torch.Tensor | None = None) -> torch.Tensor:
-        """Of each judged pair, (p,)."""
+        """Loss of each judged pair, shape (p,)."""
         pairs, lengths = batch.pairs, batch.tokens.span_lengths
         pair_loss = self.pair_loss(batch, per_token=every is not None)
         if every is None:
@@ -79,7 +93,7 @@ class Objective:
         return span_loss(every[pairs.better], every[pairs.worse], pairs.start, end, pair_loss)
 
     def pair_loss(self, batch: Batch, per_token: bool) -> PairLoss:
-        """Chosen and rejected scores, (p,) or per token (p, r), → losses of the same shape."""
+        """The function from chosen and rejected scores, shape (p,) or per token (p, r), to losses of the same shape."""
         options, name, pairs = self.options, self.names["pairs"], batch.pairs
 
         def per_pair(value):
@@ -108,13 +122,13 @@ class Objective:
         return lambda c, r: losses.prior_constrained_loss(c, r, bound)
 
     def margin(self, batch: Batch) -> torch.Tensor | float:
-        """A number, or (p,)."""
+        """The margin of all pairs as a number, or of each judged pair, shape (p,)."""
         pairs = batch.pairs
         values = {"column": pairs.margin, "large": pairs.rating, "small": pairs.rating / 3}
         return values.get(self.options.margin, self.options.margin)
 
     def point_losses(self, batch: Batch, scores: torch.Tensor, thresholds: torch.Tensor | None = None) -> torch.Tensor:
-        """Of each answer (a,); whatever the loss of 0 is where an answer has no target."""
+        """Loss of each response of each row, shape (t,). Where there is no target, the loss is that of the target 0."""
         name, scores, targets = self.names["points"], scores[batch.points.responses], batch.points.targets
         if name == "mse":
             return losses.squared_error(scores, targets)
@@ -128,7 +142,10 @@ class Objective:
         return losses.ordinal_loss(scores, grade, thresholds)
 
     def right_labels(self, batch: Batch, scores: torch.Tensor, thresholds: torch.Tensor | None) -> torch.Tensor:
-        """Whether each answer (a,) gets its label, 1 or 0: the likeliest grade, or the side of 0; NaN: no such loss."""
+        """Whether each response of each row gets its label right, 1 or 0, shape (t,).
+
+        ``ordinal`` compares the likeliest grade, and ``bce`` the sign of the score. Any other loss gives NaN.
+        """
         name, scores, targets = self.names.get("points"), scores[batch.points.responses], batch.points.targets
         if name == "ordinal":
             return (losses.likeliest_grade(scores, thresholds) == targets - self.lowest_grade).float()
@@ -137,7 +154,7 @@ class Objective:
         return torch.full_like(scores, math.nan)
 
     def penalties(self, batch: Batch, scores: torch.Tensor) -> torch.Tensor | float:
-        """What is added for the scores' scale and for what follows length: over rows, and their answers."""
+        """Penalty on the scale of the scores, and on scores that follow length: means over rows and their responses."""
         options, points, total = self.options, batch.points, 0.0
         own = scores[points.responses]
         if options.score_penalty == "centre":  # (r_1 + r_2)² of a pair: four times the squared mean of a row
@@ -153,10 +170,10 @@ class Objective:
         return total
 
     def start_thresholds(self, train_set: Comparisons) -> torch.Tensor | None:
-        """The thresholds between the grades that the training rows have, to begin with; None: the loss has none.
+        """The initial thresholds between the grades of the training rows, or None if the loss has no thresholds.
 
         Raises:
-            UserError: one grade alone, or more than a thousand.
+            UserError: The rows have a single grade, or more than a thousand.
         """
         if "ordinal" not in self.kinds:
             return None
@@ -169,7 +186,7 @@ class Objective:
         return losses.frequency_thresholds(torch.from_numpy(np.bincount((grades - grades.min()).astype(int))))
 
     def require_rows(self, train_set: Comparisons) -> None:
-        """Raises UserError if one of several objectives has no row to learn from."""
+        """Raise UserError if an objective has no row to learn from."""
         has = {
             "pairs": (train_set.pairs > 0).any(),
             "lists": (train_set.pairs > 0).any(),
@@ -181,10 +198,10 @@ class Objective:
                 raise UserError(f"--loss {name} has nothing to learn from: no training row has {what}")
 
     def lack(self, row: Comparison) -> str | None:
-        """What a training row lacks, if there is nothing to learn from it.
+        """What a training row lacks, or None if an objective can learn from it.
 
         Raises:
-            BadRow: what it has does not suit the loss.
+            BadRow: What the row has does not suit the loss.
         """
         checks = {"pairs": self._lack_pairs, "lists": self._lack_lists, "points": self._lack_points}
         missing = [checks[kind](row, name) for name, kind in self.kinds.items()]
