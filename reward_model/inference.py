@@ -83,7 +83,7 @@ class RewardScorer:
             chosen = order[first : first + batch_size]
             rows = [Comparison([], [end_text(ids[i], self.special)]) for i in chosen]
             batch = collate(rows, self.forward.layout).to(self.forward.device)
-            scores[chosen] = self.forward(batch, batch.ends).float().cpu()
+            scores[chosen] = self.forward(batch, batch.tokens.ends).float().cpu()
         return (scores - self.mean).tolist()
 
 

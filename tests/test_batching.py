@@ -11,8 +11,10 @@ import pytest
 import torch
 from comparisons import answer, pair, table
 
-from reward_model.batching.collate import Batch, Layout, MergedComparison, PlannedBatches, collate, loader, merge
+from reward_model.batching.collate import PlannedBatches, collate, loader
 from reward_model.batching.groups import single_rows
+from reward_model.batching.layout import Layout
+from reward_model.batching.merging import MergedComparison, merge
 from reward_model.batching.plan import BatchSpec, EpochPlan, MicroBatch
 from reward_model.data.comparisons import Comparison
 
@@ -20,6 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 PAD = 9
 KINDS = ("packed", "shared", "separate")
+FACTS = ("margin", "rating", "probability", "similarity")
 kinds = pytest.mark.parametrize("kind", KINDS)
 seeds = pytest.mark.parametrize("seed", range(5))
 
@@ -66,22 +69,29 @@ def judged(comparisons):
             yield (*c.prompt, *c.responses[better]), (*c.prompt, *c.responses[worse]), str(np.float32(margin))
 
 
+def tensors(batch):
+    """Every tensor of a batch, by its part and name."""
+    parts = {name: getattr(batch, name) for name in ("tokens", "pairs", "lists", "points")}
+    return {f"{name}.{f.name}": getattr(part, f.name) for name, part in parts.items() for f in fields(part)}
+
+
 def own_tokens(batch):
     """Ids of each response's own tokens."""
-    flat = batch.input_ids.flatten()
-    return [flat[at[:n]].tolist() for at, n in zip(batch.tokens, batch.token_lengths.tolist())]
+    flat = batch.tokens.input_ids.flatten()
+    return [flat[at[:n]].tolist() for at, n in zip(batch.tokens.spans, batch.tokens.span_lengths.tolist())]
 
 
 def texts_in(batch):
     """Each response's whole text, read from the labels: its comparison's prompt and then its own tokens."""
-    comparison, response = batch.comparison.flatten(), batch.response.flatten()
-    prompts = [batch.input_ids.flatten()[(comparison == comparison[end]) & (response == 0)] for end in batch.ends]
+    comparison, response = batch.tokens.comparison.flatten(), batch.tokens.response.flatten()
+    flat, ends = batch.tokens.input_ids.flatten(), batch.tokens.ends
+    prompts = [flat[(comparison == comparison[end]) & (response == 0)] for end in ends]
     return [(*prompt.tolist(), *own) for prompt, own in zip(prompts, own_tokens(batch))]
 
 
 def judged_in(batch):
     texts = texts_in(batch)
-    for better, worse, margin in zip(batch.better.tolist(), batch.worse.tolist(), batch.margin):
+    for better, worse, margin in zip(batch.pairs.better.tolist(), batch.pairs.worse.tolist(), batch.pairs.margin):
         yield texts[better], texts[worse], str(np.float32(margin))
 
 
@@ -118,13 +128,13 @@ def test_rows_agree_with_a_slow_reference(kind, seed, multiple):
     rows, sizes = slow_rows(comparisons, kind)
     width = math.ceil(max(map(len, rows)) / multiple) * multiple
     names = ("input_ids", "attention_mask", "position_ids", "comparison", "response")
-    assert {getattr(batch, name).shape for name in names} == {(len(rows), width)}
+    assert {getattr(batch.tokens, name).shape for name in names} == {(len(rows), width)}
     for i, row in enumerate(rows):
         for j in range(width):
             token, position, comparison, response = row[j] if j < len(row) else (PAD, 0, -1, 0)
             expected = token, int(j < len(row)), position, comparison, response
-            assert tuple(int(getattr(batch, name)[i, j]) for name in names) == expected
-    assert batch.sizes.tolist() == [*itertools.chain(*sizes)]
+            assert tuple(int(getattr(batch.tokens, name)[i, j]) for name in names) == expected
+    assert batch.tokens.sizes.tolist() == [*itertools.chain(*sizes)]
 
 
 @kinds
@@ -136,74 +146,75 @@ def test_responses_and_pairs_agree_with_a_slow_reference(kind, seed):
     own = [prompt + response if kind == "separate" else response for prompt, response in responses]
     assert texts_in(batch) == [(*prompt, *response) for prompt, response in responses]
     assert own_tokens(batch) == own
-    assert batch.response_lengths.tolist() == [len(response) for _, response in responses]
-    assert batch.tokens.shape == (len(responses), max(map(len, own)))
-    for at, length, end in zip(batch.tokens, batch.token_lengths, batch.ends):
+    assert batch.tokens.response_lengths.tolist() == [len(response) for _, response in responses]
+    assert batch.tokens.spans.shape == (len(responses), max(map(len, own)))
+    for at, length, end in zip(batch.tokens.spans, batch.tokens.span_lengths, batch.tokens.ends):
         assert at[length - 1 :].unique().tolist() == [end]
     assert list(judged_in(batch)) == list(judged(comparisons))
-    starts = [first_difference(own[a], own[b]) for a, b in zip(batch.better.tolist(), batch.worse.tolist())]
-    assert batch.start.tolist() == starts
-    torch.testing.assert_close(batch.pair_weights, torch.full((len(starts),), 1 / len(starts)))
+    starts = [first_difference(own[a], own[b]) for a, b in zip(batch.pairs.better.tolist(), batch.pairs.worse.tolist())]
+    assert batch.pairs.start.tolist() == starts
+    torch.testing.assert_close(batch.pairs.weights, torch.full((len(starts),), 1 / len(starts)))
 
 
 def test_packed_by_hand():
     comparisons = [pair([1, 2], [3, 4], [5]), pair([6], [7], [8, 8, 8], margin=0.5)]
     batch = collate(comparisons, Layout("packed", PAD, multiple=4))
-    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 8, 8, PAD, PAD]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 2, 0, 1, 1, 2, 3, 0, 0]]
-    assert batch.comparison.tolist() == [[0] * 5 + [1] * 5 + [-1] * 2]
-    assert batch.response.tolist() == [[0, 0, 1, 1, 2, 0, 1, 2, 2, 2, 0, 0]]
-    assert batch.sizes.tolist() == [2, 2, 2, 1, 2, 1, 1, 3]
-    assert batch.ends.tolist() == [3, 4, 6, 9]
-    assert batch.tokens.tolist() == [[2, 3, 3], [4, 4, 4], [6, 6, 6], [7, 8, 9]]
-    assert batch.token_lengths.tolist() == [2, 1, 1, 3]
-    assert (batch.better.tolist(), batch.worse.tolist()) == ([0, 2], [1, 3])
-    assert batch.start.tolist() == [0, 0]
-    assert batch.margin[0].isnan()
-    assert batch.margin[1] == 0.5
+    assert batch.tokens.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 8, 8, PAD, PAD]]
+    assert batch.tokens.position_ids.tolist() == [[0, 1, 2, 3, 2, 0, 1, 1, 2, 3, 0, 0]]
+    assert batch.tokens.comparison.tolist() == [[0] * 5 + [1] * 5 + [-1] * 2]
+    assert batch.tokens.response.tolist() == [[0, 0, 1, 1, 2, 0, 1, 2, 2, 2, 0, 0]]
+    assert batch.tokens.sizes.tolist() == [2, 2, 2, 1, 2, 1, 1, 3]
+    assert batch.tokens.ends.tolist() == [3, 4, 6, 9]
+    assert batch.tokens.spans.tolist() == [[2, 3, 3], [4, 4, 4], [6, 6, 6], [7, 8, 9]]
+    assert batch.tokens.span_lengths.tolist() == [2, 1, 1, 3]
+    assert (batch.pairs.better.tolist(), batch.pairs.worse.tolist()) == ([0, 2], [1, 3])
+    assert batch.pairs.start.tolist() == [0, 0]
+    assert batch.pairs.margin[0].isnan()
+    assert batch.pairs.margin[1] == 0.5
 
 
 def test_shared_and_separate_by_hand():
     comparisons = [pair([1, 2], [3, 4], [5]), pair([6], [7], [8, 8, 8])]
     shared = collate(comparisons, Layout("shared", PAD))
-    assert shared.input_ids.tolist() == [[1, 2, 3, 4, 5], [6, 7, 8, 8, 8]]
-    assert shared.ends.tolist() == [3, 4, 6, 9]
+    assert shared.tokens.input_ids.tolist() == [[1, 2, 3, 4, 5], [6, 7, 8, 8, 8]]
+    assert shared.tokens.ends.tolist() == [3, 4, 6, 9]
     separate = collate(comparisons, Layout("separate", PAD))
-    assert separate.input_ids.tolist() == [[1, 2, 3, 4], [1, 2, 5, PAD], [6, 7, PAD, PAD], [6, 8, 8, 8]]
-    assert separate.ends.tolist() == [3, 6, 9, 15]
-    assert separate.start.tolist() == [2, 1]
-    assert separate.response_lengths.tolist() == shared.response_lengths.tolist() == [2, 1, 1, 3]
+    assert separate.tokens.input_ids.tolist() == [[1, 2, 3, 4], [1, 2, 5, PAD], [6, 7, PAD, PAD], [6, 8, 8, 8]]
+    assert separate.tokens.ends.tolist() == [3, 6, 9, 15]
+    assert separate.pairs.start.tolist() == [2, 1]
+    assert separate.tokens.response_lengths.tolist() == shared.tokens.response_lengths.tolist() == [2, 1, 1, 3]
 
 
 @kinds
 def test_the_second_response_may_be_the_better_one(kind):
     batch = collate([Comparison([1], [[2], [3]], [1], [0], [0.0])], Layout(kind, PAD))
-    assert (batch.better.tolist(), batch.worse.tolist()) == ([1], [0])
+    assert (batch.pairs.better.tolist(), batch.pairs.worse.tolist()) == ([1], [0])
 
 
 @pytest.mark.parametrize(("kind", "prompt"), [("packed", 0), ("shared", 0), ("separate", 1)])
 def test_start_is_each_pairs_own(kind, prompt):
     # the second and third share two tokens of their own
     comparison = Comparison([1], [[2, 2, 2], [3, 4, 5], [3, 4, 6]], [0, 0, 1], [1, 2, 2], [0.0] * 3)
-    assert collate([comparison], Layout(kind, PAD)).start.tolist() == [prompt, prompt, prompt + 2]
+    assert collate([comparison], Layout(kind, PAD)).pairs.start.tolist() == [prompt, prompt, prompt + 2]
 
 
 @kinds
 def test_a_text_that_begins_with_all_of_the_other_keeps_a_token_to_compare(kind):
     # as data.compare writes them: the shorter text's last token is its own, though the longer one has it too
     batch = collate([pair([1, 2], [3], [3, 4, 3])], Layout(kind, PAD))
-    assert batch.start.tolist() == [2 if kind == "separate" else 0]
-    assert (batch.start < batch.token_lengths[[0, 1]].min()).all()
+    assert batch.pairs.start.tolist() == [2 if kind == "separate" else 0]
+    assert (batch.pairs.start < batch.tokens.span_lengths[[0, 1]].min()).all()
 
 
 @kinds
 def test_dtypes(kind):
     batch = collate(random_comparisons(0), Layout(kind, PAD), weight=0.25, row_weights=np.full(5, 0.2))
-    weights = ("pair_weights", "list_weights", "answer_weights", "point_weights", "row_weights")
-    real = dict.fromkeys(("margin", "rating", "probability", "similarity", "targets", *weights), torch.float32)
-    types = {"comparison": torch.int32, "response": torch.int32} | real
-    for name in {f.name for f in fields(Batch)} - {"weight"}:
-        assert getattr(batch, name).dtype == types.get(name, torch.int64), name
+    points = ("response_weights", "targets", "weights", "row_weights")
+    real = [f"pairs.{name}" for name in (*FACTS, "weights")] + [f"points.{name}" for name in points] + ["lists.weights"]
+    types = dict.fromkeys(("tokens.comparison", "tokens.response"), torch.int32) | dict.fromkeys(real, torch.float32)
+    assert types.keys() < tensors(batch).keys()
+    for name, tensor in tensors(batch).items():
+        assert tensor.dtype == types.get(name, torch.int64), name
     assert batch.weight == 0.25
 
 
@@ -212,7 +223,7 @@ def test_the_pairs_of_a_row_share_its_weight(kind):
     # 1/3, and 2/3 for three pairs
     comparisons = [pair([1], [2], [3]), Comparison([4], [[5], [6], [7]], [0, 0, 1], [1, 2, 2], [0.0] * 3)]
     batch = collate(comparisons, Layout(kind, PAD), row_weights=[1.0, 2.0])
-    torch.testing.assert_close(batch.pair_weights, torch.tensor([3.0, 2.0, 2.0, 2.0]) / 9)
+    torch.testing.assert_close(batch.pairs.weights, torch.tensor([3.0, 2.0, 2.0, 2.0]) / 9)
 
 
 def test_merging_by_hand():
@@ -221,9 +232,9 @@ def test_merging_by_hand():
     assert merged.texts == Comparison([1, 2], [[3], [4], [5, 6]], prompt_hash=0)
     assert merged.rows == [(0, [0, 1]), (1, [1, 2]), (2, [2, 0])]
     batch = collate(rows, Layout("packed", PAD, 3))
-    assert (batch.better.tolist(), batch.worse.tolist()) == ([0, 1, 2], [1, 2, 0])
-    assert (batch.margin[0], batch.margin[2]) == (0.5, 2.0)
-    assert batch.margin[1].isnan()
+    assert (batch.pairs.better.tolist(), batch.pairs.worse.tolist()) == ([0, 1, 2], [1, 2, 0])
+    assert (batch.pairs.margin[0], batch.pairs.margin[2]) == (0.5, 2.0)
+    assert batch.pairs.margin[1].isnan()
 
 
 @seeds
@@ -253,8 +264,8 @@ def test_rows_of_several_pairs_merge():
     assert merged.texts == Comparison([1], [[2], [3], [4], [6]], prompt_hash=5)
     assert merged.rows == [(0, [0, 1, 2]), (1, [2, 3, 0])]
     batch = collate([first, second], Layout("packed", PAD, 16))
-    assert (batch.better.tolist(), batch.worse.tolist()) == ([0, 1, 2, 0], [1, 2, 3, 3])
-    assert batch.margin.tolist() == [0.0, 1.0, 2.0, 3.0]
+    assert (batch.pairs.better.tolist(), batch.pairs.worse.tolist()) == ([0, 1, 2, 0], [1, 2, 3, 3])
+    assert batch.pairs.margin.tolist() == [0.0, 1.0, 2.0, 3.0]
 
 
 def test_beyond_the_limit_another_one_begins():
@@ -299,14 +310,14 @@ def test_a_merged_response_that_begins_another_keeps_a_token():
     (merged,) = merge(rows, Layout("packed", PAD, 16))
     assert (merged.texts.prompt, merged.texts.responses) == ([1], [[2, 3], [2, 4], [2]])
     batch = collate(rows, Layout("packed", PAD))
-    assert batch.token_lengths.tolist() == [2, 2, 1]
-    assert batch.start.tolist() == [1, 0]
+    assert batch.tokens.span_lengths.tolist() == [2, 2, 1]
+    assert batch.pairs.start.tolist() == [1, 0]
 
 
 def weights(batch):
     """Of each judged pair of texts, all of its weight."""
     total = Counter()
-    for what, weight in zip(judged_in(batch), batch.pair_weights.tolist()):
+    for what, weight in zip(judged_in(batch), batch.pairs.weights.tolist()):
         total[what] += weight
     return total
 
@@ -321,13 +332,10 @@ def test_a_merged_batch_holds_the_same_pairs_and_weights(kind, seed, most_respon
     for given in (None, row_weights):
         merged = collate(rows, layout, row_weights=given)
         apart = collate([replace(row, prompt_hash=None) for row in rows], layout, row_weights=given)
-        assert len(merged.ends) < len(apart.ends)
+        assert len(merged.tokens.ends) < len(apart.tokens.ends)
         assert weights(merged) == pytest.approx(weights(apart))
-        assert merged.pair_weights.sum().item() == pytest.approx(1)
+        assert merged.pairs.weights.sum().item() == pytest.approx(1)
         assert sorted(judged_in(merged)) == sorted(judged_in(apart)) == sorted(judged(rows))
-
-
-FACTS = ("margin", "rating", "probability", "similarity")
 
 
 def random_mixture(seed, count=14):
@@ -380,20 +388,20 @@ def slow_judged(comparisons, row_weights, kind):
 
 def fast_judged(batch):
     texts = texts_in(batch)
-    facts = zip(*(getattr(batch, name).tolist() for name in (*FACTS, "pair_weights")))
-    sides = zip(batch.better.tolist(), batch.worse.tolist(), batch.start.tolist())
+    facts = zip(*(getattr(batch.pairs, name).tolist() for name in (*FACTS, "weights")))
+    sides = zip(batch.pairs.better.tolist(), batch.pairs.worse.tolist(), batch.pairs.start.tolist())
     pairs = [(texts[a], texts[b], start, *words(*fact)) for (a, b, start), fact in zip(sides, facts)]
     lists = []
-    for at, ranks, weight in zip(batch.listed.tolist(), batch.ranks.tolist(), batch.list_weights):
+    for at, ranks, weight in zip(batch.lists.responses.tolist(), batch.lists.ranks.tolist(), batch.lists.weights):
         size = sum(rank >= 0 for rank in ranks)
         assert ranks[size:] == [-1] * (len(ranks) - size)
         assert all(0 <= i < len(texts) for i in at)  # what stands where there is none can be looked up
         lists.append(([*zip([texts[i] for i in at[:size]], ranks)], *words(weight)))
-    rows = [([], *words(weight)) for weight in batch.row_weights]
-    numbers = zip(batch.answers.tolist(), batch.answer_rows.tolist())
-    facts = zip(*(getattr(batch, name).tolist() for name in ("answer_weights", "targets", "point_weights")))
+    rows = [([], *words(weight)) for weight in batch.points.row_weights]
+    numbers = zip(batch.points.responses.tolist(), batch.points.rows.tolist())
+    facts = zip(*(getattr(batch.points, name).tolist() for name in ("response_weights", "targets", "weights")))
     for (at, row), fact in zip(numbers, facts):
-        rows[row][0].append((texts[at], batch.response_lengths[at].item(), *words(*fact)))
+        rows[row][0].append((texts[at], batch.tokens.response_lengths[at].item(), *words(*fact)))
     return pairs, lists, rows
 
 
@@ -414,12 +422,12 @@ def test_what_was_judged_agrees_with_a_slow_reference(kind, seed, weighted):
     assert fast_judged(apart) == slow
     assert in_any_order(fast_judged(merged)) == in_any_order(slow)  # it lists the rows of a prompt together
     for batch in (merged, apart):
-        assert batch.listed.shape == batch.ranks.shape == (len(slow[1]), 5)
-        assert batch.answer_rows.tolist() == sorted(batch.answer_rows.tolist())
-        assert batch.row_weights.sum().item() == pytest.approx(1)
-        assert batch.answer_weights.sum().item() == pytest.approx(1)
+        assert batch.lists.responses.shape == batch.lists.ranks.shape == (len(slow[1]), 5)
+        assert batch.points.rows.tolist() == sorted(batch.points.rows.tolist())
+        assert batch.points.row_weights.sum().item() == pytest.approx(1)
+        assert batch.points.response_weights.sum().item() == pytest.approx(1)
     texts = texts_in(merged)
-    assert len(texts) == len(set(texts)) < len(texts_in(apart)) == len(merged.answers)
+    assert len(texts) == len(set(texts)) < len(texts_in(apart)) == len(merged.points.responses)
 
 
 @kinds
@@ -428,53 +436,54 @@ def test_weights_by_hand(kind):
     ranked = Comparison([4], [[5], [6], [7]], **pairs, ranks=[0, 1, 2], targets=[0.5, math.nan, -2.0])
     rows = [pair([1], [2], [3]), ranked, answer([8], [8], 3.0)]
     batch = collate(rows, Layout(kind, PAD), row_weights=[1, 2, 1])
-    assert batch.row_weights.tolist() == [1 / 4, 1 / 2, 1 / 4]
-    assert batch.pair_weights.tolist() == pytest.approx([1 / 4, 1 / 6, 1 / 6, 1 / 6])
-    assert batch.list_weights.tolist() == [1 / 2]
-    assert batch.answer_rows.tolist() == [0, 0, 1, 1, 1, 2]
-    assert batch.answer_weights.tolist() == pytest.approx([1 / 8, 1 / 8, 1 / 6, 1 / 6, 1 / 6, 1 / 4])
-    assert batch.targets.tolist() == [0, 0, 0.5, 0, -2, 3]
-    assert batch.point_weights.tolist() == [0, 0, 1 / 4, 0, 1 / 4, 1 / 4]
+    assert batch.points.row_weights.tolist() == [1 / 4, 1 / 2, 1 / 4]
+    assert batch.pairs.weights.tolist() == pytest.approx([1 / 4, 1 / 6, 1 / 6, 1 / 6])
+    assert batch.lists.weights.tolist() == [1 / 2]
+    assert batch.points.rows.tolist() == [0, 0, 1, 1, 1, 2]
+    assert batch.points.response_weights.tolist() == pytest.approx([1 / 8, 1 / 8, 1 / 6, 1 / 6, 1 / 6, 1 / 4])
+    assert batch.points.targets.tolist() == [0, 0, 0.5, 0, -2, 3]
+    assert batch.points.weights.tolist() == [0, 0, 1 / 4, 0, 1 / 4, 1 / 4]
     # none given: 1 for each pair, and for a row without one
-    assert collate(rows, Layout(kind, PAD)).row_weights.tolist() == pytest.approx([1 / 5, 3 / 5, 1 / 5])
+    assert collate(rows, Layout(kind, PAD)).points.row_weights.tolist() == pytest.approx([1 / 5, 3 / 5, 1 / 5])
 
 
 def test_lists_are_padded_to_the_longest():
     two, three = (Comparison([1], [[2], [3], [4]][:k], ranks=[1, 0, 1][:k]) for k in (2, 3))
     batch = collate([two, three], Layout("packed", PAD))
-    assert batch.ranks.tolist() == [[1, 0, -1], [1, 0, 1]]
-    assert (batch.listed[0, :2].tolist(), batch.listed[1].tolist()) == ([0, 1], [2, 3, 4])
+    assert batch.lists.ranks.tolist() == [[1, 0, -1], [1, 0, 1]]
+    assert (batch.lists.responses[0, :2].tolist(), batch.lists.responses[1].tolist()) == ([0, 1], [2, 3, 4])
 
 
 @kinds
 def test_a_batch_may_lack_pairs_lists_or_scores(kind):
     points = collate([answer([1], [2], 0.5), answer([1, 3], [4], 1.0)], Layout(kind, PAD))
-    for name in ("better", "worse", "start", *FACTS, "pair_weights", "list_weights"):
-        assert getattr(points, name).shape == (0,), name
-    assert points.listed.shape == points.ranks.shape == (0, 0)
-    assert points.point_weights.tolist() == points.row_weights.tolist() == [0.5, 0.5]
+    for name, tensor in tensors(points).items():
+        if name.startswith("pairs.") or name == "lists.weights":
+            assert tensor.shape == (0,), name
+    assert points.lists.responses.shape == points.lists.ranks.shape == (0, 0)
+    assert points.points.weights.tolist() == points.points.row_weights.tolist() == [0.5, 0.5]
     pairs = collate([pair([1], [2], [3])], Layout(kind, PAD))
-    assert pairs.listed.shape == (0, 0)
-    assert (pairs.targets.tolist(), pairs.point_weights.tolist()) == ([0, 0], [0, 0])
-    assert (pairs.answers.tolist(), pairs.answer_weights.tolist()) == ([0, 1], [0.5, 0.5])
+    assert pairs.lists.responses.shape == (0, 0)
+    assert (pairs.points.targets.tolist(), pairs.points.weights.tolist()) == ([0, 0], [0, 0])
+    assert (pairs.points.responses.tolist(), pairs.points.response_weights.tolist()) == ([0, 1], [0.5, 0.5])
 
 
 @kinds
 @pytest.mark.parametrize(("asked", "lengths"), [(None, [1, 2]), (3, [1, 2]), (1, [3, 4]), (0, [4, 5])])
 def test_lengths_are_of_what_follows_what_was_asked(kind, asked, lengths):
     row = replace(pair([1, 2, 3], [4], [5, 6]), prompt_tokens=asked)
-    assert collate([row], Layout(kind, PAD)).response_lengths.tolist() == lengths
+    assert collate([row], Layout(kind, PAD)).tokens.response_lengths.tolist() == lengths
 
 
 @pytest.mark.parametrize("kind", ["packed", "shared"])
 def test_single_answers_of_a_prompt_share_it(kind):
     rows = [answer([1, 2, 3], [k, k + 1], k / 2, prompt_hash=0) for k in (4, 6, 8)]
     batch = collate(rows, Layout(kind, PAD), groups=[0, 0, 0])
-    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 4, 3, 4]]
-    assert batch.ends.tolist() == [4, 6, 8]
-    assert batch.answer_rows.tolist() == [0, 1, 2]
-    assert batch.targets.tolist() == [2, 3, 4]
+    assert batch.tokens.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9]]
+    assert batch.tokens.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 4, 3, 4]]
+    assert batch.tokens.ends.tolist() == [4, 6, 8]
+    assert batch.points.rows.tolist() == [0, 1, 2]
+    assert batch.points.targets.tolist() == [2, 3, 4]
 
 
 @kinds
@@ -482,25 +491,23 @@ def test_an_answer_that_was_scored_twice_is_there_once(kind):
     rows = [answer([1], [2], 0.25, 0), pair([1], [3], [2], 0), answer([1], [2], 0.75, 0)]
     batch = collate(rows, Layout(kind, PAD), groups=[0] * 3)
     assert texts_in(batch) == [(1, 2), (1, 3)]
-    assert (batch.answers.tolist(), batch.answer_rows.tolist()) == ([0, 1, 0, 0], [0, 1, 1, 2])
-    assert batch.targets.tolist() == [0.25, 0, 0, 0.75]
-    assert (batch.better.tolist(), batch.worse.tolist()) == ([1], [0])
+    assert (batch.points.responses.tolist(), batch.points.rows.tolist()) == ([0, 1, 0, 0], [0, 1, 1, 2])
+    assert batch.points.targets.tolist() == [0.25, 0, 0, 0.75]
+    assert (batch.pairs.better.tolist(), batch.pairs.worse.tolist()) == ([1], [0])
 
 
 def assert_same(one, other):
     assert one.weight == other.weight
-    for f in fields(Batch):
-        if f.name != "weight":
-            torch.testing.assert_close(getattr(one, f.name), getattr(other, f.name), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(tensors(one), tensors(other), rtol=0, atol=0, equal_nan=True)
 
 
 def test_to_moves_every_tensor_and_keeps_the_rest():
     batch = collate(random_comparisons(0), Layout("shared", PAD), weight=0.25)
     moved = batch.to(torch.device("meta"))
     assert moved.weight == 0.25
-    for name in {f.name for f in fields(Batch)} - {"weight"}:
-        assert getattr(moved, name).device.type == "meta"
-        assert getattr(moved, name).shape == getattr(batch, name).shape
+    for name, tensor in tensors(moved).items():
+        assert tensor.device.type == "meta"
+        assert tensor.shape == tensors(batch)[name].shape
     assert_same(batch.to(torch.device("cpu")), batch)
 
 
@@ -542,9 +549,9 @@ def test_loading_hands_on_weights():
     loading = PlannedBatches(rows, plan, Layout("separate", PAD))
     assert len(loading) == 2
     ((first,), (filler,)) = loading
-    assert first.input_ids.tolist() == [[4, 5], [4, 6], [1, 2], [1, 3]]
-    assert (first.weight, first.pair_weights.tolist()) == (0.25, [0.75, 0.25])
-    assert (filler.weight, filler.pair_weights.tolist()) == (0.0, [1.0])
+    assert first.tokens.input_ids.tolist() == [[4, 5], [4, 6], [1, 2], [1, 3]]
+    assert (first.weight, first.pairs.weights.tolist()) == (0.25, [0.75, 0.25])
+    assert (filler.weight, filler.pairs.weights.tolist()) == (0.0, [1.0])
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])

@@ -9,7 +9,9 @@ import pytest
 import torch
 from flags import loss_of
 
-from reward_model.batching.collate import Layout, collate, merge
+from reward_model.batching.collate import collate
+from reward_model.batching.layout import Layout
+from reward_model.batching.merging import merge
 from reward_model.common.errors import UserError
 from reward_model.config.objectives import LIST_LOSSES, PAIR_LOSSES, POINT_LOSSES, kind_of
 from reward_model.data.comparisons import BadRow, Comparison
@@ -441,12 +443,12 @@ def test_losses_per_token(flags, layout):
     made = draw_rows(kinds=("pair",))
     batch, _, _ = collated(made, layout)
     generator = torch.Generator().manual_seed(0)
-    every = torch.randn(batch.tokens.shape, generator=generator)
+    every = torch.randn(batch.tokens.spans.shape, generator=generator)
     found = objective(f"{flags} --loss_level token")(batch, every[:, -1], every).item()
     order = [i for m in merge(made, layout) for i, _ in m.rows]
     losses = []
-    for b, w, start, i in zip(batch.better, batch.worse, batch.start, order):
-        end = min(batch.token_lengths[b], batch.token_lengths[w])
+    for b, w, start, i in zip(batch.pairs.better, batch.pairs.worse, batch.pairs.start, order):
+        end = min(batch.tokens.span_lengths[b], batch.tokens.span_lengths[w])
         tokens = zip(every[b, start:end].tolist(), every[w, start:end].tolist())
         losses.append(np.mean([PAIR_REFERENCES[flags](c, r, made[i], 0) for c, r in tokens]))
     assert found == pytest.approx(np.mean(losses), rel=1e-5)

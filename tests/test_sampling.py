@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from comparisons import answer, pair, table
 
-from reward_model.batching.collate import Layout, PlannedBatches, merge
+from reward_model.batching.collate import PlannedBatches
 from reward_model.batching.groups import RowGroups, rows_by_prompt, rows_to_evaluate, single_rows
+from reward_model.batching.layout import Layout
+from reward_model.batching.merging import merge
 from reward_model.batching.plan import BatchSpec, EpochPlan, plan_evaluation
 from reward_model.data.comparisons import Comparison, Comparisons
 from reward_model.data.preprocessing import FEATURES
@@ -595,7 +597,7 @@ def test_each_row_weighs_the_same_in_the_batches_of_a_step(layout):
     assert len(plans[0]) == 3  # of 24 or so
     for step in range(3):
         batches = [batch for rank in loaded for batch in rank[step]]
-        every = np.concatenate([batch.weight * batch.row_weights.numpy() for batch in batches if batch.weight])
+        every = np.concatenate([batch.weight * batch.points.row_weights.numpy() for batch in batches if batch.weight])
         np.testing.assert_allclose(every, 1 / len(every), rtol=1e-5)
 
 
@@ -619,7 +621,8 @@ def test_single_answers_are_evaluated_by_prompt(most, expected):
 def test_tokens_of_a_plan_are_those_of_its_batches(layout):
     rows = [replace(row, prompt_hash=i) for i, row in enumerate(random_rows(0))]  # nothing to merge
     plan = EpochPlan(single_rows(table(rows)), BatchSpec(4, 2, layout=layout), 0, 1, seed=0, epoch=0)
-    written = [batch.input_ids.numel() for step in PlannedBatches(rows, plan, Layout(layout, 0)) for batch in step]
+    batches = [batch for step in PlannedBatches(rows, plan, Layout(layout, 0)) for batch in step]
+    written = [batch.tokens.input_ids.numel() for batch in batches]
     assert plan.tokens(steps=10**6) == sum(written)
     assert plan.tokens(steps=1) == sum(written[:2])
 

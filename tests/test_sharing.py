@@ -8,7 +8,8 @@ import models
 import pytest
 import torch
 
-from reward_model.batching.collate import Layout, collate
+from reward_model.batching.collate import collate
+from reward_model.batching.layout import Layout
 from reward_model.data.comparisons import Comparison
 from reward_model.models import shared_prefix as sharing
 from reward_model.models.loading import load_for_training
@@ -58,17 +59,18 @@ def run(scorer, way, dtype=torch.float32, states=False, rows=None):
     """End scores of all responses, and the batch that they came from."""
     scorer.backbone.set_attn_implementation(way.attention or scorer.own_attention)
     batch = collate(rows or comparisons(), Layout(way.layout, pad=0, multiple=way.multiple))
-    positions = None if way is SEPARATE else batch.position_ids
-    return scorer(
-        batch.input_ids, sharing.attention_mask(batch, way, dtype), batch.ends, positions, states=states
-    ), batch
+    tokens = batch.tokens
+    positions = None if way is SEPARATE else tokens.position_ids
+    mask = sharing.attention_mask(tokens, way, dtype)
+    return scorer(tokens.input_ids, mask, tokens.ends, positions, states=states), batch
 
 
 def gradients(scorer, way, dtype=torch.float32):
     """Loss and gradients by name, in float32."""
     scorer.zero_grad()
     scores, batch = run(scorer, way, dtype)
-    loss = (pairwise_loss(scores[batch.better], scores[batch.worse]) * batch.pair_weights).sum()
+    pairs = batch.pairs
+    loss = (pairwise_loss(scores[pairs.better], scores[pairs.worse]) * pairs.weights).sum()
     loss.backward()
     found = {name: p.grad.float().clone() for name, p in scorer.named_parameters() if p.grad is not None}
     return scores.detach(), loss.detach(), found
@@ -153,7 +155,7 @@ def test_attention_dropout_is_applied(scorer_of):
 
 def test_the_dense_mask_by_hand():
     rows = [Comparison([1], [[2, 3], [4]], [0], [1], [0.0]), Comparison([5], [[6], [7]], [0], [1], [0.0])]
-    mask = sharing.attention_mask(collate(rows, Layout("shared", pad=0)), DENSE, torch.bfloat16)
+    mask = sharing.attention_mask(collate(rows, Layout("shared", pad=0)).tokens, DENSE, torch.bfloat16)
     assert mask.shape == (2, 1, 4, 4)
     assert mask.dtype == torch.bfloat16
     # prompt, two of the first response, one of the second; the pad of the shorter row sees itself
@@ -165,15 +167,15 @@ def test_the_dense_mask_by_hand():
 IDS = torch.randint(10, models.VOCABULARY, (60,), generator=torch.Generator().manual_seed(5)).tolist()
 
 
-def checked(scorer, way, change=lambda batch: batch):
-    """:func:`disagreement` of a way whose batches were tampered with."""
+def checked(scorer, way, change=lambda tokens: tokens):
+    """:func:`disagreement` of a way whose tokens were tampered with."""
 
     def hidden(batch, chosen, training):
         scorer.backbone.set_attn_implementation(chosen.attention or scorer.own_attention)
-        batch = batch if chosen is SEPARATE else change(batch)
-        mask = sharing.attention_mask(batch, chosen, torch.float32)
-        positions = None if chosen is SEPARATE else batch.position_ids
-        return scorer(batch.input_ids, mask, batch.ends, positions, states=True)
+        tokens = batch.tokens if chosen is SEPARATE else change(batch.tokens)
+        mask = sharing.attention_mask(tokens, chosen, torch.float32)
+        positions = None if chosen is SEPARATE else tokens.position_ids
+        return scorer(tokens.input_ids, mask, tokens.ends, positions, states=True)
 
     with torch.no_grad():
         return disagreement(hidden, way, IDS, pad=0)
@@ -186,21 +188,21 @@ def test_the_check_passes_what_is_right(family, way, scorer_of):
     assert leak == 0.0
 
 
-def merged_responses(batch):
-    return dataclasses.replace(batch, response=batch.response.clamp(max=1))
+def merged_responses(tokens):
+    return dataclasses.replace(tokens, response=tokens.response.clamp(max=1))
 
 
-def merged_rows(batch):
-    return dataclasses.replace(batch, comparison=torch.zeros_like(batch.comparison))
+def merged_rows(tokens):
+    return dataclasses.replace(tokens, comparison=torch.zeros_like(tokens.comparison))
 
 
-def restarted_positions(batch):
-    prompt = int(batch.sizes[1])
-    return dataclasses.replace(batch, position_ids=(batch.position_ids - prompt).clamp(min=0))
+def restarted_positions(tokens):
+    prompt = int(tokens.sizes[1])
+    return dataclasses.replace(tokens, position_ids=(tokens.position_ids - prompt).clamp(min=0))
 
 
-def running_positions(batch):
-    return dataclasses.replace(batch, position_ids=torch.arange(batch.input_ids.shape[1])[None])
+def running_positions(tokens):
+    return dataclasses.replace(tokens, position_ids=torch.arange(tokens.input_ids.shape[1])[None])
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
@@ -244,9 +246,9 @@ class Stub:
         fault = self.faults.get(way.name)
         if isinstance(fault, Exception) and training:
             raise fault
-        states = torch.ones(len(batch.ends), 2)
+        states = torch.ones(len(batch.tokens.ends), 2)
         if fault == "leak":
-            return states + 2e-6 * batch.input_ids[0, 9]  # the first response's first token
+            return states + 2e-6 * batch.tokens.input_ids[0, 9]  # the first response's first token
         return states * (fault if isinstance(fault, float) else 1.0)
 
 

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stays together when rows are dealt out to steps and ranks: one row, or rows of one prompt.
+"""Groups of rows, which stay together when rows are dealt out to steps and ranks.
 
-A row of the data is a Comparison. A group is what stays together. Notation: r rows, g groups.
+A row of the data is a Comparison. A group is one row, or rows that have the same prompt.
+
+Notation for shapes: r rows, u groups.
 """
 
 from __future__ import annotations
@@ -19,38 +21,35 @@ CANDIDATES = 64  # texts looked at when a block grows: a prompt may have 100,000
 
 @dataclass(frozen=True)
 class RowGroups:
-    """What is dealt out.
+    """The rows of each group, and the sizes by which a plan deals the groups out. All arrays are int64."""
 
-    rows: the rows of all groups, one group's after the other (r,); sizes: what the batch size counts in each of them, a
-    row or its judged pairs (r,); starts: where each group begins in these, and the end (u + 1,).
-    size: of each group; texts: how many; length: tokens of the longest text; tokens: of all, their prompt once. (u,)
-    """
-
-    rows: np.ndarray
-    sizes: np.ndarray
-    starts: np.ndarray
-    size: np.ndarray
-    texts: np.ndarray
-    length: np.ndarray
-    tokens: np.ndarray
+    rows: np.ndarray  # (r,) the rows of all groups, one group's after the other
+    sizes: np.ndarray  # (r,) what the batch size counts in each of these rows: the row, or its judged pairs
+    starts: np.ndarray  # (u + 1,) where each group begins in ``rows``, and where the last one ends
+    size: np.ndarray  # (u,) the sum of each group's ``sizes``
+    texts: np.ndarray  # (u,) number of distinct texts in each group
+    length: np.ndarray  # (u,) tokens of each group's longest text
+    tokens: np.ndarray  # (u,) tokens of all of its texts, the shared prompt counted once
 
     def __len__(self) -> int:
         return len(self.size)
 
     def rows_of(self, group: int) -> np.ndarray:
+        """The rows of a group."""
         return self.rows[self.starts[group] : self.starts[group + 1]]
 
     def sizes_of(self, group: int) -> np.ndarray:
+        """What the batch size counts in each row of a group."""
         return self.sizes[self.starts[group] : self.starts[group + 1]]
 
 
 def row_sizes(comparisons: Comparisons, by_row: bool) -> np.ndarray:
-    """What the batch size counts in each row: the row, or its judged pairs, 1 if there are none. (r,)"""
+    """What the batch size counts in each row, shape (r,): the row, or its judged pairs, but 1 if it has none."""
     return np.ones(len(comparisons), np.int64) if by_row else np.maximum(comparisons.pairs, 1)
 
 
 def single_rows(comparisons: Comparisons, by_row: bool = False) -> RowGroups:
-    """Every row a group of its own. ``by_row`` as in :func:`row_sizes`."""
+    """Make every row a group of its own. ``by_row`` is that of :func:`row_sizes`."""
     size = len(comparisons)
     sizes = row_sizes(comparisons, by_row)
     return RowGroups(
@@ -73,16 +72,18 @@ def rows_by_prompt(
     most_tokens: int = 0,
     by_row: bool = False,
 ) -> RowGroups:
-    """Rows of one prompt brought together, so that each of its responses is encoded as few times as possible.
+    """Bring rows of one prompt together, so that each of its responses is encoded as few times as possible.
 
-    Every row comes once. Greedy: a group of pairs grows by the response that completes the most rows with those it has;
-    lists and single answers are taken as they come.
+    Every row comes once. The method is greedy: a group of pairs grows by the response that completes the most rows with
+    the responses that it has. Lists and single responses are taken in the order in which they come.
 
     Args:
-        most_responses, most_size, most_tokens: limits of a group, which holds one row at least; no tokens: no limit.
-        by_row: as in :func:`row_sizes`.
-        seed: of the order in which ties are broken.
-        chosen: these rows only; None: all.
+        most_responses: The largest number of responses in a group. Every limit gives way to a group of one row.
+        most_size: The largest size of a group, as the batch size counts it.
+        seed: Decides the order in which ties are broken.
+        chosen: The rows to group. None means all of them.
+        most_tokens: The largest number of tokens in a group. 0 means that there is no such limit.
+        by_row: As in :func:`row_sizes`.
     """
     chosen = np.arange(len(comparisons)) if chosen is None else chosen
     hashes, lengths, counts = comparisons.texts()
@@ -95,16 +96,16 @@ def rows_by_prompt(
     for rows in np.split(order, np.flatnonzero(np.diff(prompts[order])) + 1) if len(order) else ():
         texts = {int(row): hashes[first[row] : first[row] + counts[row]].tolist() for row in rows}
         prompt = int(comparisons.prompt_tokens[rows].min())
-        answers = {
+        responses = {
             int(hashes[t]): int(lengths[t]) - prompt
             for row in rows
             for t in range(first[row], first[row] + counts[row])
         }
-        most = most_tokens - prompt if most_tokens else sum(answers.values())
+        most = most_tokens - prompt if most_tokens else sum(responses.values())
         pairs = {row: (found[0], found[1]) for row, found in texts.items() if len(found) == 2 and sizes[row] == 1}
         others = {row: found for row, found in texts.items() if row not in pairs}
-        groups += _runs(others, answers, sizes, most_responses, most_size, most)
-        groups += _blocks(pairs, answers, most_responses, most_size, most)
+        groups += _runs(others, responses, sizes, most_responses, most_size, most)
+        groups += _blocks(pairs, responses, most_responses, most_size, most)
     return _measured(comparisons, groups, sizes)
 
 
@@ -116,7 +117,12 @@ def _runs(
     most_size: int,
     most_tokens: int,
 ) -> Iterator[list[int]]:
-    """Rows (each some texts, which have so many tokens) in the order in which they come, as many as go together."""
+    """Group rows in the order in which they come, as many as the limits allow.
+
+    Args:
+        rows: The texts of each row.
+        tokens: The number of tokens of each text.
+    """
     run: list[int] = []
     inside: set[int] = set()
     for row, texts in rows.items():
@@ -138,7 +144,12 @@ def _runs(
 def _blocks(
     pairs: dict[int, tuple[int, int]], tokens: dict[int, int], most_texts: int, most_pairs: int, most_tokens: int
 ) -> Iterator[list[int]]:
-    """Rows (each a pair of texts, which have so many tokens) in blocks of few texts and many rows."""
+    """Group pairs into blocks of few texts and many rows.
+
+    Args:
+        pairs: The two texts of each row.
+        tokens: The number of tokens of each text.
+    """
     near: dict[int, dict[int, list[int]]] = {}  # text: {text that it was judged against: rows}
     for row, (a, b) in pairs.items():
         near.setdefault(a, {}).setdefault(b, []).append(row)
@@ -180,6 +191,7 @@ def _blocks(
 
 
 def _measured(comparisons: Comparisons, groups: list[list[int]], sizes: np.ndarray) -> RowGroups:
+    """Measure groups of rows. ``sizes`` are those of all rows."""
     hashes, lengths, counts = comparisons.texts()
     first = np.cumsum(counts) - counts
     count, length, tokens = np.empty((3, len(groups)), np.int64)
@@ -195,5 +207,5 @@ def _measured(comparisons: Comparisons, groups: list[list[int]], sizes: np.ndarr
 
 
 def rows_to_evaluate(size: int, most: int, seed: int) -> np.ndarray | None:
-    """The same random rows at every evaluation, if it is to have at most so many; None: all of them."""
+    """The same ``most`` random rows at every evaluation. None stands for all rows: ``most`` is 0, or not exceeded."""
     return np.random.default_rng(seed).permutation(size)[:most] if most and most < size else None

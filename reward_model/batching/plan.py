@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which rank computes which rows in which step, and what they weigh: pure functions of sizes, seed and epoch.
+"""Which rank computes which rows in which step, and what they weigh, as pure functions of sizes, seed and epoch.
 
-What is dealt out are groups, see :mod:`reward_model.batching.groups`. Notation: r rows, g groups.
+The unit that is dealt out is a group of rows (:mod:`reward_model.batching.groups`).
+
+Notation for shapes: m rows of a micro-batch, u groups.
 """
 
 from __future__ import annotations
@@ -12,9 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from reward_model.batching.groups import (
-    RowGroups,
-)
+from reward_model.batching.groups import RowGroups
 
 MEGA_BATCH = 50  # global batches that are sorted by length together; Transformers' group_by_length takes 50 too
 
@@ -23,31 +23,32 @@ MEGA_BATCH = 50  # global batches that are sorted by length together; Transforme
 class MicroBatch:
     """The rows of one forward pass, and what they weigh.
 
-    rows: indices of Comparisons.
-    weight: of its mean loss in the step's, which is the sum over all ranks; 0: a filler, there so that every rank takes
-        part as often.
-    groups: a number for each row, equal where rows were brought together; None: none were.
-    row_weights: of each row in that mean, in any unit; None: all pairs weigh the same.
+    rows: The indices of the rows in the data set.
+    weight: The weight of the micro-batch's mean loss in the step's loss, which is the sum over all ranks. A weight of 0
+        marks a filler, which is there so that every rank takes part equally often.
+    groups: One number for each row, equal where rows were brought together. None means that no rows were.
+    row_weights: The weight of each row in the mean loss, in any unit. None means that all pairs weigh the same.
     """
 
-    rows: np.ndarray
+    rows: np.ndarray  # (m,)
     weight: float
-    groups: np.ndarray | None = None
-    row_weights: np.ndarray | None = None
+    groups: np.ndarray | None = None  # (m,)
+    row_weights: np.ndarray | None = None  # (m,)
 
 
 @dataclass(frozen=True)
 class BatchSpec:
     """How groups become micro-batches.
 
-    micro_batch: of a micro-batch, in the groups' sizes (pairs, or rows), or in groups if ``by_prompt``; then a group
-        weighs as much as another, however many pairs it has (InstructGPT's choice for a prompt, against overfitting).
-    accumulation: micro-batches of a rank in a step.
-    layout: ``packed``: a micro-batch is one row without pads; ``shared``, ``separate``: a row for each group, or each
-        text, padded to the longest (:class:`reward_model.batching.collate.Layout`).
-    tokens: at most so many, pads included, in a micro-batch, of which a step then has as many as that takes; 0: no
-        such limit.
-    by_length: groups of similar length in a step, as far as that leaves the order random.
+    micro_batch: The size of a micro-batch, counted as the groups count their size (in pairs or in rows).
+    accumulation: The number of micro-batches of a rank in a step.
+    by_prompt: Whether ``micro_batch`` counts groups instead. Then all groups weigh the same, however many pairs they
+        have (InstructGPT's choice for the responses to one prompt, against overfitting).
+    layout: As ``kind`` in :class:`reward_model.batching.layout.Layout`: ``packed`` makes a micro-batch one row of token
+        ids without pads, ``shared`` one padded row for each group, and ``separate`` one padded row for each text.
+    tokens: The largest number of tokens in a micro-batch, pads included. A step then has as many micro-batches as that
+        takes. 0 means that there is no such limit.
+    by_length: Whether a step holds groups of similar length, as far as that leaves the order random.
     """
 
     micro_batch: int
@@ -58,23 +59,36 @@ class BatchSpec:
     by_length: bool = False
 
     def width(self, groups: RowGroups) -> np.ndarray:
-        """Tokens of the longest row that each group becomes."""
+        """Number of tokens of the longest row of token ids that each group becomes, shape (u,)."""
         return groups.length if self.layout == "separate" else groups.tokens
 
     def height(self, groups: RowGroups, group: int) -> int:
-        """Rows that a group becomes."""
+        """Number of rows of token ids that a group becomes."""
         return int(groups.texts[group]) if self.layout == "separate" else 1
 
 
 class EpochPlan(Sequence):
-    """One rank's share of an epoch: for each optimizer step, its micro-batches; equally many on every rank.
+    """One rank's share of an epoch: the list of its micro-batches in each optimizer step, equally many on every rank.
 
-    Every group comes once. A global batch holds micro_batch · accumulation · world_size pairs (rows, prompts), the last
-    one what is left, and is dealt out so that the ranks have about as many tokens to compute at a time. Weights are
-    shares of the global batch, so that the gradient of the weighted sum is the mean over it, however it was split.
+    Every group comes once. A global batch holds micro_batch · accumulation · world_size pairs (or rows, or prompts),
+    and the last one holds what is left. It is dealt out so that the ranks compute about the same number of tokens at a
+    time. Weights are shares of the global batch, so that the gradient of the weighted sum is the gradient of the mean
+    over the global batch, however it was split.
 
-    What is in a step depends on seed and epoch, not on how many ranks share it, nor on the layout. A step's share is
-    worked out when it is asked for: a run that resumes takes the plan from the step it had reached.
+    What a step holds depends on seed and epoch, but neither on the number of ranks for the same global batch nor on the
+    layout. A step's share is computed when it is asked for, so a run that resumes takes the plan from the step that it
+    had reached.
+
+    Example: four pairs, two ranks, and one pair at a time. Each pair is half of a step.
+
+    >>> ones = np.ones(4, np.int64)
+    >>> sizes = {"sizes": ones, "size": ones, "texts": 2 * ones, "length": 9 * ones, "tokens": 12 * ones}
+    >>> groups = RowGroups(rows=np.arange(4), starts=np.arange(5), **sizes)
+    >>> for rank in range(2):
+    ...     plan = EpochPlan(groups, BatchSpec(micro_batch=1), rank, world_size=2, seed=0, epoch=0)
+    ...     print([[(m.rows.tolist(), m.weight) for m in step] for step in plan])
+    [[([2], 0.5)], [([1], 0.5)]]
+    [[([0], 0.5)], [([3], 0.5)]]
     """
 
     def __init__(self, groups: RowGroups, spec: BatchSpec, rank: int, world_size: int, seed: int, epoch: int):
@@ -83,7 +97,7 @@ class EpochPlan(Sequence):
         self.steps = self._draw(np.random.default_rng((seed, epoch)))
 
     def _draw(self, rng: np.random.Generator) -> list[np.ndarray]:
-        """The groups of each step."""
+        """Draw the groups of each step."""
         global_batch = self.spec.micro_batch * self.spec.accumulation * self.world_size
         order = rng.permutation(len(self.groups))
         if not self.spec.by_length:
@@ -106,11 +120,11 @@ class EpochPlan(Sequence):
         ]
 
     def _parts(self, step: int) -> list[np.ndarray]:
-        """This rank's groups in each micro-batch."""
+        """The groups in each of this rank's micro-batches in a step."""
         return _deal(self.steps[step], self.groups, self.spec, self.world_size)[self.rank :: self.world_size]
 
     def tokens(self, steps: int) -> int:
-        """Tokens that this rank computes in the first so many steps, pads included (merging left out)."""
+        """Number of tokens, pads included, that this rank computes in the first ``steps`` steps without merging."""
         width = self.spec.width(self.groups)
         total = 0
         for part in (part for step in range(min(steps, len(self))) for part in self._parts(step) if len(part)):
@@ -120,7 +134,7 @@ class EpochPlan(Sequence):
 
 
 def _cut(order: np.ndarray, sizes: np.ndarray, global_batch: int) -> list[np.ndarray]:
-    """Groups into global batches; one that lies on a border goes where its greater half is."""
+    """Cut the order into global batches. A group that lies on a border goes where its greater half is."""
     if not len(order):
         return []
     middle = np.cumsum(sizes[order]) - (sizes[order] + 1) / 2
@@ -128,6 +142,7 @@ def _cut(order: np.ndarray, sizes: np.ndarray, global_batch: int) -> list[np.nda
 
 
 def _micro_batch(part: Sequence[int], groups: RowGroups, weight: float, by_prompt: bool) -> MicroBatch:
+    """Make a micro-batch of groups."""
     rows = [groups.rows_of(group) for group in part]
     sizes = [len(r) for r in rows]
     together = np.repeat(part, sizes) if max(sizes) > 1 else None
@@ -136,7 +151,7 @@ def _micro_batch(part: Sequence[int], groups: RowGroups, weight: float, by_promp
 
 
 def _deal(chosen: np.ndarray, groups: RowGroups, spec: BatchSpec, world_size: int) -> list[np.ndarray]:
-    """The groups of a step in a multiple of ``world_size`` parts, neighbours in the list about equally long."""
+    """Divide the groups of a step into a multiple of ``world_size`` parts, neighbors in the list about equally long."""
     width = spec.width(groups)
     chosen = chosen[np.argsort(-width[chosen], kind="stable")]
     is_packed = spec.layout == "packed"
@@ -155,14 +170,14 @@ def _deal(chosen: np.ndarray, groups: RowGroups, spec: BatchSpec, world_size: in
 
 
 def _slice(chosen: np.ndarray, sizes: np.ndarray, parts: int) -> list[np.ndarray]:
-    """Groups, longest first, into parts of about one size."""
+    """Divide groups, longest first, into parts of about equal size."""
     middle = np.cumsum(sizes[chosen]) - sizes[chosen] / 2
     borders = np.searchsorted(middle, np.arange(1, parts) * sizes[chosen].sum() / parts)
     return np.split(chosen, borders)
 
 
 def _level(chosen: np.ndarray, width: np.ndarray, parts: int) -> list[np.ndarray]:
-    """Groups, longest first, to the part with the fewest tokens."""
+    """Give each group, longest first, to the part with the fewest tokens."""
     loads = [(0, part) for part in range(parts)]
     dealt: list[list[int]] = [[] for _ in range(parts)]
     for group in chosen:
@@ -173,7 +188,7 @@ def _level(chosen: np.ndarray, width: np.ndarray, parts: int) -> list[np.ndarray
 
 
 def _balance(chosen: np.ndarray, width: np.ndarray, parts: int) -> list[np.ndarray]:
-    """Groups, longest first, to the part with the fewest tokens; the numbers of groups differ by one at most."""
+    """Give each group, longest first, to the part with the fewest tokens, where parts differ by one group at most."""
     if parts == 1:
         return [chosen]
     dealt: list[list[int]] = [[] for _ in range(parts)]
@@ -187,7 +202,10 @@ def _balance(chosen: np.ndarray, width: np.ndarray, parts: int) -> list[np.ndarr
 
 
 def _fill(chosen: np.ndarray, groups: RowGroups, spec: BatchSpec, tokens: int, most_size: int = 0) -> list[np.ndarray]:
-    """Groups, longest first, into parts of at most so many tokens, pads included, and such a size; 0: no limit."""
+    """Divide groups, longest first, into parts of at most ``tokens`` tokens, pads included, and at most ``most_size``.
+
+    A limit of 0 does not apply.
+    """
     width = spec.width(groups)
     parts: list[np.ndarray] = []
     first = total = rows = size = 0
@@ -203,7 +221,7 @@ def _fill(chosen: np.ndarray, groups: RowGroups, spec: BatchSpec, tokens: int, m
 
 
 def _fill_evenly(chosen: np.ndarray, groups: RowGroups, spec: BatchSpec, world_size: int) -> list[np.ndarray]:
-    """As :func:`_fill`, in a multiple of ``world_size`` parts, the largest of them as small as that allows."""
+    """Like :func:`_fill`, but into a multiple of ``world_size`` parts, the largest of them as small as that allows."""
     parts = _fill(chosen, groups, spec, spec.tokens)
     count = world_size * -(-len(parts) // world_size)
     low, high = 0, spec.tokens  # high is enough, low is not
@@ -215,9 +233,10 @@ def _fill_evenly(chosen: np.ndarray, groups: RowGroups, spec: BatchSpec, world_s
 
 
 def plan_evaluation(groups: RowGroups, spec: BatchSpec, rank: int, world_size: int) -> list[MicroBatch]:
-    """One rank's share of an evaluation: every row once over all ranks, the same number of batches on each.
+    """One rank's share of an evaluation, in which every row comes once over all ranks.
 
-    Longest first, so that rows of a batch are about equally long, and a batch that does not fit fails at once.
+    Every rank has the same number of micro-batches. The longest come first, so that the rows of a batch are about
+    equally long, and a batch that does not fit into memory fails at once.
     """
     order = np.argsort(-spec.width(groups), kind="stable")
     parts = _fill(order, groups, spec, spec.tokens, most_size=spec.micro_batch)

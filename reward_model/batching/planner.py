@@ -8,8 +8,9 @@ from dataclasses import replace
 
 from torch.utils.data import DataLoader
 
-from reward_model.batching.collate import Layout, PlannedBatches, loader
+from reward_model.batching.collate import PlannedBatches, loader
 from reward_model.batching.groups import RowGroups, row_sizes, rows_by_prompt, rows_to_evaluate, single_rows
+from reward_model.batching.layout import Layout
 from reward_model.batching.plan import BatchSpec, EpochPlan, MicroBatch, plan_evaluation
 from reward_model.common.distributed import DistributedContext
 from reward_model.config.groups import BatchConfig

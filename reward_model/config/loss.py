@@ -39,7 +39,7 @@ class Loss:
     score_penalty_weight: float
 
 
-def resolve_loss(config: LossConfig, given: frozenset[str]) -> Loss:
+def resolve_loss(config: LossConfig, given: frozenset[str] = frozenset()) -> Loss:
     """Fill in names, weights and numbers.
 
     Args:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A row of a data set → text, and what it says of its answers.
+"""Reads a row of a data set as text, together with what the row says of its responses.
 
-A row holds a pair (``prompt, chosen, rejected``, or ``chosen, rejected`` with the prompt inside, Anthropic's form), a
-list (``prompt, responses`` with ``scores`` or ``ranks``), or one answer (``prompt, response`` with a ``score`` or
-``label``); text, which is joined as it is, or chat messages.
+A row holds a pair (``prompt, chosen, rejected``, or ``chosen, rejected`` with the prompt inside, which is Anthropic's
+form), a list (``prompt, responses`` with ``scores`` or ``ranks``), or one response (``prompt, response`` with a
+``score`` or ``label``). Each is text, which is joined as it is, or chat messages.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ OTHER_ROWS = "responses with scores or ranks, or response with a score or label"
 class Texts:
     """A row as text.
 
-    prompt: what was asked. whole: the texts that begin with it, one for each answer. names: of the answers, for
-    messages. judged: the fields of a Comparison that say what was judged. templated: a chat template wrote the texts,
-    special tokens included.
+    prompt: What was asked.
+    whole: The texts that begin with the prompt, one for each response.
+    names: What messages to the user call each response.
+    judged: The fields of a Comparison that say what was judged.
+    templated: Whether a chat template wrote the texts, special tokens included.
     """
 
     prompt: str
@@ -41,8 +43,20 @@ class Texts:
 def read_row(row: dict, tokenizer: PreTrainedTokenizerBase) -> Texts:
     """Check a row and write it as text.
 
+    Args:
+        tokenizer: Its chat template writes rows of chat messages. Rows of text do not need it.
+
     Raises:
-        BadRow: a field is missing, empty or of the wrong type, a number is none, or two answers are equal.
+        BadRow: A field is missing, empty or of the wrong type, a value is not a number, or two responses are equal.
+
+    Example: a pair with scores, which differ by 2.
+
+    >>> row = {"prompt": "2 + 2 =", "chosen": " 4", "rejected": " 5", "chosen_score": 3, "rejected_score": 1}
+    >>> texts = read_row(row, tokenizer=None)
+    >>> texts.whole
+    ['2 + 2 = 4', '2 + 2 = 5']
+    >>> texts.judged["better"], texts.judged["worse"], texts.judged["margin"]
+    ([0], [1], [2.0])
     """
     is_pair = all(row.get(name) not in (None, "") for name in PAIR)  # a CSV file has "" for nothing
     if row.get("responses") is not None and not is_pair:
@@ -77,19 +91,21 @@ def read_row(row: dict, tokenizer: PreTrainedTokenizerBase) -> Texts:
 
 
 def require_different(found: list, names: Sequence[str], how: str = "") -> None:
+    """Raise BadRow if two of the texts in ``found`` are equal. The message ends with ``how``."""
     for i, value in enumerate(found):
         if value in found[:i]:
             raise BadRow(f"{names[found.index(value)]} and {names[i]} are equal{how}")
 
 
 def judge_pair(row: dict) -> dict:
-    """What a row says of its chosen and rejected answer; a margin that it does not name is that of its scores.
+    """Read what a row says of its chosen and its rejected response, as fields of a Comparison.
 
-    A rating or probability that is none is left out, since other data sets use these words for other things: whoever
-    needs one will miss it.
+    If the row has no margin, the margin is the difference of its scores. A rating or probability that cannot be one is
+    ignored, because other data sets use these words for other things. A loss that needs one will say that it is
+    missing.
 
     Raises:
-        BadRow: a margin or score that is no number.
+        BadRow: A margin or score is not a number.
     """
     scores = [_number(row, f"{name}_score", f"score_{name}") for name in PAIR]
     margin = _number(row, "margin")
@@ -105,7 +121,7 @@ def judge_pair(row: dict) -> dict:
 
 
 def _list(row: dict) -> tuple[list, list[str], dict]:
-    """The answers of a list, their names, and what the row says of them."""
+    """The responses of a list, their names, and what the row says of them."""
     found = row["responses"]
     if not isinstance(found, list) or not found:
         raise BadRow(f"responses is {'empty' if found == [] else _type(found)}, not a list of answers")
@@ -126,10 +142,15 @@ def _list(row: dict) -> tuple[list, list[str], dict]:
 
 
 def judge_list(size: int, scores: list[float] | None = None, ranks: list[float] | None = None) -> dict:
-    """What numbers of a list's answers say: every pair of them that is not tied, by how much, and their order.
+    """Turn the scores or ranks of a list's responses into their order and into all pairs that are not tied.
 
     Args:
-        scores: higher is better. ranks: lower is better; they decide where there are both.
+        size: The number of responses.
+        scores: One for each response, of which a higher one is better.
+        ranks: One for each response, of which a lower one is better. Where there are both, the ranks decide.
+
+    Returns:
+        The fields of a Comparison that say what was judged.
     """
     order = ranks if ranks is not None else [-score for score in scores or []]
     dense = np.unique(order, return_inverse=True)[1].tolist() if order else []
@@ -146,10 +167,10 @@ def judge_list(size: int, scores: list[float] | None = None, ranks: list[float] 
 
 
 def judge_answer(row: dict) -> dict:
-    """What a row says of its one answer.
+    """Read what a row says of its one response, as fields of a Comparison.
 
     Raises:
-        BadRow: a score or label that is none, or both.
+        BadRow: The score or label is not a number, or the row has both.
     """
     if row.get("score") is not None and row.get("label") is not None:
         raise BadRow("the row has a score and a label: keep one of them")
@@ -160,7 +181,7 @@ def judge_answer(row: dict) -> dict:
 
 
 def _number(row: dict, *names: str) -> float:
-    """The number under the first of some names that holds something; NaN: none does."""
+    """The number under the first of some names that holds a value, or NaN if none does."""
     name, value = next(((name, row[name]) for name in names if row.get(name) is not None), ("", None))
     if value is None:
         return math.nan
@@ -172,7 +193,7 @@ def _number(row: dict, *names: str) -> float:
 
 
 def _within(value, most: float, words: dict[str, float] | None = None) -> float:
-    """A number from 0 to ``most``, or what a word stands for; NaN: neither."""
+    """A number from 0 to ``most``, or the number that a word stands for, or NaN if the value is neither."""
     if isinstance(value, str):
         value = (words or {}).get(" ".join(value.lower().split()))
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -193,7 +214,7 @@ def _is_chat(value) -> bool:
 
 
 def _common_prompt(texts: list[str]) -> str:
-    """What whole dialogues share, up to the last "Assistant:" where there is one; nothing, if there is one text."""
+    """What whole dialogs share, up to the last "Assistant:" if there is one. A single text shares nothing."""
     shared = texts[0] if len(texts) > 1 else ""
     for text in texts[1:]:
         shared = shared[: common_prefix(shared, text)]
@@ -250,7 +271,7 @@ def _holds(messages: list[dict], prompt: list[dict]) -> bool:
 
 
 def close_turn(text: str, tokenizer) -> str:
-    """Drop the line break that templates write after the last end-of-turn token: the score is read at that token."""
+    """Drop the line break that templates write after the last end-of-turn token, where the score is read."""
     stripped = text.rstrip()
     closing = {str(token) for token in tokenizer.all_special_tokens}
     closing |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}

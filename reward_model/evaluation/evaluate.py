@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from reward_model.batching.collate import Batch
+from reward_model.batching.batch import Batch
 from reward_model.common.distributed import DistributedContext, gather_rows
 from reward_model.common.progress import progress
 from reward_model.evaluation.metrics import pair_metrics, point_metrics
@@ -38,20 +38,20 @@ class Evaluation:
 def score_batches(
     forward: ForwardPass, batches: Iterable[list[Batch]], context: DistributedContext, read: Read
 ) -> list[np.ndarray]:
-    """Score batches on all ranks, each row once, and put together what is read of each.
+    """Score batches on all ranks, each row once, and join what ``read`` takes from each batch.
 
     Args:
-        batches: lists of one batch; a batch of weight 0 is a filler, and nothing of it counts.
-        read: a batch and its scores (n,) → tables with a line for each pair, answer or list of it.
+        batches: Lists of one batch. A batch of weight 0 is a filler, of which nothing counts.
+        read: Takes a batch and its scores, shape (n,), and returns tables with a line for each pair, response or list.
 
     Returns:
-        The tables, their lines from all ranks.
+        The tables, with the lines of all ranks.
     """
     forward.module.eval()
     found = []
     for (batch,) in progress(batches, desc="evaluating", unit="batch", leave=False, disable=not context.is_first):
         batch = batch.to(forward.device)
-        tables = read(batch, forward(batch, batch.ends))
+        tables = read(batch, forward(batch, batch.tokens.ends))
         found.append([table if batch.weight else table[:0] for table in tables])
     return [gather_rows(torch.cat(parts)).cpu().numpy() for parts in zip(*found)]
 
@@ -82,25 +82,26 @@ def evaluate(
 def read_judged(
     batch: Batch, scores: torch.Tensor, objective: Objective, thresholds: torch.Tensor | None
 ) -> list[torch.Tensor]:
-    """What an evaluation needs of a batch.
+    """Read what an evaluation needs from a batch, as three tables.
 
     Returns:
-        Of each pair: chosen and rejected score, chosen and rejected length (p, 4); of each scored answer: score,
-        target, loss, whether its label is right (·, 4); of each list: whether its best answer has the highest score.
+        For each pair its chosen score, rejected score, chosen length and rejected length, shape (p, 4). For each scored
+        response its score, its target, its loss and whether its label is right, shape (·, 4). For each list of three or
+        more whether a best response has the highest score, shape (·, 1).
     """
-    sides = (batch.better, batch.worse)
-    pairs = torch.stack([v[side].float() for v in (scores, batch.response_lengths) for side in sides], dim=1)
-    scored = batch.point_weights > 0
-    losses = torch.full_like(batch.targets, math.nan)
+    sides, lengths = (batch.pairs.better, batch.pairs.worse), batch.tokens.response_lengths
+    pairs = torch.stack([v[side].float() for v in (scores, lengths) for side in sides], dim=1)
+    targets, scored = batch.points.targets, batch.points.weights > 0
+    losses = torch.full_like(targets, math.nan)
     if "points" in objective.names:
         losses = objective.point_losses(batch, scores, thresholds)
     right = objective.right_labels(batch, scores, thresholds)
-    points = torch.stack([scores[batch.answers], batch.targets, losses, right], dim=1)[scored]
-    absent = batch.ranks < 0
+    points = torch.stack([scores[batch.points.responses], targets, losses, right], dim=1)[scored]
+    ranks, absent = batch.lists.ranks, batch.lists.ranks < 0
     hits = scores.new_zeros(0, 1)
-    if len(batch.ranks):
-        best = scores[batch.listed].masked_fill(absent, -math.inf).argmax(1, keepdim=True)
-        hits = (batch.ranks.gather(1, best) == 0)[(~absent).sum(1) > 2].float()  # of two answers, the pair tells
+    if len(ranks):
+        best = scores[batch.lists.responses].masked_fill(absent, -math.inf).argmax(1, keepdim=True)
+        hits = (ranks.gather(1, best) == 0)[(~absent).sum(1) > 2].float()  # a list of two is told by its pair
     return [pairs, points, hits]
 
 

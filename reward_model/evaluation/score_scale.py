@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from reward_model.batching.collate import Batch
+from reward_model.batching.batch import Batch
 from reward_model.common.distributed import DistributedContext
 from reward_model.evaluation.evaluate import score_batches
 from reward_model.models.forward import ForwardPass
@@ -26,8 +26,8 @@ class Spread:
 
 
 def measure(forward: ForwardPass, batches: Iterable[list[Batch]], context: DistributedContext) -> Spread:
-    """The spread of the scores of all answers."""
-    (scores,) = score_batches(forward, batches, context, lambda batch, scores: [scores[batch.answers]])
+    """The spread of the scores of all responses of all rows."""
+    (scores,) = score_batches(forward, batches, context, lambda batch, scores: [scores[batch.points.responses]])
     scores = scores.astype(np.float64)
     return Spread(len(scores), float(scores.mean()), float(scores.std()))
 

@@ -13,7 +13,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from reward_model.batching.collate import Batch, Layout
+from reward_model.batching.batch import Batch
+from reward_model.batching.layout import Layout
 from reward_model.models import shared_prefix
 from reward_model.models.scorer import Scorer, embedding_rows
 from reward_model.models.shared_prefix import SEPARATE, AttentionBackend
@@ -59,18 +60,18 @@ class ForwardPass:
         self.scorer.backbone.set_attn_implementation(attention.attention or self.own_attention)
 
     def __call__(self, batch: Batch, at: torch.Tensor, states: bool = False) -> torch.Tensor:
-        """Scores at tokens of a batch, in the shape of ``at``; float32.
+        """Scores at tokens of a batch, a float32 tensor of the shape of ``at``.
 
         Args:
-            batch: on this device.
-            at: indices into its tokens, such as ``batch.ends`` (n,) or ``batch.tokens`` (n, r).
-            states: the hidden states instead, one more dimension h.
+            batch: A batch on this device.
+            at: Indices of tokens, such as ``batch.tokens.ends``, shape (n,), or ``batch.tokens.spans``, shape (n, r).
+            states: Whether to return the hidden states instead, which have one more dimension h.
         """
         shared = self.attention is not SEPARATE
-        mask = shared_prefix.attention_mask(batch, self.attention, self.dtype)
-        found = self.module(
-            batch.input_ids, mask, at, position_ids=batch.position_ids if shared else None, states=states
-        )
+        tokens = batch.tokens
+        mask = shared_prefix.attention_mask(tokens, self.attention, self.dtype)
+        positions = tokens.position_ids if shared else None
+        found = self.module(tokens.input_ids, mask, at, position_ids=positions, states=states)
         if isinstance(found, tuple):
             found, self.thresholds = found
         return found
@@ -103,4 +104,4 @@ class ForwardPass:
         self.use(attention)
         self.module.train(training)
         batch = batch.to(self.device)
-        return self(batch, batch.ends, states=True)
+        return self(batch, batch.tokens.ends, states=True)

@@ -22,7 +22,9 @@ import torch.nn.functional as F
 from transformers import PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from reward_model.batching.collate import Batch, Layout, collate
+from reward_model.batching.batch import Batch, Tokens
+from reward_model.batching.collate import collate
+from reward_model.batching.layout import Layout
 from reward_model.common.distributed import first_text
 from reward_model.common.errors import first_line
 from reward_model.data.comparisons import Comparison
@@ -55,22 +57,23 @@ ON_CPU = (AttentionBackend("slices", "packed", SLICES), DENSE)
 ON_CUDA = (AttentionBackend("flex", "packed", "flex_attention", multiple=BLOCK), DENSE)
 
 
-def attention_mask(batch: Batch, backend: AttentionBackend, dtype: torch.dtype) -> torch.Tensor:
+def attention_mask(tokens: Tokens, backend: AttentionBackend, dtype: torch.dtype) -> torch.Tensor:
     """What the model is given as its attention mask.
 
     Returns:
-        (b, s) of ones and zeros for separate rows; ``slices``: the batch's sizes as (1, 1, 1, m); ``flex``: a
-        BlockMask; ``dense``: (b, 1, s, s), 0 where a token sees another and −inf elsewhere, in ``dtype``.
+        For separate rows, ones and zeros of shape (b, s). For ``slices``, ``Tokens.sizes`` in shape (1, 1, 1, m). For
+        ``flex``, a BlockMask. For ``dense``, a tensor of ``dtype`` and shape (b, 1, s, s), 0 where a token sees another
+        and −inf elsewhere.
     """
     if backend.name == "separate":
-        return batch.attention_mask
+        return tokens.attention_mask
     if backend.name == "slices":
-        return batch.sizes[None, None, None]
+        return tokens.sizes[None, None, None]
     if backend.name == "flex":
-        return _block_mask(batch)
-    rows, size = batch.input_ids.shape
-    row, index = (torch.arange(n, device=batch.input_ids.device) for n in (rows, size))
-    sees = _visibility(batch.comparison, batch.response)(row[:, None, None], None, index[:, None], index)
+        return _block_mask(tokens)
+    rows, size = tokens.input_ids.shape
+    row, index = (torch.arange(n, device=tokens.input_ids.device) for n in (rows, size))
+    sees = _visibility(tokens.comparison, tokens.response)(row[:, None, None], None, index[:, None], index)
     return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill(~sees, -math.inf)[:, None]
 
 
@@ -85,11 +88,11 @@ def _visibility(comparison: torch.Tensor, response: torch.Tensor) -> Callable[..
     return sees
 
 
-def _block_mask(batch: Batch):
+def _block_mask(tokens: Tokens):
     from torch.nn.attention.flex_attention import create_block_mask
 
-    rows, size = batch.input_ids.shape
-    sees, device = _visibility(batch.comparison, batch.response), batch.input_ids.device
+    rows, size = tokens.input_ids.shape
+    sees, device = _visibility(tokens.comparison, tokens.response), tokens.input_ids.device
     # compiled, it never holds all s² answers
     return create_block_mask(
         sees, B=rows, H=None, Q_LEN=size, KV_LEN=size, device=device, _compile=device.type == "cuda"
@@ -110,7 +113,7 @@ def sliced_attention(
 
     Args:
         query: (1, heads, s, d); key, value: as many or fewer heads, of which each serves as many queries.
-        attention_mask: :attr:`Batch.sizes`, (1, 1, 1, m).
+        attention_mask: :attr:`Tokens.sizes`, (1, 1, 1, m).
 
     Raises:
         NotImplementedError: a model that changes the products in a way that this function does not know.

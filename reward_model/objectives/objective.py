@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flags → the loss of a batch: which objectives, of which judgements, with which weights; and what a row needs for it.
+"""The loss of a batch as the flags define it, and what a row needs so that the loss can learn from it.
 
-An objective learns from pairs, from ranked lists, or from single answers with a score or label. One objective of pairs
-alone takes the pair for its element: every pair of a batch weighs the same. Any other choice takes the row: a row's
-pairs share its weight, and so do its answers.
+An objective learns from judged pairs, from ranked lists, or from single responses with a score or label. If there is
+one objective, of pairs, every pair of a batch weighs the same. With any other choice every row weighs the same, and
+the pairs of a row share its weight, as its scored responses do.
+
+Notation for shapes: n responses, of which the longest has r tokens; p judged pairs; t responses of the rows, where a
+response that several rows judged counts once for each.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from reward_model.batching.collate import Batch
+from reward_model.batching.batch import Batch
 from reward_model.common.errors import UserError
 from reward_model.config.loss import Loss
 from reward_model.config.objectives import PAIR_LOSSES, kind_of
@@ -29,7 +32,7 @@ PairLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Objective:
-    """The loss of a run. ``kinds``: of each objective, ``pairs``, ``lists`` or ``points``."""
+    """The loss of a run. ``kinds`` says for each objective whether it learns from pairs, lists or points."""
 
     def __init__(self, loss: Loss):
         self.loss = loss
@@ -50,36 +53,49 @@ class Objective:
         every: torch.Tensor | None = None,
         thresholds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The loss of a batch, 0-d, float32.
+        """Mean loss of a batch, a 0-d float32 tensor: the weighted sum of the objectives, and the penalties.
 
         Args:
-            scores: of the responses (n,).
-            every: of each of their tokens (n, r), for ``--loss_level token``.
-            thresholds: of ``ordinal``.
+            scores: The score of each response, shape (n,).
+            every: The score at each token of each response, shape (n, r), for ``--loss_level token``.
+            thresholds: The thresholds between grades, for ``--loss ordinal``.
+
+        Example: one pair, whose scores differ by 2. Its logistic loss is log(1 + exp(−2)).
+
+        >>> from reward_model.batching.collate import collate
+        >>> from reward_model.batching.layout import Layout
+        >>> from reward_model.config.groups import LossConfig
+        >>> from reward_model.config.loss import resolve_loss
+        >>> row = Comparison([1, 2], [[3], [4]], better=[0], worse=[1], margin=[0.0])
+        >>> objective = Objective(resolve_loss(LossConfig(loss=["logistic"])))
+        >>> loss = objective(collate([row], Layout("packed", pad=0)), scores=torch.tensor([1.5, -0.5]))
+        >>> round(loss.item(), 4)
+        0.1269
         """
         total = scores.new_zeros(())
         for name, weight in self.weights.items():
             if name in PAIR_LOSSES:
-                part = (self.pair_losses(batch, scores, every) * batch.pair_weights).sum()
+                part = (self.pair_losses(batch, scores, every) * batch.pairs.weights).sum()
             elif name in LIST_FUNCTIONS:
-                part = (LIST_FUNCTIONS[name](scores[batch.listed], batch.ranks) * batch.list_weights).sum()
+                lists = batch.lists
+                part = (LIST_FUNCTIONS[name](scores[lists.responses], lists.ranks) * lists.weights).sum()
             else:
-                part = (self.point_losses(batch, scores, thresholds) * batch.point_weights).sum()
+                part = (self.point_losses(batch, scores, thresholds) * batch.points.weights).sum()
             total = total + weight * part
         return total + self.penalties(batch, scores)
 
     def pair_losses(self, batch: Batch, scores: torch.Tensor, every: torch.Tensor | None = None) -> torch.Tensor:
-        """Of each judged pair, (p,)."""
+        """Loss of each judged pair, shape (p,)."""
+        pairs, lengths = batch.pairs, batch.tokens.span_lengths
         pair_loss = self.pair_loss(batch, per_token=every is not None)
         if every is None:
-            return pair_loss(scores[batch.better], scores[batch.worse])
-        lengths = batch.token_lengths
-        end = torch.minimum(lengths[batch.better], lengths[batch.worse])  # no pad has a score
-        return span_loss(every[batch.better], every[batch.worse], batch.start, end, pair_loss)
+            return pair_loss(scores[pairs.better], scores[pairs.worse])
+        end = torch.minimum(lengths[pairs.better], lengths[pairs.worse])  # no pad has a score
+        return span_loss(every[pairs.better], every[pairs.worse], pairs.start, end, pair_loss)
 
     def pair_loss(self, batch: Batch, per_token: bool) -> PairLoss:
-        """Chosen and rejected scores, (p,) or per token (p, r), → losses of the same shape."""
-        name = self.names["pairs"]
+        """The function from chosen and rejected scores, shape (p,) or per token (p, r), to losses of the same shape."""
+        name, pairs = self.names["pairs"], batch.pairs
 
         def per_pair(value):
             return value[:, None] if per_token and isinstance(value, torch.Tensor) else value
@@ -95,64 +111,70 @@ class Objective:
             return losses.direct_loss
         if name == "logistic":
             smoothing = self.loss.label_smoothing
-            smoothing = per_pair(1 - batch.probability) if smoothing == "column" else smoothing
+            smoothing = per_pair(1 - pairs.probability) if smoothing == "column" else smoothing
             return lambda c, r: pairwise_loss(c, r, margin, smoothing)
         if name == "prior_length":
-            own = batch.token_lengths[batch.better] - batch.start, batch.token_lengths[batch.worse] - batch.start
+            lengths = batch.tokens.span_lengths
+            own = lengths[pairs.better] - pairs.start, lengths[pairs.worse] - pairs.start
             similarity = losses.length_similarity(*own)
         else:
-            similarity = losses.angular_similarity(batch.similarity)
+            similarity = losses.angular_similarity(pairs.similarity)
         bound = per_pair(losses.prior_bound(similarity, *self.loss.prior_beta))
         return lambda c, r: losses.prior_constrained_loss(c, r, bound)
 
     def margin(self, batch: Batch) -> torch.Tensor | float:
-        """A number, or (p,)."""
-        values = {"column": batch.margin, "large": batch.rating, "small": batch.rating / 3}
+        """The margin of all pairs as a number, or of each judged pair, shape (p,)."""
+        pairs = batch.pairs
+        values = {"column": pairs.margin, "large": pairs.rating, "small": pairs.rating / 3}
         return values.get(self.loss.margin, self.loss.margin)
 
     def point_losses(self, batch: Batch, scores: torch.Tensor, thresholds: torch.Tensor | None = None) -> torch.Tensor:
-        """Of each answer (a,); whatever the loss of 0 is where an answer has no target."""
-        name, scores = self.names["points"], scores[batch.answers]
+        """Loss of each response of each row, shape (t,). Where there is no target, the loss is that of the target 0."""
+        name, scores, targets = self.names["points"], scores[batch.points.responses], batch.points.targets
         if name == "mse":
-            return losses.squared_error(scores, batch.targets)
+            return losses.squared_error(scores, targets)
         if name == "mae":
-            return losses.absolute_error(scores, batch.targets)
+            return losses.absolute_error(scores, targets)
         if name == "huber":
-            return losses.huber_loss(scores, batch.targets, self.loss.huber_delta)
+            return losses.huber_loss(scores, targets, self.loss.huber_delta)
         if name == "bce":
-            return losses.binary_loss(scores, batch.targets)
-        grade = (batch.targets - self.lowest_grade).clamp(0, len(thresholds))
+            return losses.binary_loss(scores, targets)
+        grade = (targets - self.lowest_grade).clamp(0, len(thresholds))
         return losses.ordinal_loss(scores, grade, thresholds)
 
     def right_labels(self, batch: Batch, scores: torch.Tensor, thresholds: torch.Tensor | None) -> torch.Tensor:
-        """Whether each answer (a,) gets its label, 1 or 0: the likeliest grade, or the side of 0; NaN: no such loss."""
-        name, scores = self.names.get("points"), scores[batch.answers]
+        """Whether each response of each row gets its label right, 1 or 0, shape (t,).
+
+        ``ordinal`` compares the likeliest grade, and ``bce`` the sign of the score. Any other loss gives NaN.
+        """
+        name, scores, targets = self.names.get("points"), scores[batch.points.responses], batch.points.targets
         if name == "ordinal":
-            return (losses.likeliest_grade(scores, thresholds) == batch.targets - self.lowest_grade).float()
+            return (losses.likeliest_grade(scores, thresholds) == targets - self.lowest_grade).float()
         if name == "bce":
-            return ((scores > 0) == (batch.targets > 0.5)).float()
+            return ((scores > 0) == (targets > 0.5)).float()
         return torch.full_like(scores, math.nan)
 
     def penalties(self, batch: Batch, scores: torch.Tensor) -> torch.Tensor | float:
-        """What is added for the scores' scale and for what follows length: over rows, and their answers."""
-        loss, total = self.loss, 0.0
-        own = scores[batch.answers]
+        """Penalty on the scale of the scores, and on scores that follow length: means over rows and their responses."""
+        loss, points, total = self.loss, batch.points, 0.0
+        own = scores[points.responses]
         if loss.score_penalty == "center":  # (r_1 + r_2)² of a pair: four times the squared mean of a row
-            shares = batch.answer_weights / batch.row_weights[batch.answer_rows]
-            means = own.new_zeros(len(batch.row_weights)).index_add(0, batch.answer_rows, own * shares)
-            total = loss.score_penalty_weight * score_penalty("center", means, means, batch.row_weights)
+            shares = points.response_weights / points.row_weights[points.rows]
+            means = own.new_zeros(len(points.row_weights)).index_add(0, points.rows, own * shares)
+            total = loss.score_penalty_weight * score_penalty("center", means, means, points.row_weights)
         elif loss.score_penalty:
-            total = loss.score_penalty_weight * score_penalty(loss.score_penalty, own, own, batch.answer_weights)
+            penalty = score_penalty(loss.score_penalty, own, own, points.response_weights)
+            total = loss.score_penalty_weight * penalty
         if loss.length_penalty:
-            lengths = batch.response_lengths[batch.answers]
-            total = total + loss.length_penalty * losses.length_penalty(own, lengths, batch.answer_weights)
+            lengths = batch.tokens.response_lengths[points.responses]
+            total = total + loss.length_penalty * losses.length_penalty(own, lengths, points.response_weights)
         return total
 
     def start_thresholds(self, train_set: Comparisons) -> torch.Tensor | None:
-        """The thresholds between the grades that the training rows have, to begin with; None: the loss has none.
+        """The initial thresholds between the grades of the training rows, or None if the loss has no thresholds.
 
         Raises:
-            UserError: one grade alone, or more than a thousand.
+            UserError: The rows have a single grade, or more than a thousand.
         """
         if "ordinal" not in self.kinds:
             return None
@@ -165,7 +187,7 @@ class Objective:
         return losses.frequency_thresholds(torch.from_numpy(np.bincount((grades - grades.min()).astype(int))))
 
     def require_rows(self, train_set: Comparisons) -> None:
-        """Raises UserError if one of several objectives has no row to learn from."""
+        """Raise UserError if an objective has no row to learn from."""
         has = {
             "pairs": (train_set.pairs > 0).any(),
             "lists": (train_set.pairs > 0).any(),
@@ -177,10 +199,10 @@ class Objective:
                 raise UserError(f"--loss {name} has nothing to learn from: no training row has {what}")
 
     def missing(self, row: Comparison) -> str | None:
-        """Why there is nothing to learn from a training row; None: there is something.
+        """Why there is nothing to learn from a training row, or None if an objective can learn from it.
 
         Raises:
-            BadRow: what it has does not suit the loss.
+            BadRow: What the row has does not suit the loss.
         """
         checks = {"pairs": self._missing_in_pairs, "lists": self._missing_in_lists, "points": self._missing_in_points}
         reasons = [checks[kind](row, name) for name, kind in self.kinds.items()]

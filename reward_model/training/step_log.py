@@ -12,7 +12,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from reward_model.batching.collate import Batch
+from reward_model.batching.batch import Batch
 from reward_model.common import distributed
 from reward_model.common.distributed import DistributedContext
 from reward_model.common.errors import UserError
@@ -35,14 +35,14 @@ class StepLog:
     def add(self, loss: torch.Tensor, chosen: torch.Tensor, rejected: torch.Tensor, batch: Batch) -> None:
         """Count a micro-batch: its weighted loss (0-d) and the scores of its winners and losers (p,)."""
         self.sums[0] += loss
-        self.sums[6] += batch.input_ids.numel()
+        self.sums[6] += batch.tokens.input_ids.numel()
         self.sums[7] += 1
         if batch.weight:
             correct = (chosen > rejected).double() + 0.5 * (chosen == rejected)
             parts = (torch.ones_like(correct), correct, chosen, rejected)
             self.sums[1:5] += torch.stack([part.sum(dtype=torch.float64) for part in parts])
-            self.sums[5] += batch.attention_mask.sum()
-            self.sums[8] += len(batch.row_weights)
+            self.sums[5] += batch.tokens.attention_mask.sum()
+            self.sums[8] += len(batch.points.row_weights)
 
     def end_step(self, step: int, epoch: float, learning_rate: float, grad_norm) -> None:
         """Begin to add up the ranks, and report the step before."""

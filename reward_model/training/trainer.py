@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from reward_model.batching.collate import Batch
+from reward_model.batching.batch import Batch
 from reward_model.batching.groups import RowGroups
 from reward_model.batching.planner import Planner
 from reward_model.common.distributed import DistributedContext
@@ -94,12 +94,12 @@ class Trainer:
         """The mean loss of a batch (0-d), and the end scores of its winners and losers (p,); float32."""
         every = None
         if self.settings.loss.level == "token":
-            every = self.forward(batch, batch.tokens)  # (n, r)
+            every = self.forward(batch, batch.tokens.spans)  # (n, r)
             scores = every[:, -1]  # beyond its end a response repeats its last token
         else:
-            scores = self.forward(batch, batch.ends)  # (n,)
+            scores = self.forward(batch, batch.tokens.ends)  # (n,)
         loss = self.objective(batch, scores, every, self.forward.thresholds)
-        return loss, scores[batch.better], scores[batch.worse]
+        return loss, scores[batch.pairs.better], scores[batch.pairs.worse]
 
     def evaluate(self, epoch: float) -> None:
         """Score the evaluation rows on all ranks, each once, and record the metrics of the whole set.

@@ -134,7 +134,7 @@ def watch(log: type, records: type, clocks: list[Clock]) -> None:
 
     def add_batch(self, loss, chosen, rejected, batch):
         add(self, loss, chosen, rejected, batch)
-        clocks[0].batch(len(chosen), batch.input_ids.numel())
+        clocks[0].batch(len(chosen), batch.tokens.input_ids.numel())
 
     def end_step(self, *step):
         end(self, *step)

@@ -5,7 +5,8 @@ import pytest
 import torch
 from flags import loss_of
 
-from reward_model.batching.collate import Layout, collate
+from reward_model.batching.collate import collate
+from reward_model.batching.layout import Layout
 from reward_model.config.objectives import LIST_LOSSES, PAIR_LOSSES, POINT_LOSSES
 from reward_model.data.comparisons import Comparison
 from reward_model.data.rows import judge_answer, judge_list, judge_pair
@@ -32,7 +33,7 @@ def test_a_gpu_computes_what_a_cpu_does(flags):
     objective = Objective(loss_of(flags))
     found = []
     for device in ("cpu", "cuda"):
-        scores = torch.linspace(-1, 1, len(batch.ends)).to(device).requires_grad_()
+        scores = torch.linspace(-1, 1, len(batch.tokens.ends)).to(device).requires_grad_()
         thresholds = torch.tensor([-0.5, 0.5], device=device)
         there = batch.to(torch.device(device))
         torch.cuda.set_sync_debug_mode("error" if device == "cuda" else "default")

@@ -22,7 +22,7 @@ MEASURED = (
     "import atexit, runpy, sys, torch, reward_model.training.trainer as t\n"
     "most = [0]; plain = t.Trainer.train_micro_batch\n"
     "def noted(self, batch, log):\n"
-    "    most[0] = max(most[0], batch.input_ids.numel()); plain(self, batch, log)\n"
+    "    most[0] = max(most[0], batch.tokens.input_ids.numel()); plain(self, batch, log)\n"
     "t.Trainer.train_micro_batch = noted; sys.argv[0] = 'main.py'\n"
     "atexit.register(lambda: print('HELD', torch.cuda.max_memory_allocated(), most[0], flush=True))\n"
     "runpy.run_path('main.py', run_name='__main__')"

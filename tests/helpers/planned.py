@@ -62,7 +62,7 @@ class Watched(trainer.Trainer):
         if self.steps < STEPS - 1:
             super().train_micro_batch(batch, log)
             return
-        self.note("tokens", batch.input_ids.numel())
+        self.note("tokens", batch.tokens.input_ids.numel())
         self.base = self.held()
         with Meter(tensors()) as self.meter:
             super().train_micro_batch(batch, log)

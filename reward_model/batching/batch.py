@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A batch as tensors, in four parts: tokens, judged pairs, ranked lists, and scored responses.
+
+Each part collates itself. A response is named by its number among the responses of the batch, 0 to n − 1. A row of the
+data (a Comparison) is not a row of token ids, which may hold many of them or one response.
+
+Notation for shapes: b rows of token ids with s tokens each; n responses, of which the longest has r tokens; p judged
+pairs; l ranked lists, of which the longest has k responses; c rows of the data; t responses of these rows, where a
+response that several rows judged counts once for each; m numbers in ``Tokens.sizes``, K + 2 for each comparison.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+
+from reward_model.batching.layout import Layout
+from reward_model.batching.merging import PlacedRow
+from reward_model.data.comparisons import Comparison, common_prefix
+
+Self = TypeVar("Self", bound="TensorFields")  # typing.Self needs Python 3.11
+
+
+@dataclass(frozen=True)
+class TensorFields:
+    """A dataclass whose fields are tensors, dataclasses of this kind, or plain values, which stay as they are."""
+
+    def to(self: Self, device: torch.device) -> Self:
+        """The same values on a device. The copy may still be under way when this returns."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self: Self) -> Self:
+        """The same values in page-locked memory, from which a GPU can copy while the CPU goes on."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self: Self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        def changed(value):
+            if isinstance(value, TensorFields):
+                return value._map(change)
+            return change(value) if isinstance(value, torch.Tensor) else value
+
+        return replace(self, **{f.name: changed(getattr(self, f.name)) for f in fields(self)})
+
+
+@dataclass(frozen=True)
+class Tokens(TensorFields):
+    """Rows of token ids, and where each response is in them.
+
+    An index of a token counts through all b · s tokens, row after row. What a response's span holds depends on the
+    layout: the tokens after the shared prompt or, in separate rows, the whole text.
+    """
+
+    input_ids: torch.Tensor  # (b, s) int64
+    attention_mask: torch.Tensor  # (b, s) int64; 1 for a token of a text, 0 for a pad
+    position_ids: torch.Tensor  # (b, s) int64; each response continues the positions of its prompt
+    comparison: torch.Tensor  # (b, s) int32; which merged comparison a token belongs to, −1 for a pad
+    response: torch.Tensor  # (b, s) int32; which response of that comparison, counted from 1; 0 for the prompt
+    sizes: torch.Tensor  # (m,) int64; for each comparison K, then the lengths of its prompt and of its K responses
+    ends: torch.Tensor  # (n,) int64; index of each response's last token
+    spans: torch.Tensor  # (n, r) int64; indices of each response's tokens; its last token fills what is beyond its end
+    span_lengths: torch.Tensor  # (n,) int64; number of tokens in each span
+    response_lengths: torch.Tensor  # (n,) int64; tokens after what was asked, the end token included
+
+    @classmethod
+    def collate(cls, rows: Sequence[Sequence[Comparison]], layout: Layout, placed: Sequence[PlacedRow]) -> Tokens:
+        """Write merged comparisons into rows of token ids.
+
+        Args:
+            rows: The comparisons of each row, as ``layout`` distributes them.
+            placed: The rows of the data, which say where what was asked ends.
+        """
+        shape = len(rows), layout.width(rows)
+        ids, positions = np.full(shape, layout.pad, np.int64), np.zeros(shape, np.int64)
+        comparison, response = np.full(shape, -1, np.int32), np.zeros(shape, np.int32)
+        segments = list(_segments(rows))
+        for segment in segments:
+            length = len(segment.ids)
+            here = segment.row, slice(segment.column, segment.column + length)
+            ids[here] = segment.ids
+            positions[here] = np.arange(segment.position, segment.position + length)
+            comparison[here], response[here] = segment.comparison, segment.response
+        responses = [segment for segment in segments if segment.response]
+        begins = np.array([segment.row * shape[1] + segment.column for segment in responses])
+        lengths = np.array([len(segment.ids) for segment in responses])
+        response_lengths = np.zeros(len(responses), np.int64)
+        for row in placed:
+            response_lengths[row.responses] = _response_lengths(row.comparison)
+        values = {
+            "input_ids": ids,
+            "attention_mask": (comparison >= 0).astype(np.int64),
+            "position_ids": positions,
+            "comparison": comparison,
+            "response": response,
+            "sizes": np.array([size for row in rows for c in row for size in _sizes(c)]),
+            "ends": begins + lengths - 1,
+            "spans": begins[:, None] + np.minimum(np.arange(lengths.max()), lengths[:, None] - 1),
+            "span_lengths": lengths,
+            "response_lengths": response_lengths,
+        }
+        return cls(**{name: torch.from_numpy(value) for name, value in values.items()})
+
+
+class _Segment(NamedTuple):
+    """A prompt or a response, and where it is written."""
+
+    ids: list[int]
+    row: int
+    column: int
+    position: int  # of its first token in its text
+    comparison: int
+    response: int  # counted from 1; 0 for the prompt
+
+
+def _segments(rows: Sequence[Sequence[Comparison]]) -> Iterator[_Segment]:
+    """Each prompt and each response, in the order in which they are written."""
+    number = 0
+    for i, row in enumerate(rows):
+        column = 0
+        for c in row:
+            for k, ids in enumerate([c.prompt, *c.responses]):
+                yield _Segment(ids, i, column, len(c.prompt) if k else 0, number, k)
+                column += len(ids)
+            number += 1
+
+
+def _sizes(c: Comparison) -> list[int]:
+    """Number of responses, then the number of tokens of the prompt and of each response."""
+    return [len(c.responses), len(c.prompt), *map(len, c.responses)]
+
+
+def _response_lengths(row: Comparison) -> list[int]:
+    """Number of tokens of each response after what was asked, which may be less than what the responses share."""
+    asked = len(row.prompt) if row.prompt_tokens is None else row.prompt_tokens
+    return [len(row.prompt) + len(response) - asked for response in row.responses]
+
+
+@dataclass(frozen=True)
+class Pairs(TensorFields):
+    """Pairs of responses of which one was preferred.
+
+    ``margin``, ``rating``, ``probability`` and ``similarity`` mean what they mean in a Comparison. They are NaN where
+    the data say nothing.
+    """
+
+    better: torch.Tensor  # (p,) int64; the preferred response of each pair
+    worse: torch.Tensor  # (p,) int64; the other response
+    margin: torch.Tensor  # (p,) float32
+    rating: torch.Tensor  # (p,) float32
+    probability: torch.Tensor  # (p,) float32
+    similarity: torch.Tensor  # (p,) float32
+    start: torch.Tensor  # (p,) int64; first place in the two spans at which they differ
+    weights: torch.Tensor  # (p,) float32; weight in the batch's mean loss; the pairs of a row share its weight
+
+    @classmethod
+    def collate(cls, placed: Sequence[PlacedRow], spans: Sequence[list[int]]) -> Pairs:
+        """Collect the judged pairs, one row's after the other.
+
+        Args:
+            spans: The token ids in the span of each of the n responses.
+        """
+        better = [row.responses[k] for row in placed for k in row.comparison.better]
+        worse = [row.responses[k] for row in placed for k in row.comparison.worse]
+
+        def known(name: str) -> torch.Tensor:
+            rows = [row.comparison for row in placed]
+            return _floats([value for c in rows for value in getattr(c, name) or [math.nan] * len(c.better)])
+
+        return cls(
+            better=_integers(better),
+            worse=_integers(worse),
+            margin=known("margin"),
+            rating=known("rating"),
+            probability=known("probability"),
+            similarity=known("similarity"),
+            start=_integers([_shared_tokens(spans[b], spans[w]) for b, w in zip(better, worse)]),
+            weights=_floats([row.weight / len(row.comparison.better) for row in placed for _ in row.comparison.better]),
+        )
+
+
+def _shared_tokens(one: list[int], other: list[int]) -> int:
+    """Number of tokens before two spans differ. If one begins with all of the other, each keeps its last token."""
+    return min(common_prefix(one, other), len(one) - 1, len(other) - 1)
+
+
+@dataclass(frozen=True)
+class Lists(TensorFields):
+    """Ranked lists of responses, padded to the longest list."""
+
+    responses: torch.Tensor  # (l, k) int64; 0 where a list has fewer
+    ranks: torch.Tensor  # (l, k) int64; 0 is the best, equal ranks are tied, −1 where a list has fewer
+    weights: torch.Tensor  # (l,) float32; weight in the batch's mean loss
+
+    @classmethod
+    def collate(cls, placed: Sequence[PlacedRow]) -> Lists:
+        """Collect the ranked lists. A judged pair with ranks is a list of two."""
+        ranked = [row for row in placed if row.comparison.ranks]
+        longest = max((len(row.responses) for row in ranked), default=0)
+
+        def padded(lists: list[list[int]], pad: int) -> torch.Tensor:
+            return _integers([one + [pad] * (longest - len(one)) for one in lists]).reshape(len(ranked), longest)
+
+        return cls(
+            responses=padded([row.responses for row in ranked], 0),
+            ranks=padded([row.comparison.ranks for row in ranked], -1),
+            weights=_floats([row.weight for row in ranked]),
+        )
+
+
+@dataclass(frozen=True)
+class Points(TensorFields):
+    """Every row's responses, one row's after the other, with the score or label of those that have one."""
+
+    responses: torch.Tensor  # (t,) int64; which response this is
+    rows: torch.Tensor  # (t,) int64; which row of the data it belongs to, from 0 to c − 1
+    response_weights: torch.Tensor  # (t,) float32; the weight of its row, divided by the row's number of responses
+    targets: torch.Tensor  # (t,) float32; its score or label; 0 where there is none
+    weights: torch.Tensor  # (t,) float32; weight in the batch's mean loss; 0 where there is no target
+    row_weights: torch.Tensor  # (c,) float32; the weight of each row; they sum to 1
+
+    @classmethod
+    def collate(cls, placed: Sequence[PlacedRow]) -> Points:
+        """Collect every row's responses, whether they have a target or not. Those that have share the row's weight."""
+        targets, weights = [], []
+        for row in placed:
+            given = row.comparison.targets or [math.nan] * len(row.responses)
+            scored = sum(not math.isnan(target) for target in given)
+            targets += [0.0 if math.isnan(target) else target for target in given]
+            weights += [0.0 if math.isnan(target) else row.weight / scored for target in given]
+        return cls(
+            responses=_integers([response for row in placed for response in row.responses]),
+            rows=_integers([number for number, row in enumerate(placed) for _ in row.responses]),
+            response_weights=_floats([row.weight / len(row.responses) for row in placed for _ in row.responses]),
+            targets=_floats(targets),
+            weights=_floats(weights),
+            row_weights=_floats([row.weight for row in placed]),
+        )
+
+
+@dataclass(frozen=True)
+class Batch(TensorFields):
+    """The tokens of a batch, what was judged of its responses, and the weight of its mean loss in the step's."""
+
+    tokens: Tokens
+    pairs: Pairs
+    lists: Lists
+    points: Points
+    weight: float = 1.0
+
+
+def _integers(values: list) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def _floats(values: list[float]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32)
