@@ -39,7 +39,7 @@ class RewardScorer:
         self.special = choose_special_tokens(tokenizer, embedding_rows(scorer))
         dtype = next(scorer.parameters()).dtype
         self.forward = ForwardPass(self.scorer, self.scorer, dtype, device, self.special.pad)
-        self.mean = getattr(scorer.config, "score_mean", 0.0)  # of a normalised model: its head has no bias to take it
+        self.mean = getattr(scorer.config, "score_mean", 0.0)  # of a normalized model: its head has no bias to take it
         self.thresholds = [value - self.mean for value in getattr(scorer.config, "score_thresholds", [])]
         self.lowest_grade = getattr(scorer.config, "lowest_grade", 0)
 

@@ -3,7 +3,7 @@
 
 Same constructor, calls, attributes and state-dict keys as ``dschat/utils/model/reward_model.py``. With the new keyword
 arguments left at their defaults it gives upstream's loss, scores and gradients, without a loop over the batch and
-without a host-device synchronisation; scores and loss are float32 at least, whatever the model's dtype. Imports torch
+without a host-device synchronization; scores and loss are float32 at least, whatever the model's dtype. Imports torch
 only, so that it can be copied into a checkout as one file.
 
 Notation: b pairs, s tokens, h hidden units. A batch holds 2b rows: b chosen, then b rejected.

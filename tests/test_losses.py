@@ -664,8 +664,8 @@ def test_smaller_scores_do_not_pay_less():
     """Along the scale of the scores there is no slope: a penalty with one made them all shrink."""
     scores, lengths, weights = random_answers(3, scale=0.005)  # as a new head's
     (slope,) = gradient(length_penalty(scores.requires_grad_(), lengths, weights), scores)
-    centred = scores - (weights * scores).sum()
-    assert (slope * centred).sum().item() == pytest.approx(0, abs=1e-10)
+    centered = scores - (weights * scores).sum()
+    assert (slope * centered).sum().item() == pytest.approx(0, abs=1e-10)
     assert slope.abs().max() > 1
 
 
@@ -758,7 +758,7 @@ def test_as_trl(trl_loss):
 
 
 @pytest.mark.parametrize("weight", [0.01, 0.5])
-def test_as_trl_with_centred_rewards(trl_loss, weight):
+def test_as_trl_with_centered_rewards(trl_loss, weight):
     pair, margin = random_pair(20, 8), random_numbers(21, 8).abs()
     for inputs in ({}, {"margin": margin}):
         ours = pairwise_loss(*pair, **inputs).mean() + weight * score_penalty("center", *pair)

@@ -15,7 +15,6 @@ from flags import read
 TOP = Path(__file__).resolve().parent.parent
 SCRIPTS = TOP / "training_scripts"
 RECIPES = sorted((SCRIPTS / "recipes").glob("*.sh"))
-SHELL_FILES = [*RECIPES, SCRIPTS / "slurm.sbatch"]  # test_setup.py has the others
 BASH = shutil.which("bash")
 UPSTREAM = "applications/DeepSpeed-Chat/training/step2_reward_model_finetuning/training_scripts"
 
@@ -168,15 +167,3 @@ def test_upstreams_launch_lines_start_this_main(tmp_path):
         assert words[: words.index("main.py")] in ([], ["--num_gpus", "1"])
         options = read(words[words.index("main.py") + 1 :])
         assert (options.zero_stage, options.output_dir) == (2, str(output))
-
-
-@pytest.mark.parametrize("script", SHELL_FILES, ids=lambda path: path.name)
-def test_bash_can_read_it(script):
-    result = subprocess.run([BASH, "-n", str(script)], capture_output=True, text=True)
-    assert (result.returncode, result.stderr) == (0, "")
-
-
-@pytest.mark.skipif(not shutil.which("shellcheck"), reason="no shellcheck on PATH")
-def test_shellcheck_finds_nothing():
-    result = subprocess.run(["shellcheck", "-x", *map(str, SHELL_FILES)], cwd=TOP, capture_output=True, text=True)
-    assert (result.returncode, result.stdout) == (0, "")

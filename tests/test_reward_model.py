@@ -419,7 +419,7 @@ def test_nan_outside_the_span_reaches_neither_loss_nor_gradient(smoothing):
     assert all(gradient[~inside].eq(0).all() for gradient in found)
 
 
-# --- no synchronisation, no loop over the batch ---
+# --- no synchronization, no loop over the batch ---
 
 
 def every_option():
@@ -437,7 +437,7 @@ def test_forward_and_backward_run_on_tensors_without_data():
             gradients(model.forward_value(input_ids, prompt_length=2)["chosen_end_scores"].sum(), model)
 
 
-def test_tensors_without_data_refuse_to_synchronise():
+def test_tensors_without_data_refuse_to_synchronize():
     with FakeTensorMode(), pytest.raises(DataDependentOutputException):
         torch.randint(VOCABULARY, (8, 6)).sum().item()
 
@@ -481,7 +481,7 @@ def test_number_of_operators_does_not_depend_on_the_batch():
         assert operators(value, model, small) == operators(value, model, large)
 
 
-def test_operator_log_sees_a_synchronisation_and_a_boolean_index():
+def test_operator_log_sees_a_synchronization_and_a_boolean_index():
     flags = torch.tensor([True, False])
     with OperatorLog() as log:
         flags.any().item()

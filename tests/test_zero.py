@@ -148,7 +148,7 @@ def test_a_launcher_that_says_nothing_of_nodes(monkeypatch):
     assert build("zeropp.json", world_size=1)["zero_optimization"]["zero_hpz_partition_size"] == 1
 
 
-def test_quantised_communication_needs_a_gpu(monkeypatch):
+def test_quantized_communication_needs_a_gpu(monkeypatch):
     from deepspeed.accelerator import get_accelerator
 
     monkeypatch.setattr(get_accelerator(), "device_name", lambda *_: "cpu")

@@ -128,7 +128,7 @@ run_here() {
   check_flags
   mkdir -p "$OUTPUT"
   quoted "$@" >>"$OUTPUT/training.log"
-  exec "$PYTHON" "$scripts/guard.py" --log "$OUTPUT/training.log" "$@"
+  exec "$PYTHON" "$scripts/supervise.py" --log "$OUTPUT/training.log" "$@"
 }
 
 # recipe LAUNCHER FLAG...: start LAUNCH, or else this launcher, with a recipe's settings

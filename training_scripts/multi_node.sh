@@ -70,7 +70,7 @@ node_line() {
     torchrun) words=(torch.distributed.run --nnodes "${#hosts[@]}" --nproc_per_node "${slots[0]}" --node_rank "$rank"
       --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT") ;;
   esac
-  printf 'cd %s && exec %s\n' "$(quoted "$PWD")" "$(quoted env "${environment[@]}" "$PYTHON" "$here/guard.py" --lifeline \
+  printf 'cd %s && exec %s\n' "$(quoted "$PWD")" "$(quoted env "${environment[@]}" "$PYTHON" "$here/supervise.py" --lifeline \
     --reach "$MASTER_ADDR" --run "$run" "$PYTHON" -u -m "${words[@]}" "$here/main.py" "${FLAGS[@]}")"
 }
 
@@ -88,7 +88,7 @@ by_pdsh() {
   local text
   text=$(quoted bash -c "$(node_line RANK-OF-THIS-HOST)") # whatever shell the user has there
   text=${text//%/%%} # %n is pdsh's own number of a host
-  PDSH_SSH_ARGS_APPEND="${ssh[*]:1}" exec "$PYTHON" "$here/guard.py" --lifeline \
+  PDSH_SSH_ARGS_APPEND="${ssh[*]:1}" exec "$PYTHON" "$here/supervise.py" --lifeline \
     pdsh -S -R ssh -f 1024 -w "$(IFS=,; printf '%s' "${hosts[*]}")" "${text//RANK-OF-THIS-HOST/%n}"
 }
 
@@ -123,7 +123,7 @@ watch() {
   done
 }
 
-# end_all: closing the lifeline ends what guard.py started, here and on every host
+# end_all: closing the lifeline ends what supervise.py started, here and on every host
 end_all() {
   [ -z "$lifeline" ] || exec {lifeline}>&-
   lifeline=

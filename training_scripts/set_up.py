@@ -64,7 +64,7 @@ class SetUpError(Exception):
 
 
 class Requirement(NamedTuple):
-    """A dependency: its normalised name, and all of it as pyproject.toml writes it."""
+    """A dependency: its normalized name, and all of it as pyproject.toml writes it."""
 
     name: str
     text: str
@@ -83,7 +83,7 @@ def release(version: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def normalised(name: str) -> str:
+def normalized(name: str) -> str:
     """As PEP 503 has it."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
@@ -98,7 +98,7 @@ def requirements(pyproject: str, dev: bool) -> list[Requirement]:
     for name in names:
         block = re.search(rf"^{name} = \[(.*?)\]\s*$", pyproject, re.DOTALL | re.MULTILINE)[1]
         for text in re.findall(r'"([^"]+)"', block):
-            found.append(Requirement(normalised(re.match(r"[\w.-]+", text)[0]), text))
+            found.append(Requirement(normalized(re.match(r"[\w.-]+", text)[0]), text))
     return found
 
 
@@ -111,7 +111,7 @@ class Facts(NamedTuple):
     python: str  # its path
     prefix: str
     is_environment: bool  # a virtual one, or conda's other than its base
-    packages: dict[str, str]  # normalised name → version
+    packages: dict[str, str]  # normalized name → version
     torch_at: str  # the folder that would be imported, whatever the metadata says; empty: none
     has_pip: bool
 
@@ -121,7 +121,7 @@ def look() -> Facts:
     for found in metadata.distributions():
         name, version = found.metadata["Name"], found.version
         if name and version:
-            packages.setdefault(normalised(name), version)  # the first on the path is the one that is imported
+            packages.setdefault(normalized(name), version)  # the first on the path is the one that is imported
     prefix = Path(sys.prefix)
     torch = importlib.util.find_spec("torch")
     is_conda = (prefix / "conda-meta").is_dir() and not (prefix / "condabin").is_dir()
@@ -339,7 +339,7 @@ def complete(facts: Facts, needed: list[Requirement], debug: bool, keep_all: boo
         kept = facts.packages if keep_all else {"torch": torch} if torch else {}
         lines = [f"{name}=={version}" for name, version in kept.items() if re.fullmatch(r"[\w.!+-]+", version)]
         pinned = (TOP / "constraints.txt").read_text(encoding="utf-8").splitlines()
-        lines += [line for line in pinned if line[:1].isalpha() and normalised(line.split("==")[0]) not in kept]
+        lines += [line for line in pinned if line[:1].isalpha() and normalized(line.split("==")[0]) not in kept]
         constraints.write("\n".join(lines) + "\n")
         constraints.flush()
         if not torch:

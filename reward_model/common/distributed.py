@@ -118,15 +118,15 @@ def require_zero(zero: dict, nvme_path: str | None) -> None:
     """What a filled ZeRO section needs of this node, said before a model is loaded.
 
     Raises:
-        UserError: no GPU for quantised communication, no libaio, or a folder for NVMe that cannot be used.
+        UserError: no GPU for quantized communication, no libaio, or a folder for NVMe that cannot be used.
     """
     from deepspeed.accelerator import get_accelerator
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     device = get_accelerator().device_name()
-    quantised = [key for key, value in zero.items() if key.startswith("zero_quantized_") and value]
-    if quantised and device != "cuda":
-        raise UserError(f"{' and '.join(quantised)}: DeepSpeed's quantiser needs a CUDA GPU, this is a {device}")
+    quantized = [key for key, value in zero.items() if key.startswith("zero_quantized_") and value]
+    if quantized and device != "cuda":
+        raise UserError(f"{' and '.join(quantized)}: DeepSpeed's quantizer needs a CUDA GPU, this is a {device}")
     if not any((zero.get(name) or {}).get("device") == "nvme" for name in ("offload_optimizer", "offload_param")):
         return
     _require_compiler()

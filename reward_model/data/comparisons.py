@@ -28,7 +28,7 @@ class BadRow(Exception):
 class Comparison:
     """A prompt, K responses, and what was judged of them.
 
-    prompt: ids that every response shares, the longest common prefix of the jointly tokenised texts.
+    prompt: ids that every response shares, the longest common prefix of the jointly tokenized texts.
     responses: K lists of ids that follow it; each ends with an end token.
     better, worse: judged pairs as indices into ``responses``; better[i] beat worse[i].
     margin: by how much, one number per judged pair; NaN where the row says nothing.

@@ -5,7 +5,7 @@
 
 Each request asks how to do something to some thing. Four answers are graded by what they say: 3 gives steps that fit
 the request, 2 stays general, 1 is about another thing, 0 refuses or mocks; four sentences in ten stray to a
-neighbouring grade. How long an answer is to be is drawn without regard to its grade, so length carries no signal. Of a
+neighboring grade. How long an answer is to be is drawn without regard to its grade, so length carries no signal. Of a
 prompt's answers, pairs are drawn with a rating, the difference of the grades. No request of ``eval.jsonl`` occurs in
 ``train.jsonl``.
 """

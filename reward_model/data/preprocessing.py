@@ -67,7 +67,7 @@ FEATURES = datasets.Features(
 class PreprocessingConfig:
     """How rows become Comparisons.
 
-    max_seq_len: longest text in tokens. on_bad_row: ``stop`` or ``skip``. cache: folder for tokenised rows.
+    max_seq_len: longest text in tokens. on_bad_row: ``stop`` or ``skip``. cache: folder for tokenized rows.
     processes: for tokenizing; 0: as many as there are cores and work. missing: why the loss has nothing to learn from a
     training row, given as a Comparison without its tokens; it raises BadRow, or gives None.
     """
@@ -88,7 +88,7 @@ def load_comparisons(
     seed: int,
     data_split: str | None = None,
 ) -> tuple[Comparisons, Comparisons]:
-    """Training and evaluation Comparisons, tokenised once and then read from the cache.
+    """Training and evaluation Comparisons, tokenized once and then read from the cache.
 
     Evaluation rows are those of ``eval_paths``; else those that the training entries bring; else, for an entry that
     brings none, a tenth of its prompts is held out.
@@ -99,16 +99,16 @@ def load_comparisons(
     train, evaluation, undivided = [], [], []
     for path in train_paths:
         train_sources, eval_sources = read_sources(path, seed, data_split, hold_out=not eval_paths)
-        tokenised = [
-            tokenise(source, tokenizer, special, preprocessing, preprocessing.missing) for source in train_sources
+        tokenized = [
+            tokenize(source, tokenizer, special, preprocessing, preprocessing.missing) for source in train_sources
         ]
         if eval_paths or eval_sources:
-            train += tokenised
+            train += tokenized
         else:
-            undivided += tokenised
+            undivided += tokenized
         if not eval_paths:
             evaluation += [
-                tokenise(source, tokenizer, special, preprocessing, nothing_judged) for source in eval_sources
+                tokenize(source, tokenizer, special, preprocessing, nothing_judged) for source in eval_sources
             ]
     for path in eval_paths:
         evaluation += _evaluation_rows(path, tokenizer, special, preprocessing, seed, nothing_judged)
@@ -137,7 +137,7 @@ def _evaluation_rows(
 ) -> list[Comparisons]:
     # a folder or hub name stands for its evaluation rows, a file for all of its rows
     first, second = read_sources(path, seed)
-    return [tokenise(source, tokenizer, special, preprocessing, missing) for source in second or first]
+    return [tokenize(source, tokenizer, special, preprocessing, missing) for source in second or first]
 
 
 def nothing_judged(row: Comparison) -> str | None:
@@ -167,14 +167,14 @@ def _hold_out(parts: list[Comparisons], seed: int) -> tuple[list[Comparisons], l
     return train, evaluation
 
 
-def tokenise(
+def tokenize(
     source: Source,
     tokenizer: PreTrainedTokenizerBase,
     special: SpecialTokens,
     preprocessing: PreprocessingConfig,
     missing: Callable[[Comparison], str | None] | None = None,
 ) -> Comparisons:
-    """One source's rows as Comparisons, from the cache if this content was tokenised like this before.
+    """One source's rows as Comparisons, from the cache if this content was tokenized like this before.
 
     Args:
         missing: as in :class:`PreprocessingConfig`; None: any row will do.
@@ -183,7 +183,7 @@ def tokenise(
         UserError: a bad row under ``stop``; names the source, the row's number and the reason.
     """
     work = partial(
-        _tokenise_rows,
+        _tokenize_rows,
         source=replace(source, rows=None, numbers=None),
         tokenizer=tokenizer,
         special=special,
@@ -203,13 +203,13 @@ def tokenise(
             features=FEATURES,
             new_fingerprint=key,
             cache_file_name=str(preprocessing.cache / f"{key}.arrow"),
-            desc=f"tokenising {os.path.basename(source.name)}",
+            desc=f"tokenizing {os.path.basename(source.name)}",
         )
     return Comparisons(_without_bad_rows(source, table, preprocessing, missing))
 
 
 def _fingerprint(source: Source, tokenizer, special: SpecialTokens, preprocessing: PreprocessingConfig) -> str:
-    """A name for the tokenised rows: content of the source, the tokenizer's own files, the config, and this code."""
+    """A name for the tokenized rows: content of the source, the tokenizer's own files, the config, and this code."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
     parts = [
@@ -257,7 +257,7 @@ def _reason(missing, row: Comparison) -> str | None:
         return str(problem)
 
 
-def _tokenise_rows(rows: dict[str, list], source, tokenizer, special, max_seq_len) -> dict[str, list]:
+def _tokenize_rows(rows: dict[str, list], source, tokenizer, special, max_seq_len) -> dict[str, list]:
     """A batch of rows in columns → a batch of FEATURES in columns."""
     size = len(next(iter(rows.values())))
     texts: list[Texts | str] = []
@@ -326,7 +326,7 @@ def compare(
         BadRow: the same ids twice, or an answer longer than the limit.
     """
     whole = [end_text(text, special) for text in whole]
-    require_different(whole, names, how=" once tokenised")
+    require_different(whole, names, how=" once tokenized")
     prompt_length = min(common_prefix(prompt, text) for text in whole)
     surplus = max(map(len, whole)) - max_seq_len
     if surplus > 0:

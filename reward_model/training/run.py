@@ -32,7 +32,7 @@ from reward_model.training.engine import build_scorer, partition_while_loading, 
 from reward_model.training.records import Records, write_text
 from reward_model.training.trainer import Trainer
 
-ROWS_TO_NORMALISE_BY = 4_096  # their standard deviation is known to about 1 %; OpenAI took 256
+ROWS_TO_NORMALIZE_BY = 4_096  # their standard deviation is known to about 1 %; OpenAI took 256
 
 
 @dataclass(frozen=True)
@@ -161,14 +161,14 @@ def keep_scale(trainer: Trainer, reference: Comparisons | None) -> None:
     """Write what scores mean to the config that is saved; with reference rows, give them standard deviation 1."""
     forward, planner, scale = trainer.forward, trainer.planner, 1.0
     if reference is not None:
-        groups = planner.evaluation_groups(reference, ROWS_TO_NORMALISE_BY)
+        groups = planner.evaluation_groups(reference, ROWS_TO_NORMALIZE_BY)
         plan = planner.evaluation(groups, forward.layout.kind)
         before, after = score_scale.normalize(
             forward, lambda: planner.load(reference, plan, forward.layout), trainer.context
         )
         scale = forward.scorer.config.score_std
         trainer.records.add(
-            {"split": "normalise", "step": trainer.total_steps}
+            {"split": "normalize", "step": trainer.total_steps}
             | asdict(before)
             | {"mean_after": after.mean, "std_after": after.std}
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same model trained with each objective and each penalty, on human judgements of arguments (UKPConvArg1).
+"""The same model trained with each objective and each penalty, on human judgments of arguments (UKPConvArg1).
 
 python tests/benchmarks/objectives.py --model FOLDER --data FOLDER --output FOLDER
 python tests/benchmarks/objectives.py … --seeds 1 2 3 --arms logistic center --processes 2 --flags "--max_grad_norm 0"
@@ -83,7 +83,7 @@ def write(folder: Path, name: str, rows: list[dict]) -> None:
 
 
 def prepare(data: Path, folder: Path) -> None:
-    """The same judgements in the form that each kind of objective reads."""
+    """The same judgments in the form that each kind of objective reads."""
     folder.mkdir(parents=True, exist_ok=True)
     pairs, lists = read(data / "train_pairs.jsonl.gz"), read(data / "train_ranked.jsonl.gz")
     scores = {(row["prompt"], text): s for row in lists for text, s in zip(row["responses"], row["scores"])}

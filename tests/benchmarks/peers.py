@@ -149,7 +149,7 @@ def watch(log: type, records: type, clocks: list[Clock]) -> None:
 
 
 def train_with_trl(options: argparse.Namespace, **settings) -> dict:
-    """TRL's trainer on texts that are tokenised already; rows of a batch padded to the longest of it."""
+    """TRL's trainer on texts that are tokenized already; rows of a batch padded to the longest of it."""
     import trl
     from datasets import Dataset
     from transformers import TrainerCallback

@@ -23,7 +23,7 @@ def pace(run: dict, clock: str, number: int) -> float:
     return number * timed / run[f"{clock}_seconds"]
 
 
-def summarise(runs: dict[str, list[dict]], pairs: list[work.Pair], ours: list[str]) -> dict[str, dict]:
+def summarize(runs: dict[str, list[dict]], pairs: list[work.Pair], ours: list[str]) -> dict[str, dict]:
     """Name → the numbers of a contender.
 
     Args:
@@ -102,8 +102,8 @@ def draw(rows: dict[str, dict], limits: list[dict], tokens_a_pair: float, file: 
     for height, (name, row) in enumerate(rows.items()):
         speed = row["pairs_per_second" if on_gpu else "pairs_per_cpu_second"]
         whiskers = [[speed["median"] - speed["min"]], [speed["max"] - speed["median"]]]
-        colour = "tab:blue" if name in row["ours_faster"] else "lightgrey"
-        axes.barh(height, speed["median"], xerr=whiskers, color=colour, capsize=4)
+        color = "tab:blue" if name in row["ours_faster"] else "lightgrey"
+        axes.barh(height, speed["median"], xerr=whiskers, color=color, capsize=4)
         reached = speed["median"] * row["bound"]
         axes.plot([reached] * 2, [height - 0.4, height + 0.4], color="black", linestyle=":")
     axes.plot([], [], color="black", linestyle=":", label="at this speed per token, each of P + C + R computed once")

@@ -5,7 +5,7 @@ python tests/benchmarks/scale.py --output FOLDER
 python tests/benchmarks/scale.py --output FOLDER --sizes 1000 100000 --flags "--merge prompt"
 
 For each number of pairs training_scripts/main.py starts twice on a tiny model, so that the second time the rows are
-tokenised already, and is stopped after 60 steps. Start-up is from the first import to the first step, the evaluation of
+tokenized already, and is stopped after 60 steps. Start-up is from the first import to the first step, the evaluation of
 8 pairs included; imports take the part of it that a run of one pair would wait for too.
 """
 
@@ -87,7 +87,7 @@ def main() -> None:
         prepare(folder, size)
         own = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "datasets"), "OMP_NUM_THREADS": "1"}
         words = [sys.executable, __file__, "--output", options.output, "--train", folder, f"--flags={options.flags}"]
-        for rows in ("new", "tokenised"):
+        for rows in ("new", "tokenized"):
             done = subprocess.run(list(map(str, words)), env=os.environ | own, capture_output=True, text=True)
             if done.returncode:
                 raise SystemExit(done.stderr[-3000:])

@@ -176,7 +176,7 @@ def main() -> None:
     print(f"{title}: {useful} tokens with each prompt once a pair, {work.tokens_once_a_list(pairs)} once a list")
     runs = run_rounds(options, folder, len(pairs), rows=round(useful * options.batch / len(pairs)))
     ours = [name for name in variants(options.ours) if name in runs]
-    rows = results.summarise(runs, pairs, ours)
+    rows = results.summarize(runs, pairs, ours)
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
     everything = {"settings": settings, "useful_tokens": useful, "summary": rows, "runs": runs}
     (options.output / "throughput.json").write_text(json.dumps(everything, indent=1) + "\n")

@@ -113,7 +113,7 @@ def tokens_once(pairs: list[Pair]) -> int:
 
 
 def tokens_once_a_list(pairs: list[Pair]) -> int:
-    """The same with neighbours of one prompt as one list: its prompt and each of its answers counted once."""
+    """The same with neighbors of one prompt as one list: its prompt and each of its answers counted once."""
     total = 0
     for prompt, group in groupby(pairs, key=lambda pair: pair.prompt):
         answers = {tuple(answer) for pair in group for answer in (pair.chosen, pair.rejected)}

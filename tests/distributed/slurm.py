@@ -134,7 +134,7 @@ class Slurm:
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def wait(self, number: str, seconds: float) -> str:
-        """Wait for the end of a job; its state. It is cancelled if it does not end."""
+        """Wait for the end of a job; its state. It is canceled if it does not end."""
         try:
             self._wait(f"job {number}", lambda: self.job(number)["JobState"] in ENDED, seconds)
         except TimeoutError:

@@ -91,7 +91,7 @@ class Said:
         return self
 
 
-def left_on(hosts, marks=("main.py", "guard.py", "launcher", "torch.distributed"), seconds=0.0):
+def left_on(hosts, marks=("main.py", "supervise.py", "launcher", "torch.distributed"), seconds=0.0):
     """Processes of a run that are on hosts, after waiting up to some seconds for none."""
     end = time.monotonic() + seconds
     while True:

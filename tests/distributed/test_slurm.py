@@ -3,7 +3,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -214,9 +213,3 @@ def test_the_first_node_is_known_by_an_address_that_is_not_its_loopback(tmp_path
     result = dry_run(PATH=path, SLURM_JOB_ID="40007", SLURM_JOB_NODELIST="localhost,other")
     address = {"10.1.2.3": "10.1.2.3", "localhost": "10.9.8.7"}[known]
     assert f"--nproc_per_node 4 --master_addr {address} --master_port 10007 " in result.stdout, result.stderr
-
-
-@pytest.mark.skipif(not shutil.which("shellcheck"), reason="no shellcheck")
-def test_shellcheck_has_nothing_to_say():
-    result = subprocess.run(["shellcheck", "-x", str(SBATCH)], cwd=SCRIPTS.parent, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout

@@ -105,7 +105,7 @@ class Metrics:
         records = [json.loads(line) for line in path.read_text().splitlines()]
         self.train = [r for r in records if r["split"] == "train"]
         self.evaluations = [r for r in records if r["split"] == "eval"]
-        self.scales = [r for r in records if r["split"] == "normalise"]
+        self.scales = [r for r in records if r["split"] == "normalize"]
         self.output = result.stdout + result.stderr
 
     @property

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokenised rows on disk: safetensors files, which hold numbers only, in a folder that nobody else can write to."""
+"""Tokenized rows on disk: safetensors files, which hold numbers only, in a folder that nobody else can write to."""
 
 import hashlib
 import json

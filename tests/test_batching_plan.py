@@ -263,7 +263,7 @@ def test_packed_ranks_have_about_as_much_to_compute(most_rows, tokens, world_siz
         assert max(loads) - min(loads) <= max(groups.tokens[u] for part in found for u in part)
         if not tokens:
             assert max(map(len, found)) - min(map(len, found)) <= 1
-        assert loads == sorted(loads, reverse=True)  # what runs at the same time: neighbours
+        assert loads == sorted(loads, reverse=True)  # what runs at the same time: neighbors
 
 
 def test_balance_by_hand():
@@ -273,7 +273,7 @@ def test_balance_by_hand():
     assert sorted(sorted(tokens[m.rows].tolist()) for (m,) in step) == [[4, 7, 8], [5, 6, 9]]
 
 
-def test_padded_rows_are_about_as_long_as_their_neighbours():
+def test_padded_rows_are_about_as_long_as_their_neighbors():
     tokens = np.array([4, 9, 5, 8, 6, 7])
     for layout in ("shared", "separate"):
         (step,) = steps_of(groups_of(tokens), BatchSpec(1, 3, layout=layout), 2)
@@ -387,7 +387,7 @@ TWICE = [(0, 1), (1, 0), (0, 1)]
         (COMPLETE, 4, 6, [6]),
         (COMPLETE, 3, 6, [3, 2, 1]),  # a triangle, and of the fourth text's three rows two
         (COMPLETE, 2, 6, [1] * 6),
-        (STAR, 4, 6, [3, 2]),  # the centre and three others
+        (STAR, 4, 6, [3, 2]),  # the center and three others
         (CHAIN, 5, 6, [4]),
         (CHAIN, 16, 2, [2, 2]),
         (DISJOINT, 6, 6, [3]),

@@ -24,7 +24,7 @@ from reward_model.data.preprocessing import (
     load_answers,
     load_comparisons,
     nothing_judged,
-    tokenise,
+    tokenize,
 )
 from reward_model.data.rows import close_turn, judge_answer, judge_list, judge_pair, read_row
 from reward_model.data.sources import Source, read_sources
@@ -60,12 +60,12 @@ def special_tokens(tokenizer):
     return choose_special_tokens(tokenizer, len(tokenizer))
 
 
-def tokenise_rows(rows, tmp_path, tokenizer=None, **changes):
+def tokenize_rows(rows, tmp_path, tokenizer=None, **changes):
     """Comparisons of a file of these rows."""
     tokenizer = tokenizer or tiny.tokenizer()
     (source,), _ = read_sources(write(tmp_path / "rows.jsonl", rows), seed=0)
     made = rules(tmp_path, **changes)
-    return tokenise(source, tokenizer, special_tokens(tokenizer), made, made.missing)
+    return tokenize(source, tokenizer, special_tokens(tokenizer), made, made.missing)
 
 
 def load(train, tmp_path, evaluation=(), tokenizer=None, seed=0, **changes):
@@ -280,7 +280,7 @@ def test_a_probability_of_another_kind_is_none(probability):
 
 
 @pytest.mark.parametrize("probability", [0, 0.3, 1])
-def test_a_probability_may_be_certain_or_favour_the_rejected_answer(probability):
+def test_a_probability_may_be_certain_or_favor_the_rejected_answer(probability):
     assert judge_pair({"probability": probability})["probability"] == [probability]
 
 
@@ -368,7 +368,7 @@ BAD_JUDGEMENTS = [
 
 
 @pytest.mark.parametrize("row, change, reason", BAD_JUDGEMENTS)
-def test_a_bad_judgement_is_refused(row, change, reason):
+def test_a_bad_judgment_is_refused(row, change, reason):
     with pytest.raises(BadRow) as caught:
         read_row({**row, **change}, None)
     assert str(caught.value) == reason
@@ -386,7 +386,7 @@ def test_rows_of_all_forms_in_one_file(name, backwards, tmp_path):
         lines = [json.dumps(row) for row in rows]
         (tmp_path / name).write_text("\n".join(lines) if name.endswith("l") else f"[{','.join(lines)}]")
     (source,), _ = read_sources(str(tmp_path / name), seed=0)
-    found = tokenise(source, tiny.tokenizer(), special_tokens(tiny.tokenizer()), rules(tmp_path))
+    found = tokenize(source, tiny.tokenizer(), special_tokens(tiny.tokenizer()), rules(tmp_path))
     order = slice(None, None, -1 if backwards else 1)
     assert [said(row.targets) for row in found][order] == [NONE, [3.0, 0.5, 1.0], [0.25], [1.0], NONE]
     assert [said(row.rating) for row in found][order] == [[2.0], [None] * 3, [], [], [None]]
@@ -406,7 +406,7 @@ def test_merges_across_the_boundary_stay(make, tmp_path):
     cat = tokenizer.convert_tokens_to_ids("Ġcat")
     assert cat in joint
     assert cat not in tokenizer("the ca")["input_ids"] + tokenizer("t sat")["input_ids"]
-    comparison = tokenise_rows([row], tmp_path, tokenizer)[0]
+    comparison = tokenize_rows([row], tmp_path, tokenizer)[0]
     assert cat == comparison.responses[0][0]
 
 
@@ -414,7 +414,7 @@ def test_merges_across_the_boundary_stay(make, tmp_path):
 def test_every_text_ends_with_one_end_token(make, tmp_path):
     tokenizer = make()
     end = special_tokens(tokenizer).end
-    comparison = tokenise_rows([TEXT], tmp_path, tokenizer)[0]
+    comparison = tokenize_rows([TEXT], tmp_path, tokenizer)[0]
     for ids, answer in zip(whole(comparison), (TEXT["chosen"], TEXT["rejected"])):
         joint = tokenizer(TEXT["prompt"] + answer)["input_ids"]
         assert ids == (joint if joint[-1] == end else [*joint, end])
@@ -423,27 +423,27 @@ def test_every_text_ends_with_one_end_token(make, tmp_path):
 
 def test_end_token_written_in_the_text_gets_no_second(tmp_path):
     row = {**TEXT, "chosen": " fish<|endoftext|>"}
-    assert everything(tokenise_rows([row], tmp_path)) == everything(tokenise_rows([TEXT], tmp_path))
+    assert everything(tokenize_rows([row], tmp_path)) == everything(tokenize_rows([TEXT], tmp_path))
 
 
 @pytest.mark.parametrize("eos", [tiny.EOS, "<|im_end|>"])
 def test_end_of_turn_gets_no_second_end(eos, tmp_path):
     tokenizer = tiny.chatml(eos_token=eos)
     row = {"chosen": [HI, HELLO], "rejected": [HI, HEY]}
-    comparison = tokenise_rows([row], tmp_path, tokenizer)[0]
+    comparison = tokenize_rows([row], tmp_path, tokenizer)[0]
     expected = [tokenizer(f"{OPEN}{answer}<|im_end|>")["input_ids"] for answer in ("Hello", "Hey")]
     assert whole(comparison) == expected
 
 
 def test_template_without_an_end_of_turn_gets_the_end_token(tmp_path):
     tokenizer = tiny.tokenizer(chat_template="{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
-    comparison = tokenise_rows([{"chosen": [HI, HELLO], "rejected": [HI, HEY]}], tmp_path, tokenizer)[0]
+    comparison = tokenize_rows([{"chosen": [HI, HELLO], "rejected": [HI, HEY]}], tmp_path, tokenizer)[0]
     assert whole(comparison)[0] == [*tokenizer("user: Hi\nassistant: Hello\n")["input_ids"], tokenizer.eos_token_id]
 
 
 def test_template_writes_its_own_start_token(tmp_path):
     tokenizer = tiny.llama(chat_template="{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}")
-    comparison = tokenise_rows([{"chosen": [HI, HELLO], "rejected": [HI, HEY]}], tmp_path, tokenizer)[0]
+    comparison = tokenize_rows([{"chosen": [HI, HELLO], "rejected": [HI, HEY]}], tmp_path, tokenizer)[0]
     for ids in whole(comparison):
         assert ids.count(tokenizer.bos_token_id) == 1
         assert ids[0] == tokenizer.bos_token_id
@@ -484,7 +484,7 @@ def test_prompt_and_responses_reassemble_the_joint_ids(make, tmp_path, capsys):
         if row["chosen"].strip() and row["rejected"].strip() and ids[0] != ids[1]:
             expected.append(ids)
     assert 200 < len(expected) < 300
-    comparisons = tokenise_rows(rows, tmp_path, tokenizer, on_bad_row="skip", max_seq_len=10_000)
+    comparisons = tokenize_rows(rows, tmp_path, tokenizer, on_bad_row="skip", max_seq_len=10_000)
     assert [whole(row) for row in comparisons] == expected
     for row, (chosen, rejected) in zip(comparisons, expected):
         shared = slow_common_prefix(chosen, rejected)
@@ -534,7 +534,7 @@ def test_lists_and_single_answers_reassemble_the_joint_ids(make, tmp_path):
         prompt = random_text(rng, 0)
         answers = [f"{random_text(rng, 0)} cat{n}" for n in range(i % 4 + 1)]  # no two are equal
         rows.append({"prompt": prompt} | ({"responses": answers} if i % 3 else {"response": answers[0]}))
-    comparisons = tokenise_rows(rows, tmp_path, tokenizer, max_seq_len=10_000)
+    comparisons = tokenize_rows(rows, tmp_path, tokenizer, max_seq_len=10_000)
     assert len(comparisons) == 60
     for row, comparison, tokens, length in zip(rows, comparisons, comparisons.tokens, comparisons.lengths):
         answers = row.get("responses") or [row["response"]]
@@ -558,7 +558,7 @@ def test_prompt_is_cut_from_the_left(make, start, tmp_path, capsys):
     long = {**TEXT, "prompt": "the cat sat on the mat and " * 5 + TEXT["prompt"]}
     joint = [tokenizer(long["prompt"] + long[answer])["input_ids"] for answer in ("chosen", "rejected")]
     joint = [ids if ids[-1] == end else [*ids, end] for ids in joint]
-    comparisons = tokenise_rows([TEXT, long, long], tmp_path, tokenizer, max_seq_len=30)
+    comparisons = tokenize_rows([TEXT, long, long], tmp_path, tokenizer, max_seq_len=30)
     surplus = max(map(len, joint)) - 30
     assert surplus > 10
     for row in (comparisons[1], comparisons[2]):
@@ -614,7 +614,7 @@ BAD_ROWS = [
     ({"margin": True}, "margin is a truth value, not a number"),
     ({"margin": [1.0]}, "margin is a list, not a number"),
     ({"chosen": TEXT["rejected"]}, "chosen and rejected are equal"),
-    ({"chosen": f"{TEXT['rejected']}<|endoftext|>"}, "chosen and rejected are equal once tokenised"),
+    ({"chosen": f"{TEXT['rejected']}<|endoftext|>"}, "chosen and rejected are equal once tokenized"),
     ({"chosen": LONG}, "an answer alone is longer than --max_seq_len 64"),
     ({"rejected": LONG}, "an answer alone is longer than --max_seq_len 64"),
     (CHAT, "chat messages need a tokenizer with a chat template, and this one has none"),
@@ -627,10 +627,10 @@ def test_bad_row_stops_or_is_counted(change, reason, tmp_path, capsys):
     row = {name: value for name, value in {**TEXT, "margin": 1.0, **change}.items() if value is not None}
     rows = [{**TEXT, "margin": 1.0}, row, {**TEXT, "margin": 2.0}]
     with pytest.raises(UserError, match=re.escape(f"{tmp_path / 'rows.jsonl'}, row 2: {reason}")) as caught:
-        tokenise_rows(rows, tmp_path)
+        tokenize_rows(rows, tmp_path)
     assert "1 of 3 rows cannot be used; --on_bad_row skip" in str(caught.value)
     assert "\n" not in str(caught.value)
-    kept = tokenise_rows(rows, tmp_path, on_bad_row="skip")
+    kept = tokenize_rows(rows, tmp_path, on_bad_row="skip")
     assert [row.margin for row in kept] == [[1.0], [2.0]]
     out = capsys.readouterr().out
     assert f"rows.jsonl: skipped 1 of 3 rows: {reason}" in out
@@ -656,8 +656,8 @@ def test_bad_chat_stops_or_is_counted(change, reason, tmp_path, capsys):
         read_row({**good, **change}, tokenizer)
     rows = [good, {**good, **change}, good]
     with pytest.raises(UserError, match=f"rows.jsonl, row 2: {reason}"):
-        tokenise_rows(rows, tmp_path, tokenizer)
-    assert len(tokenise_rows(rows, tmp_path, tokenizer, on_bad_row="skip")) == 2
+        tokenize_rows(rows, tmp_path, tokenizer)
+    assert len(tokenize_rows(rows, tmp_path, tokenizer, on_bad_row="skip")) == 2
     assert f"skipped 1 of 3 rows: {reason}" in capsys.readouterr().out
 
 
@@ -672,20 +672,20 @@ def test_answers_that_the_template_makes_equal():
 
 def test_margin_may_be_needed(tmp_path):
     rows = [{**TEXT, "margin": 1.5}, TEXT]
-    assert said(tokenise_rows(rows, tmp_path)[1].margin) == [None]
+    assert said(tokenize_rows(rows, tmp_path)[1].margin) == [None]
     with pytest.raises(UserError, match="row 2: margin is missing"):
-        tokenise_rows(rows, tmp_path, missing=missing("--margin column"))
-    kept = tokenise_rows(rows, tmp_path, missing=missing("--margin column"), on_bad_row="skip")
+        tokenize_rows(rows, tmp_path, missing=missing("--margin column"))
+    kept = tokenize_rows(rows, tmp_path, missing=missing("--margin column"), on_bad_row="skip")
     assert [row.margin for row in kept] == [[1.5]]
 
 
 def test_what_a_row_lacks_for_the_loss_is_said_after_what_is_wrong_with_it(tmp_path, capsys):
     rows = [ANSWER, {**TEXT, "chosen": ""}, TEXT]
     with pytest.raises(UserError, match=r"row 1: --loss logistic needs a preferred answer, .* \(2 of 3 rows cannot"):
-        tokenise_rows(rows, tmp_path, missing=missing(""))
+        tokenize_rows(rows, tmp_path, missing=missing(""))
     with pytest.raises(UserError, match=r"row 1: .* \(none of the 3 rows can be used\)"):
-        tokenise_rows(rows, tmp_path, missing=missing("--margin column"))
-    assert len(tokenise_rows(rows, tmp_path, missing=missing(""), on_bad_row="skip")) == 1
+        tokenize_rows(rows, tmp_path, missing=missing("--margin column"))
+    assert len(tokenize_rows(rows, tmp_path, missing=missing(""), on_bad_row="skip")) == 1
     out = capsys.readouterr().out
     assert "skipped 1 of 3 rows: chosen is empty\n" in out
     assert "skipped 1 of 3 rows: --loss logistic needs a preferred answer, and the row has one answer\n" in out
@@ -694,10 +694,10 @@ def test_what_a_row_lacks_for_the_loss_is_said_after_what_is_wrong_with_it(tmp_p
 def test_bad_list_and_answer_stop_or_are_counted(tmp_path, capsys):
     """As in BAD_ROWS; what only the ids show carries the response's number too."""
     rows = [LIST, {**LIST, "responses": [" a", " b<|endoftext|>", " b"]}, {**ANSWER, "label": 1}, ANSWER]
-    reason = "response 2 and response 3 are equal once tokenised"
+    reason = "response 2 and response 3 are equal once tokenized"
     with pytest.raises(UserError, match=f"rows.jsonl, row 2: {reason} .2 of 4 rows cannot be used"):
-        tokenise_rows(rows, tmp_path)
-    kept = tokenise_rows(rows, tmp_path, on_bad_row="skip")
+        tokenize_rows(rows, tmp_path)
+    kept = tokenize_rows(rows, tmp_path, on_bad_row="skip")
     assert [row.targets for row in kept] == [[3.0, 0.5, 1.0], [0.25]]
     out = capsys.readouterr().out
     assert f"skipped 1 of 4 rows: {reason}\n" in out
@@ -709,7 +709,7 @@ def test_numbers_and_words_of_a_csv(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("prompt,chosen,rejected,rating,chosen_score,rejected_score\np,a,b,Better,2,1\nq,a,b,3,,1\n")
     (source,), _ = read_sources(str(path), seed=0)
-    found = tokenise(source, tiny.tokenizer(), special_tokens(tiny.tokenizer()), rules(tmp_path))
+    found = tokenize(source, tiny.tokenizer(), special_tokens(tiny.tokenizer()), rules(tmp_path))
     assert [row.rating for row in found] == [[2.0], [3.0]]
     assert [said(row.margin) for row in found] == [[1.0], [None]]
 
@@ -728,7 +728,7 @@ def test_row_that_the_data_set_adapter_cannot_read(tmp_path):
     table = datasets.Dataset.from_list([{"answers": ["a", "b"]}, {"answers": ["a"]}])
     tokenizer = tiny.tokenizer()
     with pytest.raises(UserError, match="made, row 2: the row lacks what adapter needs"):
-        tokenise(Source("made", table, adapter), tokenizer, special_tokens(tokenizer), rules(tmp_path))
+        tokenize(Source("made", table, adapter), tokenizer, special_tokens(tokenizer), rules(tmp_path))
 
 
 def test_every_row_is_kept_or_counted_under_its_reason(tmp_path, capsys):
@@ -736,7 +736,7 @@ def test_every_row_is_kept_or_counted_under_its_reason(tmp_path, capsys):
     rng = random.Random(1)
     rows = [(TEXT, None)] * 50 + [rng.choice(bad) for _ in range(100)]
     rng.shuffle(rows)
-    comparisons = tokenise_rows([row for row, _ in rows], tmp_path, on_bad_row="skip")
+    comparisons = tokenize_rows([row for row, _ in rows], tmp_path, on_bad_row="skip")
     out = capsys.readouterr().out
     reasons = [reason for _, reason in rows if reason]
     for reason in set(reasons):
@@ -752,7 +752,7 @@ def test_row_number_is_that_of_the_file_after_a_split(tmp_path):
     assert source.numbers.tolist() != list(range(1, 31))
     tokenizer = tiny.tokenizer()
     with pytest.raises(UserError, match="row 21: chosen is empty"):
-        tokenise(source, tokenizer, special_tokens(tokenizer), rules(tmp_path))
+        tokenize(source, tokenizer, special_tokens(tokenizer), rules(tmp_path))
 
 
 def test_nothing_left_is_an_error(tmp_path):
@@ -769,7 +769,7 @@ def test_nothing_left_is_an_error(tmp_path):
 
 @pytest.fixture
 def encoded(monkeypatch):
-    """Batches of rows tokenised so far."""
+    """Batches of rows tokenized so far."""
     batches = []
     encode = data._encode
     monkeypatch.setattr(data, "_encode", lambda *args: batches.append(args) or encode(*args))
@@ -779,7 +779,7 @@ def encoded(monkeypatch):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_second_call_reads_the_cache(processes, tmp_path, encoded, capsys):
     rows = [TEXT, {**TEXT, "chosen": ""}, TEXT]
-    first = tokenise_rows(rows, tmp_path, on_bad_row="skip", processes=processes)
+    first = tokenize_rows(rows, tmp_path, on_bad_row="skip", processes=processes)
     before = len(encoded)
     assert before == (1 if processes == 1 else 0)  # else it happens in other processes
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*.arrow")}
@@ -787,7 +787,7 @@ def test_second_call_reads_the_cache(processes, tmp_path, encoded, capsys):
     (source,), _ = read_sources(str(tmp_path / "rows.jsonl"), seed=0)
     tokenizer = tiny.tokenizer()
     made = rules(tmp_path, on_bad_row="skip", processes=processes)
-    second = tokenise(source, tokenizer, special_tokens(tokenizer), made)  # as another run does
+    second = tokenize(source, tokenizer, special_tokens(tokenizer), made)  # as another run does
     assert everything(second) == everything(first)
     assert len(encoded) == before
     assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*.arrow")}
@@ -807,19 +807,19 @@ def test_change_is_not_answered_from_the_cache(name, tmp_path, encoded):
     change = dict(CHANGES[name])
     rows = change.pop("rows", [TEXT])
     tokenizer = change.pop("tokenizer", tiny.tokenizer)()
-    before = everything(tokenise_rows([TEXT], tmp_path))
-    after = everything(tokenise_rows(rows, tmp_path, tokenizer, **change))
+    before = everything(tokenize_rows([TEXT], tmp_path))
+    after = everything(tokenize_rows(rows, tmp_path, tokenizer, **change))
     assert after != before
-    assert after == everything(tokenise_rows(rows, tmp_path, tokenizer, cache=tmp_path / "other", **change))
+    assert after == everything(tokenize_rows(rows, tmp_path, tokenizer, cache=tmp_path / "other", **change))
     assert len(encoded) == 3
 
 
 def test_losses_share_the_cache(tmp_path, encoded, capsys):
-    """What a row lacks for a loss is found after tokenising: the rows are tokenised once for all losses."""
+    """What a row lacks for a loss is found after tokenizing: the rows are tokenized once for all losses."""
     rows = [{**TEXT, "margin": 1.5}, TEXT, ANSWER]
     files = []
     for flags, kept in (("--margin column", 1), ("", 2), ("--loss mse", 1), ("--loss logistic mse", 3)):
-        assert len(tokenise_rows(rows, tmp_path, missing=missing(flags), on_bad_row="skip")) == kept
+        assert len(tokenize_rows(rows, tmp_path, missing=missing(flags), on_bad_row="skip")) == kept
         files.append(sorted((tmp_path / "cache").glob("*.arrow")))
     assert files == [files[0]] * 4
     assert (len(files[0]), len(encoded)) == (1, 1)
@@ -841,9 +841,9 @@ def test_changed_chat_template_or_special_token_is_not_answered_from_the_cache(c
         tokenizers.append(tiny.tokenizer(bos_token=None, **{"eos_token": tiny.EOS, **roles}))
         tokenizers[-1].chat_template = special.pop("chat_template")
         tokenizers[-1].add_special_tokens(special)  # all of them are in the vocabulary already
-    before, after = (everything(tokenise_rows(rows, tmp_path, tokenizer)) for tokenizer in tokenizers)
+    before, after = (everything(tokenize_rows(rows, tmp_path, tokenizer)) for tokenizer in tokenizers)
     assert after != before
-    assert after == everything(tokenise_rows(rows, tmp_path, tokenizers[1], cache=tmp_path / "other"))
+    assert after == everything(tokenize_rows(rows, tmp_path, tokenizers[1], cache=tmp_path / "other"))
 
 
 @pytest.mark.parametrize("start", ["<s>", tiny.EOS])
@@ -851,22 +851,22 @@ def test_other_start_token_is_not_answered_from_the_cache(start, tmp_path):
     rows = [{**TEXT, "prompt": start + "the cat sat on the mat " * 5}]
     with_start, without = tiny.tokenizer(bos_token=start), tiny.tokenizer(reserved=[start])
     assert with_start.get_vocab() == without.get_vocab()
-    kept = tokenise_rows(rows, tmp_path, with_start, max_seq_len=20)[0]
-    cut = tokenise_rows(rows, tmp_path, without, max_seq_len=20)[0]
+    kept = tokenize_rows(rows, tmp_path, with_start, max_seq_len=20)[0]
+    cut = tokenize_rows(rows, tmp_path, without, max_seq_len=20)[0]
     assert kept.prompt[0] == with_start.bos_token_id
     assert cut.prompt[0] != with_start.bos_token_id
 
 
 def test_changed_content_with_the_old_time_is_not_answered_from_the_cache(tmp_path):
-    tokenise_rows([TEXT], tmp_path)
+    tokenize_rows([TEXT], tmp_path)
     before = (tmp_path / "rows.jsonl").stat()
     write(tmp_path / "rows.jsonl", [{**TEXT, "chosen": " meat"}])
     os.utime(tmp_path / "rows.jsonl", ns=(before.st_atime_ns, before.st_mtime_ns))  # as tar and rsync do
-    assert texts(tokenise_rows([{**TEXT, "chosen": " meat"}], tmp_path))[0][0].endswith(" meat")
+    assert texts(tokenize_rows([{**TEXT, "chosen": " meat"}], tmp_path))[0][0].endswith(" meat")
 
 
 def test_cache_is_private_and_holds_arrow_only(tmp_path):
-    tokenise_rows([TEXT] * 4, tmp_path, cache=tmp_path / "some" / "cache", processes=2)
+    tokenize_rows([TEXT] * 4, tmp_path, cache=tmp_path / "some" / "cache", processes=2)
     folder = tmp_path / "some" / "cache"
     assert folder.stat().st_mode & 0o777 == 0o700
     files = [path for path in folder.rglob("*") if path.suffix != ".lock"]
@@ -878,8 +878,8 @@ def test_cache_is_private_and_holds_arrow_only(tmp_path):
 
 def test_two_processes_give_the_same_rows(tmp_path):
     rows = [{**TEXT, "prompt": f"question {i}: ", "margin": float(i)} for i in range(21)]
-    alone = tokenise_rows(rows, tmp_path, processes=0)
-    assert everything(tokenise_rows(rows, tmp_path, cache=tmp_path / "two", processes=2)) == everything(alone)
+    alone = tokenize_rows(rows, tmp_path, processes=0)
+    assert everything(tokenize_rows(rows, tmp_path, cache=tmp_path / "two", processes=2)) == everything(alone)
     assert len(alone) == 21
 
 
@@ -1073,13 +1073,13 @@ def test_load_answers_takes_rows_that_judge_nothing(tmp_path):
 
 def test_targets_are_those_of_every_response_in_turn(tmp_path):
     rows = [LIST, TEXT, ANSWER, {**TEXT, "score_chosen": 2}]
-    found = tokenise_rows(rows, tmp_path)
+    found = tokenize_rows(rows, tmp_path)
     assert said(found.targets()) == [3.0, 0.5, 1.0, None, None, 0.25, 2.0, None]
     assert said(found.select(np.array([2, 0])).targets()) == [0.25, 3.0, 0.5, 1.0]
 
 
 def test_similarity_goes_to_the_judged_pairs_in_turn(tmp_path):
-    found = tokenise_rows([ANSWER, TEXT, LIST, ANSWER, TEXT], tmp_path)
+    found = tokenize_rows([ANSWER, TEXT, LIST, ANSWER, TEXT], tmp_path)
     assert found.pairs.tolist() == [0, 1, 3, 0, 1]
     assert found[1].similarity == []
     with_them = found.with_similarity(np.array([0.5, 0.25, -1.0, 0.0, 0.75]))

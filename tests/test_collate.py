@@ -538,7 +538,7 @@ def test_padded_rows_merge_across_units_only_below_the_longest():
 
 def test_a_unit_stays_whole_beside_another_of_its_prompt():
     """Two stars with three rays, limit 6: joined ray by ray, the second centre would be encoded twice."""
-    stars = [pair([1], [centre], [centre + ray], 7) for centre in (10, 20) for ray in (1, 2, 3)]
+    stars = [pair([1], [center], [center + ray], 7) for center in (10, 20) for ray in (1, 2, 3)]
     merged = merge(stars, Layout("packed", PAD, most_responses=6), groups=[0] * 3 + [1] * 3)
     assert [len(m.texts.responses) for m in merged] == [4, 4]
 

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run a command of which nothing is left behind: what every launcher starts on a node.
 
-    guard.py [--lifeline] [--log FILE] [--reach ADDRESS] [--run NAME] COMMAND...
+    supervise.py [--lifeline] [--log FILE] [--reach ADDRESS] [--run NAME] COMMAND...
 
 When the command ends, or when this process is told to, all that descends from it is ended: processes that changed their
 session too, as torchrun's do. The exit status is the command's; 128 + N where signal N ended it or this process, as in
@@ -50,9 +50,9 @@ def main() -> int:
         for name in INTERFACES if interface else ():
             environment.setdefault(name, interface)
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # orphans of the command become ours
-    told = Told()
+    stop = StopRequest()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda number, _: told.end(number))
+        signal.signal(number, lambda number, _: stop.end(number))
     try:
         log = open(options.log, "ab") if options.log else None  # noqa: SIM115
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if log else {}
@@ -64,19 +64,19 @@ def main() -> int:
     if log:
         copying.start()
     if options.lifeline:
-        threading.Thread(target=wait_for_end_of_input, args=(told,), daemon=True).start()
-    while command.poll() is None and not told.event.wait(0.2):
+        threading.Thread(target=wait_for_end_of_input, args=(stop,), daemon=True).start()
+    while command.poll() is None and not stop.event.wait(0.2):
         pass
     end_descendants()
     status = command.wait()
     if log:
         copying.join()
-    if told.event.is_set():
-        return 128 + told.number
+    if stop.event.is_set():
+        return 128 + stop.number
     return status if status >= 0 else 128 - status
 
 
-class Told:
+class StopRequest:
     """That this process shall end, and by which signal."""
 
     def __init__(self):
@@ -109,10 +109,10 @@ def copy(output, log) -> None:
                 place.flush()
 
 
-def wait_for_end_of_input(told: Told) -> None:
+def wait_for_end_of_input(stop: StopRequest) -> None:
     while os.read(sys.stdin.fileno(), 4096):
         pass
-    told.end()
+    stop.end()
 
 
 def end_descendants() -> None:

@@ -15,6 +15,8 @@ from fresh_machine import BASH, SCRIPTS, TAG, TOP, Machine, torch_wheel, wheel
 
 SHELL = [
     *sorted(SCRIPTS.glob("*.sh")),
+    *sorted((SCRIPTS / "recipes").glob("*.sh")),
+    SCRIPTS / "slurm.sbatch",
     TOP / "patches" / "apply.sh",
     TOP / "tests" / "run.sh",
     TOP / ".ci" / "run",

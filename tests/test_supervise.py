@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""guard.py: what ends with it, what it passes on."""
+"""supervise.py: what ends with it, what it passes on."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ import psutil
 import pytest
 from runs import SCRIPTS
 
-GUARD = [sys.executable, str(SCRIPTS / "guard.py")]
+GUARD = [sys.executable, str(SCRIPTS / "supervise.py")]
 # starts a process in a session of its own, says its id, and waits
 PARENT = (
     "import subprocess, sys, time; "
@@ -19,8 +19,8 @@ PARENT = (
 )
 
 
-def guarded(then, *flags, **options):
-    """A guard over a parent and its child; the guard's process and the child's id."""
+def supervised(then, *flags, **options):
+    """A supervisor of a parent and its child; the supervisor's process and the child's id."""
     words = [*GUARD, *flags, sys.executable, "-c", PARENT.format(then=then)]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, **options)
     return process, int(process.stdout.readline())
@@ -39,21 +39,21 @@ def is_gone(pid, seconds=5.0):
     ("then", "status"), [("sys.exit(3)", 3), ("sys.exit(0)", 0), ("import os; os.kill(os.getpid(), 9)", 137)]
 )
 def test_the_command_s_end_is_the_end_of_what_it_started(then, status):
-    process, child = guarded(then)
+    process, child = supervised(then)
     assert process.wait(30) == status
     assert is_gone(child)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_everything(number):
-    process, child = guarded("time.sleep(60)")
+    process, child = supervised("time.sleep(60)")
     process.send_signal(number)
     assert process.wait(30) == 128 + number
     assert is_gone(child)
 
 
 def test_the_end_of_the_lifeline_ends_everything():
-    process, child = guarded("time.sleep(60)", "--lifeline", stdin=subprocess.PIPE)
+    process, child = supervised("time.sleep(60)", "--lifeline", stdin=subprocess.PIPE)
     time.sleep(0.5)
     assert process.poll() is None
     process.stdin.close()
@@ -68,9 +68,9 @@ def test_without_a_lifeline_standard_input_means_nothing():
 
 def test_a_command_that_ignores_the_request_is_killed():
     stubborn = "import signal, time; signal.signal(15, signal.SIG_IGN); print('ready', flush=True); time.sleep(60)"
-    code = f"import guard, sys; guard.GRACE = 0.5; sys.argv[1:] = [sys.executable, '-c', {stubborn!r}]; "
+    code = f"import supervise, sys; supervise.GRACE = 0.5; sys.argv[1:] = [sys.executable, '-c', {stubborn!r}]; "
     process = subprocess.Popen(
-        [sys.executable, "-c", code + "sys.exit(guard.main())"], cwd=SCRIPTS, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code + "sys.exit(supervise.main())"], cwd=SCRIPTS, stdout=subprocess.PIPE, text=True
     )
     assert process.stdout.readline() == "ready\n"
     start = time.monotonic()

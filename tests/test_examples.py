@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""training_scripts/examples/: each runs as its docstring says, on the demo's data and model."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import runs
+
+EXAMPLES = runs.SCRIPTS / "examples"
+
+
+def example(name, *flags):
+    words = [sys.executable, str(EXAMPLES / name), *map(str, flags)]
+    result = subprocess.run(words, cwd=runs.TOP, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
+    return result.stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def sweep(demo, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("examples")
+    flags = ("--model", demo / "model", "--data", demo / "data", "--rates", "1e-9", "1e-3", "--output", folder)
+    return folder, example("train_from_python.py", *flags)
+
+
+def test_train_from_python(sweep):
+    folder, lines = sweep
+    assert [line.split(":")[0] for line in lines] == ["learning rate 1e-09", "learning rate 0.001", "best"]
+    assert lines[-1] == "best: 0.001"
+    assert (folder / "0.001" / "model.safetensors").is_file()
+
+
+def test_score_texts(sweep, demo, tmp_path):
+    folder = sweep[0] / "0.001"
+    (prompt, chosen), *_ = runs.held_out(demo)[0]
+    _, rejected = runs.held_out(demo)[1][0]
+    rows = [{"prompt": prompt, "response": text, "id": i} for i, text in enumerate((chosen, rejected))]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scored = [json.loads(line) for line in example("score_texts.py", "--model", folder, "--rows", path)]
+    assert [row["id"] for row in scored] == [0, 1]
+    by_transformers = runs.reload_scores(folder, [(prompt, chosen), (prompt, rejected)]).tolist()
+    assert [row["score"] for row in scored] == pytest.approx(by_transformers, abs=1e-5)
+
+
+def test_best_of_n(sweep, demo):
+    flags = ("--policy", demo / "model", "--reward", sweep[0] / "0.001", "--prompt", "Human: How? Assistant:")
+    lines = example("best_of_n.py", *flags, "--n", 3, "--max_new_tokens", 8)
+    scores = [float(score) for score in lines[0].removeprefix("scores: ").split(", ")]
+    assert len(scores) == 3
+    assert lines[1].startswith(f"best ({max(scores):.3f}):")
