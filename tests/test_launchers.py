@@ -64,6 +64,24 @@ def gpus(tmp_path):
 # One machine
 
 
+def test_a_config_file_becomes_flags_which_come_before_those_given(tmp_path):
+    """Other hosts need no copy of it, and MODEL and DATA do not replace what it says."""
+    config = tmp_path / "my run.yaml"
+    config.write_text("model_name_or_path: it's a model\nlearning_rate: 1e-5\noffload: true\nzero_stage: 2\n")
+    words = flags_of(dry("single_gpu.sh", "--config", config, "--zero-stage", 3, cwd=tmp_path))
+    assert "--config" not in words
+    found = read(words)
+    assert (found.model_name_or_path, found.learning_rate, found.offload) == ("it's a model", 1e-5, True)
+    assert (found.zero_stage, found.data_path) == (3, ["Dahoas/rm-static"])
+    assert found.output_dir == str(tmp_path / "output")
+
+
+def test_hyphens_stand_for_underscores(tmp_path):
+    words = flags_of(dry("single_gpu.sh", f"--output-dir={tmp_path}/here", "--model-name-or-path", "mine"))
+    assert words.count("--output_dir") == words.count("--model_name_or_path") == 0
+    assert (read(words).output_dir, read(words).model_name_or_path) == (f"{tmp_path}/here", "mine")
+
+
 def test_a_user_s_flags_come_last_and_replace_the_defaults(tmp_path):
     words = flags_of(dry("single_gpu.sh", "--zero_stage", 2, "--data_path", "a b", "c", cwd=tmp_path, MODEL="my model"))
     assert words[:4] == ["--model_name_or_path", "my model", "--output_dir", str(tmp_path / "output")]

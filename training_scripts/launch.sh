@@ -37,13 +37,15 @@ find_python() {
 
 # given FLAG WORD...: the value of a flag among main.py's, the last one if it is there twice; fails if it is not there
 given() {
-  local flag=$1 value found=1
+  local flag=$1 value found=1 name
   shift
   while [ $# -gt 0 ]; do
-    case $1 in
-      "$flag") value=${2:-} found=0 ;;
-      "$flag"=*) value=${1#*=} found=0 ;;
-    esac
+    name=${1%%=*}
+    case $name in --*) name=${name#--} name=--${name//-/_} ;; esac # --output-dir is --output_dir
+    if [ "$name" = "$flag" ]; then
+      found=0
+      case $1 in *=*) value=${1#*=} ;; *) value=${2:-} ;; esac
+    fi
     shift
   done
   printf '%s\n' "${value:-}"
@@ -52,8 +54,12 @@ given() {
 
 # settings PROCESSES FLAG...: main.py's flags in FLAGS, those given last, so that they win; OUTPUT is a full path
 settings() {
-  local processes=$1 value
+  local processes=$1 value words
   shift
+  if given --config "$@" >/dev/null; then # what the file says is known here, and other hosts need no copy of it
+    words=$(PYTHONPATH=$scripts/..${PYTHONPATH:+:$PYTHONPATH} "$PYTHON" -m reward_model check --expand "$@") || exit 1
+    eval "set -- $words"
+  fi
   ! value=$(given --output_dir "$@") || OUTPUT=$value
   OUTPUT=${OUTPUT:-output}
   case $OUTPUT in /*) ;; *) OUTPUT=$PWD/$OUTPUT ;; esac

@@ -80,10 +80,10 @@ def look(checkout: str, flags: list[str]) -> dict:
 def run_flags(flags: list[str]) -> argparse.Namespace:
     """Of main.py's flags those that name files."""
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    parser.add_argument("--model_name_or_path", default="")
-    parser.add_argument("--data_path", nargs="+", default=[])
-    parser.add_argument("--eval_data_path", nargs="+", default=[])
-    parser.add_argument("--output_dir")
+    parser.add_argument("--model_name_or_path", "--model-name-or-path", default="")
+    parser.add_argument("--data_path", "--data-path", nargs="+", default=[])
+    parser.add_argument("--eval_data_path", "--eval-data-path", nargs="+", default=[])
+    parser.add_argument("--output_dir", "--output-dir")
     return parser.parse_known_args(flags)[0]
 
 

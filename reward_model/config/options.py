@@ -84,29 +84,30 @@ def _values(*groups: Any) -> dict[str, Any]:
 DEFAULTS = _values(*(group("") if group is ModelConfig else group() for group in GROUPS.values()))
 
 
+def expand(words: Sequence[str]) -> list[str]:
+    """A command line with what ``--config`` names in place of it: the file's words first, so that later ones win.
+
+    Raises:
+        UserError: the file cannot be used.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config")
+    try:
+        found, rest = parser.parse_known_args(words)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error} (--help lists the flags)") from error
+    return [*read_config_file(Path(found.config), run_parser()), *rest] if found.config else list(words)
+
+
 def parse(arguments: Sequence[str] | None = None) -> RunConfig:
     """The flags of ``main.py``, and of the file that ``--config`` names, → a configuration.
 
     Raises:
         UserError: an unknown flag or value, or two that contradict each other.
     """
-    parser = run_parser()
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    file = _named_file(words)
-    if file:
-        words = [*read_config_file(Path(file), parser), *words]
-    *groups, _ = read_words(parser, words)
-    return RunConfig(**dict(zip(GROUPS, groups)), given=given_names(parser, words) - {"config"})
-
-
-def _named_file(words: Sequence[str]) -> str | None:
-    """The value of ``--config``."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--config")
-    try:
-        return parser.parse_known_args(words)[0].config
-    except argparse.ArgumentError as error:
-        raise UserError(f"{error} (--help lists the flags)") from error
+    parser, words = run_parser(), expand(sys.argv[1:] if arguments is None else arguments)
+    groups = read_words(parser, words)[: len(GROUPS)]
+    return RunConfig(**dict(zip(GROUPS, groups)), given=given_names(parser, words))
 
 
 def _require_agreement(config: RunConfig) -> None:
