@@ -11,7 +11,7 @@ import psutil
 import pytest
 from runs import SCRIPTS
 
-GUARD = [sys.executable, str(SCRIPTS / "supervise.py")]
+SUPERVISE = [sys.executable, str(SCRIPTS / "supervise.py")]
 # starts a process in a session of its own, says its id, and waits
 PARENT = (
     "import subprocess, sys, time; "
@@ -21,7 +21,7 @@ PARENT = (
 
 def supervised(then, *flags, **options):
     """A supervisor of a parent and its child; the supervisor's process and the child's id."""
-    words = [*GUARD, *flags, sys.executable, "-c", PARENT.format(then=then)]
+    words = [*SUPERVISE, *flags, sys.executable, "-c", PARENT.format(then=then)]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, **options)
     return process, int(process.stdout.readline())
 
@@ -62,7 +62,7 @@ def test_the_end_of_the_lifeline_ends_everything():
 
 
 def test_without_a_lifeline_standard_input_means_nothing():
-    process = subprocess.run([*GUARD, "sh", "-c", "sleep 0.5; cat; exit 4"], stdin=subprocess.DEVNULL, timeout=30)
+    process = subprocess.run([*SUPERVISE, "sh", "-c", "sleep 0.5; cat; exit 4"], stdin=subprocess.DEVNULL, timeout=30)
     assert process.returncode == 4
 
 
@@ -82,19 +82,19 @@ def test_a_command_that_ignores_the_request_is_killed():
 def test_the_log_holds_what_the_screen_shows(tmp_path):
     log = tmp_path / "a log"
     log.write_text("before\n")
-    words = [*GUARD, "--log", str(log), "sh", "-c", "echo out; echo err >&2; printf end; exit 5"]
+    words = [*SUPERVISE, "--log", str(log), "sh", "-c", "echo out; echo err >&2; printf end; exit 5"]
     process = subprocess.run(words, capture_output=True, text=True, timeout=30)
     assert (process.returncode, process.stdout) == (5, "out\nerr\nend")
     assert log.read_text() == "before\nout\nerr\nend"
 
 
 def test_a_command_that_is_not_there():
-    process = subprocess.run([*GUARD, "no-such-command"], capture_output=True, text=True, timeout=30)
+    process = subprocess.run([*SUPERVISE, "no-such-command"], capture_output=True, text=True, timeout=30)
     assert (process.returncode, process.stderr) == (127, "error: no-such-command: No such file or directory\n")
 
 
 def interfaces(*flags, **environment):
-    words = [*GUARD, *flags, "sh", "-c", "echo ${GLOO_SOCKET_IFNAME-none} ${NCCL_SOCKET_IFNAME-none}"]
+    words = [*SUPERVISE, *flags, "sh", "-c", "echo ${GLOO_SOCKET_IFNAME-none} ${NCCL_SOCKET_IFNAME-none}"]
     values = {name: value for name, value in os.environ.items() if not name.endswith("SOCKET_IFNAME")}
     return subprocess.run(words, env=values | environment, capture_output=True, text=True, timeout=30)
 

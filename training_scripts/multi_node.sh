@@ -70,8 +70,9 @@ node_line() {
     torchrun) words=(torch.distributed.run --nnodes "${#hosts[@]}" --nproc_per_node "${slots[0]}" --node_rank "$rank"
       --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT") ;;
   esac
-  printf 'cd %s && exec %s\n' "$(quoted "$PWD")" "$(quoted env "${environment[@]}" "$PYTHON" "$here/supervise.py" --lifeline \
-    --reach "$MASTER_ADDR" --run "$run" "$PYTHON" -u -m "${words[@]}" "$here/main.py" "${FLAGS[@]}")"
+  printf 'cd %s && exec %s\n' "$(quoted "$PWD")" "$(quoted env "${environment[@]}" \
+    "$PYTHON" "$here/supervise.py" --lifeline --reach "$MASTER_ADDR" --run "$run" \
+    "$PYTHON" -u -m "${words[@]}" "$here/main.py" "${FLAGS[@]}")"
 }
 
 # world_info: what DeepSpeed's launcher wants to know of all hosts
