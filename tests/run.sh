@@ -4,7 +4,7 @@
 #
 #   bash tests/run.sh                      all but the slow ones
 #   bash tests/run.sh --all                the slow ones too
-#   bash tests/run.sh tests/test_preprocessing.py   any other argument goes to pytest
+#   bash tests/run.sh tests/test_demo.py   any other argument goes to pytest
 #   DEEPSPEED_EXAMPLES=folder bash tests/run.sh      also compares with upstream's own files in a checkout
 set -euo pipefail
 top=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

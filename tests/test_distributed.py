@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What DeepSpeed needs of a machine before it can start."""
+"""What DeepSpeed needs of a machine before it can start, and the dtype of a device."""
 
 from pathlib import Path
 
 import pytest
 from torch.utils import cpp_extension
 
+from reward_model.common import distributed
 from reward_model.common.distributed import link_from_a_path_with_spaces
 
 
@@ -28,3 +29,17 @@ def test_a_path_without_spaces_stays(tmp_path, monkeypatch):
     monkeypatch.setattr(cpp_extension, "TORCH_LIB_PATH", str(tmp_path))
     link_from_a_path_with_spaces()
     assert str(tmp_path) == cpp_extension.TORCH_LIB_PATH
+
+
+def test_default_dtype_follows_the_device(monkeypatch):
+    import deepspeed.accelerator as accelerators
+
+    class Device:
+        def __init__(self, name, bfloat16):
+            self.device_name = lambda: name
+            self.is_bf16_supported = lambda: bfloat16
+
+    expected = {("cuda", True): "bf16", ("cuda", False): "fp16", ("cpu", True): "fp32"}
+    for device, dtype in expected.items():
+        monkeypatch.setattr(accelerators, "get_accelerator", lambda device=device: Device(*device))
+        assert distributed.default_dtype() == dtype

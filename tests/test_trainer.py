@@ -15,7 +15,6 @@ import runs
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from reward_model.common import distributed
 from reward_model.inference import load
 
 STEPS = runs.PAIRS // 16
@@ -423,33 +422,6 @@ def test_the_quick_start(tmp_path):
     assert final["accuracy"] >= 0.9
     assert final["longer_wins_accuracy"] == pytest.approx(0.5, abs=0.05)
     assert f"held-out accuracy {final['accuracy']:.4f}" in result.stdout
-
-
-def test_default_dtype_follows_the_device(monkeypatch):
-    import deepspeed.accelerator as accelerators
-
-    class Device:
-        def __init__(self, name, bfloat16):
-            self.device_name = lambda: name
-            self.is_bf16_supported = lambda: bfloat16
-
-    expected = {("cuda", True): "bf16", ("cuda", False): "fp16", ("cpu", True): "fp32"}
-    for device, dtype in expected.items():
-        monkeypatch.setattr(accelerators, "get_accelerator", lambda device=device: Device(*device))
-        assert distributed.default_dtype() == dtype
-
-
-def test_dropout_flag_reaches_every_dropout():
-    from transformers import BertConfig, GPT2Config, OPTConfig
-
-    from reward_model.models.loading import set_dropout
-
-    for config in (BertConfig(), GPT2Config(), OPTConfig(layerdrop=0.3)):
-        set_dropout(config, 0.25)
-        named = {k: v for k, v in config.to_dict().items() if "drop" in k and isinstance(v, float) and k != "layerdrop"}
-        assert named
-        assert set(named.values()) == {0.25}
-        assert getattr(config, "layerdrop", 0.3) == 0.3
 
 
 def test_a_run_without_output_keeps_nothing(demo, tmp_path):

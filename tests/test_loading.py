@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loading: whose weights a model has, and when its head is a new one."""
+"""Loading: whose weights a model has, when its head is a new one, and its dropout."""
 
 import json
 
@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification
 
 from reward_model.common.errors import UserError
 from reward_model.models import loading as ours
-from reward_model.models.loading import load_for_training
+from reward_model.models.loading import load_for_training, set_dropout
 from reward_model.models.scorer import head_layer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -82,3 +82,14 @@ def test_weights_that_transformers_dropped_for_their_shape_stop_the_run(tmp_path
 )
 def test_labels_of_a_checkpoints_own_head(fields, labels):
     assert ours._labels_of_head(fields) == labels
+
+
+def test_dropout_flag_reaches_every_dropout():
+    from transformers import BertConfig, GPT2Config, OPTConfig
+
+    for config in (BertConfig(), GPT2Config(), OPTConfig(layerdrop=0.3)):
+        set_dropout(config, 0.25)
+        named = {k: v for k, v in config.to_dict().items() if "drop" in k and isinstance(v, float) and k != "layerdrop"}
+        assert named
+        assert set(named.values()) == {0.25}
+        assert getattr(config, "layerdrop", 0.3) == 0.3
