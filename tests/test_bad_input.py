@@ -46,9 +46,7 @@ def edit(path, **changes):
 
 FLAGS = {
     "unknown flag": (["--learning_rat", "1"], "--learning_rat"),
-    "stage": (["--zero_stage", "5"], ["--zero_stage", "5"]),
     "value": (["--lr_scheduler_type", "square"], ["--lr_scheduler_type", "square"]),
-    "number": (["--learning_rate", "fast"], ["--learning_rate", "fast"]),
     "contradiction": (["--offload", "--zero_stage", "0"], ["--offload", "--zero_stage"]),
     "data": (["--data_path", "./no/such.jsonl"], "./no/such.jsonl"),
     "hub name": (["--data_path", "nobody/nothing"], ["nobody/nothing", "hub"]),

@@ -192,12 +192,6 @@ def test_a_dry_run_of_a_copy_reads_its_lines(tmp_path):
     assert "--nnodes 3 --nproc_per_node 4 " in result.stdout, result.stderr
 
 
-def test_without_an_allocation_it_says_how_to_start():
-    result = dry_run(DRY_RUN="0")
-    assert result.returncode == 1
-    assert "sbatch slurm.sbatch" in result.stderr
-
-
 @pytest.mark.parametrize("known", ["10.1.2.3", "localhost"])
 def test_the_first_node_is_known_by_an_address_that_is_not_its_loopback(tmp_path, known):
     nodes = f'case $2 in hostnames) echo localhost; echo other ;; node) echo "   NodeAddr={known} Version=1" ;; esac'
