@@ -15,5 +15,6 @@ cd "$top"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check --quiet . || die "not formatted: run ruff format ."
 lint-imports >/dev/null || { lint-imports && die "a room imports from one above it"; }
+"$PYTHON" -m mypy --no-error-summary || die "the types do not fit"
 # a file stays with one process, for the fixtures that its tests share
 exec "$PYTHON" -m pytest --dist loadfile -n "$(($(nproc) < 8 ? $(nproc) : 8))" "$@"
