@@ -303,24 +303,31 @@ class RewardModel(nn.Module):
         if isinstance(margin, torch.Tensor):
             margin = margin.reshape(-1)
         sequence_loss = pairwise_loss(chosen_scores, rejected_scores, margin, self.label_smoothing)
-        if self.loss_level == "sequence":
-            loss = sequence_loss.mean()
-        else:
-            if self.exclude_pads:
-                end = torch.minimum(chosen_end, rejected_end)
-            else:  # upstream gives a pair of identical rows the last column
-                end = torch.where(start > last, last + 1, torch.maximum(chosen_end, rejected_end))
-                start = start.clamp(max=last)
-            columns = margin[:, None] if isinstance(margin, torch.Tensor) else margin
-            token_loss = span_loss(
-                chosen, rejected, start, end, lambda c, r: pairwise_loss(c, r, columns, self.label_smoothing)
-            )
+        loss = sequence_loss
+        if self.loss_level == "token":
+            loss, has_tokens = self._token_loss(chosen, rejected, start, chosen_end, rejected_end, margin)
             # nothing between first difference and end: upstream divides by zero, the end scores still say something
-            loss = torch.where(end > start, token_loss, sequence_loss).mean()
+            loss = torch.where(has_tokens, loss, sequence_loss)
+        loss = loss.mean()
         if self.score_penalty is not None:
             penalty = score_penalty(self.score_penalty, chosen_scores, rejected_scores)
             loss = loss + self.score_penalty_weight * penalty
         return {"loss": loss, "chosen_mean_scores": chosen_scores, "rejected_mean_scores": rejected_scores}
+
+    def _token_loss(self, chosen, rejected, start, chosen_end, rejected_end, margin):
+        """The mean loss over the tokens of each pair from their first difference on, and whether there are any. (b,)
+
+        chosen, rejected: scores (b, s). start, chosen_end, rejected_end: of :meth:`_spans`, (b,).
+        """
+        last = chosen.shape[1] - 1
+        if self.exclude_pads:
+            end = torch.minimum(chosen_end, rejected_end)
+        else:  # upstream gives a pair of identical rows the last column
+            end = torch.where(start > last, last + 1, torch.maximum(chosen_end, rejected_end))
+            start = start.clamp(max=last)
+        columns = margin[:, None] if isinstance(margin, torch.Tensor) else margin
+        loss = span_loss(chosen, rejected, start, end, lambda c, r: pairwise_loss(c, r, columns, self.label_smoothing))
+        return loss, end > start
 
     def _spans(self, input_ids):
         """Where the answers of each pair first differ (s: nowhere), and where the two end. Three times (b,).

@@ -77,7 +77,7 @@ def barrier(score):
 
 def penalty_cost(kind, chosen, rejected):
     both = chosen + rejected
-    if kind == "center":
+    if kind in ("center", "centre"):
         return sum((c + r) ** 2 for c, r in zip(chosen, rejected)) / len(chosen)
     if kind == "l2":
         return sum(score**2 for score in both) / len(both)
