@@ -13,7 +13,7 @@ from reward_model.batching.batch import Batch, Lists, Pairs, Points, Tokens
 from reward_model.batching.layout import Layout
 from reward_model.batching.merging import merge, place
 from reward_model.batching.plan import MicroBatch
-from reward_model.data.comparisons import Comparison
+from reward_model.data.comparisons import Comparison, Comparisons
 
 WORKERS = 2  # processes that prepare batches while the GPU computes
 
@@ -22,8 +22,8 @@ def collate(
     comparisons: Sequence[Comparison],
     layout: Layout,
     weight: float = 1.0,
-    groups: Sequence[int] | None = None,
-    row_weights: Sequence[float] | None = None,
+    groups: Sequence[int] | np.ndarray | None = None,
+    row_weights: Sequence[float] | np.ndarray | None = None,
 ) -> Batch:
     """Merge Comparisons that share a prompt, and write them into a batch.
 
@@ -61,16 +61,18 @@ def collate(
     )
 
 
-class PlannedBatches(Sequence):
+class PlannedBatches(Sequence[list[Batch]]):
     """The batches of a plan. Each item is the list of batches of one step, made when it is asked for."""
 
-    def __init__(self, comparisons: Sequence[Comparison], plan: Sequence[list[MicroBatch]], layout: Layout):
+    def __init__(
+        self, comparisons: Comparisons | Sequence[Comparison], plan: Sequence[list[MicroBatch]], layout: Layout
+    ):
         self.comparisons, self.plan, self.layout = comparisons, plan, layout
 
     def __len__(self) -> int:
         return len(self.plan)
 
-    def __getitem__(self, i: int) -> list[Batch]:
+    def __getitem__(self, i: int) -> list[Batch]:  # type: ignore[override]  # no slices
         return [
             collate([self.comparisons[row] for row in m.rows], self.layout, m.weight, m.groups, m.row_weights)
             for m in self.plan[i]

@@ -166,7 +166,7 @@ def _blocks(
             while starts and not near[starts[-1]]:
                 starts.pop()
             if gain and room >= 1:
-                text = max(islice(gain, CANDIDATES), key=gain.get)
+                text = max(islice(gain, CANDIDATES), key=gain.__getitem__)
             elif starts and not gain and room >= 2:
                 text = starts[-1]
             else:
@@ -200,9 +200,9 @@ def _measured(comparisons: Comparisons, groups: list[list[int]], sizes: np.ndarr
         merged = sum(texts.values()) - (len(texts) - 1) * comparisons.prompt_tokens[group].min()
         count[i], length[i] = len(texts), max(texts.values())
         tokens[i] = min(merged, comparisons.tokens[group].sum())
-    counts = [len(group) for group in groups]
-    rows = np.fromiter((row for group in groups for row in group), np.int64, sum(counts))
-    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    held = [len(group) for group in groups]
+    rows = np.fromiter((row for group in groups for row in group), np.int64, sum(held))
+    starts = np.concatenate([[0], np.cumsum(held)]).astype(np.int64)
     return RowGroups(rows, sizes[rows], starts, np.add.reduceat(sizes[rows], starts[:-1]), count, length, tokens)
 
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from reward_model.batching.layout import Layout
 from reward_model.data.comparisons import Comparison, common_prefix
 
@@ -38,7 +40,7 @@ class PlacedRow:
 
 
 def merge(
-    comparisons: Sequence[Comparison], layout: Layout, groups: Sequence[int] | None = None
+    comparisons: Sequence[Comparison], layout: Layout, groups: Sequence[int] | np.ndarray | None = None
 ) -> list[MergedComparison]:
     """Join Comparisons that share a prompt, so that each distinct response appears once.
 
@@ -71,9 +73,9 @@ def merge(
     if groups is not None:
         keys = [(group, c.prompt_hash) for group, c in zip(groups, comparisons)]
         parts = _join_equals(parts, keys, layout.most_responses)
-    keys = [part.texts.prompt_hash for part in parts]
+    hashes = [part.texts.prompt_hash for part in parts]
     widest = max(part.texts.tokens for part in parts) if layout.kind == "shared" else None
-    return _join_equals(parts, keys, layout.most_responses, widest)
+    return _join_equals(parts, hashes, layout.most_responses, widest)
 
 
 def _join_equals(
@@ -89,11 +91,15 @@ def _join_equals(
     newest: dict[object, int] = {}  # index in ``joined`` of the latest part of each key
     for part, key in zip(parts, keys):
         at = newest.get(key)
-        one = _join(joined[at], part) if at is not None else None
-        if one and (
-            len(one.texts.responses) <= most_responses
-            and one.texts.tokens <= joined[at].texts.tokens + part.texts.tokens
-            and (widest is None or one.texts.tokens <= widest)
+        one = None if at is None else _join(joined[at], part)
+        if (
+            at is not None
+            and one is not None
+            and (
+                len(one.texts.responses) <= most_responses
+                and one.texts.tokens <= joined[at].texts.tokens + part.texts.tokens
+                and (widest is None or one.texts.tokens <= widest)
+            )
         ):
             joined[at] = one
         else:

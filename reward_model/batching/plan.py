@@ -67,7 +67,7 @@ class BatchSpec:
         return int(groups.texts[group]) if self.layout == "separate" else 1
 
 
-class EpochPlan(Sequence):
+class EpochPlan(Sequence[list[MicroBatch]]):
     """One rank's share of an epoch: the list of its micro-batches in each optimizer step, equally many on every rank.
 
     Every group comes once. A global batch holds micro_batch · accumulation · world_size pairs (or rows, or prompts),
@@ -109,7 +109,7 @@ class EpochPlan(Sequence):
     def __len__(self) -> int:
         return len(self.steps)
 
-    def __getitem__(self, step: int) -> list[MicroBatch]:
+    def __getitem__(self, step: int) -> list[MicroBatch]:  # type: ignore[override]  # no slices
         chosen = self.steps[step]
         total = self.sizes[chosen].sum()
         return [
@@ -141,7 +141,7 @@ def _cut(order: np.ndarray, sizes: np.ndarray, global_batch: int) -> list[np.nda
     return np.split(order, np.flatnonzero(np.diff(middle // global_batch)) + 1)
 
 
-def _micro_batch(part: Sequence[int], groups: RowGroups, weight: float, by_prompt: bool) -> MicroBatch:
+def _micro_batch(part: np.ndarray, groups: RowGroups, weight: float, by_prompt: bool) -> MicroBatch:
     """Make a micro-batch of groups."""
     rows = [groups.rows_of(group) for group in part]
     sizes = [len(r) for r in rows]
@@ -156,8 +156,8 @@ def _deal(chosen: np.ndarray, groups: RowGroups, spec: BatchSpec, world_size: in
     chosen = chosen[np.argsort(-width[chosen], kind="stable")]
     is_packed = spec.layout == "packed"
     if not spec.tokens:
-        parts = spec.accumulation * world_size
-        return _balance(chosen, width, parts) if is_packed else _slice(chosen, groups.size, parts)
+        number = spec.accumulation * world_size
+        return _balance(chosen, width, number) if is_packed else _slice(chosen, groups.size, number)
     if not is_packed:
         return _fill_evenly(chosen, groups, spec, world_size)
     most = world_size * -(-len(chosen) // world_size)  # more would be empty

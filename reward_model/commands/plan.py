@@ -151,9 +151,9 @@ def table(plan: Plan, cluster: Cluster, pairs: int, verbose: bool) -> Iterator[s
             said = "no: host memory"
         sizes = "".join(f"{gib(e.gpu):>10}" for e in pair)
         if verbose:
-            estimate = deepspeed_estimate(plan.counts, setting, cluster) or 0
+            theirs = deepspeed_estimate(plan.counts, setting, cluster) or 0
             held = states.resident + states.gradients
-            more = f"{gib(held):>9} {gib(states.buffers):>8} {gib(states.step):>8} {gib(estimate):>10}"
+            more = f"{gib(held):>9} {gib(states.buffers):>8} {gib(states.step):>8} {gib(theirs):>10}"
         yield f"{setting.name:9}{sizes} {gib(pair[0].host):>9} {gib(pair[0].sent):>8} {more}   {said}"
 
 

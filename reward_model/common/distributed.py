@@ -14,6 +14,7 @@ import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -195,7 +196,7 @@ def _require_compiler() -> None:
         raise UserError(f"no {header}: DeepSpeed compiles an op; install it, e.g. apt install python3-dev")
 
 
-def default_dtype() -> str:
+def default_dtype() -> Literal["fp32", "bf16", "fp16"]:
     """bf16 on a GPU that has it, fp16 on one that has not, fp32 on a CPU, where half precision saves no time."""
     from deepspeed.accelerator import get_accelerator
 

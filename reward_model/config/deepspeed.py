@@ -12,11 +12,11 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from reward_model.common.errors import UserError
 from reward_model.common.logging import logger
-from reward_model.config.groups import EngineConfig
+from reward_model.config.groups import Dtype, EngineConfig
 from reward_model.config.options import RunConfig
 
 ZERO_FOLDER = Path(__file__).resolve().parent / "zero"  # package data: an installed package has it too
@@ -32,9 +32,9 @@ class DeepSpeedSetup:
     """DeepSpeed's configuration, and the values on which it and the flags agreed."""
 
     config: dict[str, Any]
-    zero_stage: int
+    zero_stage: Literal[0, 1, 2, 3]
     offload: bool
-    dtype: str
+    dtype: Dtype
     micro_batch: int
     accumulation: int
     max_grad_norm: float
@@ -46,7 +46,7 @@ class DeepSpeedSetup:
 
 
 def set_up_deepspeed(
-    config: RunConfig, dtype: str, world_size: int, hidden_size: int, vocab_size: int = 0
+    config: RunConfig, dtype: Dtype, world_size: int, hidden_size: int, vocab_size: int = 0
 ) -> DeepSpeedSetup:
     """Read the ZeRO file that the flags choose, and fill it in.
 
@@ -237,19 +237,19 @@ def _is_count(value: float) -> bool:
     return isinstance(value, int) and value >= 1
 
 
-def _set_dtype(config: RunConfig, default: str, content: dict, path: Path) -> str:
+def _set_dtype(config: RunConfig, default: Dtype, content: dict, path: Path) -> Dtype:
     """Enable one of the half formats, or none; which dtype that is."""
     if "bfloat16" in content:
         raise UserError(f"{path}: write bf16 in place of the old name bfloat16")
-    half = {"bf16": _section(content, "bf16", path), "fp16": _section(content, "fp16", path)}
+    half: dict[Dtype, dict] = {"bf16": _section(content, "bf16", path), "fp16": _section(content, "fp16", path)}
     enabled = {name: section.get("enabled", "auto") for name, section in half.items()}
     if list(enabled.values()) == [True, True]:
         raise UserError(f"{path} enables both bf16 and fp16: choose one")
-    allowed = {name for name, value in enabled.items() if value is True}
+    allowed: set[Dtype] = {name for name, value in enabled.items() if value is True}
     if not allowed:
-        allowed = {"fp32"} | {name for name, value in enabled.items() if value == "auto"}
+        allowed = {name for name, value in enabled.items() if value == "auto"} | {"fp32"}
     asked = config.engine.dtype
-    dtype = default if asked == "auto" else asked
+    dtype: Dtype = default if asked == "auto" else asked
     if dtype not in allowed:
         if asked != "auto":
             words = {True: "enabled", False: "disabled"}

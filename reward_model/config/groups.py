@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 from reward_model.common.errors import UserError
 from reward_model.config.objectives import LIST_LOSSES, PAIR_LOSSES, POINT_LOSSES
 
+Dtype = Literal["fp32", "bf16", "fp16"]
 Scheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 
 

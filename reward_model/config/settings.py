@@ -11,6 +11,7 @@ from reward_model.config.deepspeed import DeepSpeedSetup, set_up_deepspeed
 from reward_model.config.groups import (
     BatchConfig,
     DataConfig,
+    Dtype,
     EngineConfig,
     EvaluationConfig,
     ModelConfig,
@@ -57,7 +58,7 @@ class Settings:
         return json.dumps(values | {"given": sorted(self.given), "versions": versions}, indent=2) + "\n"
 
 
-def resolve(config: RunConfig, default_dtype: str, world_size: int, hidden_size: int, vocab_size: int) -> Settings:
+def resolve(config: RunConfig, default_dtype: Dtype, world_size: int, hidden_size: int, vocab_size: int) -> Settings:
     """Decide what the machine, the model and the DeepSpeed file leave open.
 
     Args:

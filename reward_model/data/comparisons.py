@@ -97,9 +97,10 @@ class Comparisons:
         """Of each whole text, one row's after the other, a hash and its tokens, (t,); texts of each row, (r,)."""
         hashes = self._arrow("text_hashes")
         lengths = self._arrow("text_lengths").flatten()
-        return tuple(
+        first, second, third = (
             np.asarray(values, dtype=np.int64) for values in (hashes.flatten(), lengths, hashes.value_lengths())
         )
+        return first, second, third
 
     def targets(self) -> np.ndarray:
         """Score or label of every response, one row's after the other; NaN where there is none. (t,)"""

@@ -13,10 +13,11 @@ import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -219,7 +220,7 @@ def _fingerprint(source: Source, tokenizer, special: SpecialTokens, preprocessin
         tokenizer.chat_template,
         [special.end, sorted(special.endings), sorted(special.starts)],
         preprocessing.max_seq_len,
-        *[Path(module.__file__).read_text(encoding="utf-8") for module in CODE],
+        *[Path(module.__file__ or "").read_text(encoding="utf-8") for module in CODE],
     ]
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:32]
 
@@ -237,6 +238,7 @@ def _without_bad_rows(
         )
     bad = np.flatnonzero(problems != None)  # noqa: E711  (elementwise)
     if len(bad) and preprocessing.on_bad_row == "stop":
+        assert source.numbers is not None
         advice = f"{len(bad)} of {len(problems)} rows cannot be used; --on_bad_row skip leaves them out"
         if len(bad) == len(problems):
             advice = f"none of the {len(problems)} rows can be used"
@@ -274,7 +276,7 @@ def _tokenize_rows(rows: dict[str, list], source, tokenizer, special, max_seq_le
     ids = _encode(tokenizer, [text for text in texts if isinstance(text, Texts)])
     out: dict[str, list] = {name: [] for name in FEATURES}
     for text in texts:
-        record = {name: [] for name in FEATURES}
+        record: dict[str, Any] = {name: [] for name in FEATURES}
         record |= dict.fromkeys(("length", "tokens", "prompt_hash", "prompt_tokens"), 0)
         record |= {"cut": False, "problem": None}
         if isinstance(text, str):
@@ -297,7 +299,7 @@ def _hash(content: bytes) -> int:
 
 def _encode(tokenizer, texts: list[Texts]):
     """Ids of the prompt and of each whole text of each row, one row after the other."""
-    ids: dict[bool, object] = {}
+    ids: dict[bool, Iterator[list[int]]] = {}
     for templated in (False, True):
         group = [part for t in texts if t.templated is templated for part in (t.prompt, *t.whole)]
         encoded = tokenizer(group, add_special_tokens=not templated, verbose=False)["input_ids"] if group else []

@@ -58,6 +58,7 @@ def read_row(row: dict, tokenizer: PreTrainedTokenizerBase) -> Texts:
     >>> texts.judged["better"], texts.judged["worse"], texts.judged["margin"]
     ([0], [1], [2.0])
     """
+    names: Sequence[str]
     is_pair = all(row.get(name) not in (None, "") for name in PAIR)  # a CSV file has "" for nothing
     if row.get("responses") is not None and not is_pair:
         found, names, judged = _list(row)
@@ -176,7 +177,7 @@ def judge_answer(row: dict) -> dict:
         raise BadRow("the row has a score and a label: keep one of them")
     if isinstance(row.get("label"), bool):
         row = row | {"label": int(row["label"])}
-    nothing = {name: [] for name in ("better", "worse", "margin", "rating", "probability", "ranks")}
+    nothing: dict[str, list] = {name: [] for name in ("better", "worse", "margin", "rating", "probability", "ranks")}
     return nothing | {"targets": [_number(row, "score", "label")]}
 
 

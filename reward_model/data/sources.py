@@ -22,8 +22,10 @@ from reward_model.common.logging import logger
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 TRAIN_NAMES = ("train",)
 EVAL_NAMES = ("eval", "test", "validation", "valid", "dev")
-NUMBERS = ("margin", "rating", "probability", "score", "label")  # columns that a CSV file writes as text
-NUMBERS += ("chosen_score", "rejected_score", "score_chosen", "score_rejected")
+NUMBERS = (  # columns that a CSV file writes as text
+    *("margin", "rating", "probability", "score", "label"),
+    *("chosen_score", "rejected_score", "score_chosen", "score_rejected"),
+)
 NO_REJECTED = (  # names that upstream knows for its first step
     "pvduy/sharegpt_alpaca_oa_vicuna_format",
     "wangrui6/Zhihu-KOL",
@@ -61,6 +63,7 @@ class Source:
             self.numbers = np.arange(1, len(self.rows) + 1)
 
     def select(self, indices: np.ndarray) -> Source:
+        assert self.numbers is not None  # filled in when the object was made
         return replace(self, rows=self.rows.select(indices), numbers=self.numbers[indices])
 
     def read(self, row: dict) -> dict:
@@ -91,11 +94,12 @@ def read_sources(
     for name in NO_REJECTED:
         if name in path:
             raise UserError(f"data set {name} has no rejected answers: a reward model needs preferences")
-    known = next((name for name in ADAPTERS if name in path), None)
+    known = next((name for name in ADAPTERS if name in path), "")
+    train: list[Source]
+    evaluation: list[Source]
     if path == "local/jsonfile":
         folder = _jsonfile_folder()
-        train, evaluation = _read_file(folder / "train.json"), _read_file(folder / "eval.json")
-        train, evaluation = [train], [evaluation]
+        train, evaluation = [_read_file(folder / "train.json")], [_read_file(folder / "eval.json")]
     elif os.path.isfile(path):
         train, evaluation = [_read_file(Path(path))], []
     elif os.path.isdir(path):
@@ -243,7 +247,7 @@ def _require_object(row, where: str) -> None:
 
 def _number(cell: str | None) -> float | str | None:
     """A CSV cell that should hold a number, or the word true or false; empty: none."""
-    if not (cell or "").strip():
+    if not cell or not cell.strip():
         return None
     if cell.strip().lower() in ("true", "false"):
         return float(cell.strip().lower() == "true")

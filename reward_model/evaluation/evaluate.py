@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,7 +68,8 @@ def evaluate(
     pairs, points, hits = score_batches(forward, batches, context, read)
     if not (np.isfinite(pairs).all() and np.isfinite(points[:, 0]).all()):
         return None
-    metrics, scores = {}, {}
+    metrics: dict[str, Any] = {}
+    scores: dict[str, np.ndarray] = {}
     if len(pairs):
         scores = {"chosen": pairs[:, 0], "rejected": pairs[:, 1]}
         metrics |= pair_metrics(*pairs.T)

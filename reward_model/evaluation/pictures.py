@@ -46,8 +46,8 @@ def draw(metrics: Path, picture: Path, scores: dict[str, np.ndarray]) -> None:
         _pair_accuracy(order, train, evaluations)
         known = [r for r in evaluations if "pearson" in r]
         if known:
-            values = [r["pearson"] for r in known]
-            order.plot([r["step"] for r in known], values, "s--", color=REJECTED, label="held out, corr. with targets")
+            found = [r["pearson"] for r in known]
+            order.plot([r["step"] for r in known], found, "s--", color=REJECTED, label="held out, corr. with targets")
         _pair_scores(course, train, evaluations)
     else:
         _held_out(order, evaluations, "pearson", "held out")
@@ -58,9 +58,9 @@ def draw(metrics: Path, picture: Path, scores: dict[str, np.ndarray]) -> None:
         course.plot(eval_steps, middle, "o-", color=CHOSEN, label="held out")
         course.set(title="Scores: held-out mean ± standard deviation", xlabel="step", ylabel="score")
 
-    edges = np.histogram_bin_edges(np.concatenate(list(scores.values())), bins=40)
+    bins = np.histogram_bin_edges(np.concatenate(list(scores.values())), bins=40)
     for name, values in scores.items():
-        histogram.hist(values, edges, color=COLORS[name], alpha=0.6, label=name)
+        histogram.hist(values, bins, color=COLORS[name], alpha=0.6, label=name)
     histogram.set(title="Held-out scores at the end", xlabel="score", ylabel="answers")
 
     for axis, place in ((loss, "best"), (order, "lower right"), (course, "upper left"), (histogram, "best")):

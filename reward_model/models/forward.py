@@ -8,7 +8,7 @@ Notation: n responses, r tokens of the longest, h hidden units.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +20,16 @@ from reward_model.models.scorer import Scorer, embedding_rows
 from reward_model.models.shared_prefix import SEPARATE, AttentionBackend
 
 
+class ScoringModule(Protocol):
+    """A scorer, or DeepSpeed's engine around it."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def train(self, mode: bool = True) -> Any: ...
+
+    def eval(self) -> Any: ...
+
+
 class ForwardPass:
     """What computes the scores of a batch.
 
@@ -29,7 +39,7 @@ class ForwardPass:
 
     def __init__(
         self,
-        module: Callable,
+        module: ScoringModule,
         scorer: Scorer,
         dtype: torch.dtype,
         device: torch.device,

@@ -125,8 +125,10 @@ class Objective:
     def margin(self, batch: Batch) -> torch.Tensor | float:
         """The margin of all pairs as a number, or of each judged pair, shape (p,)."""
         pairs = batch.pairs
-        values = {"column": pairs.margin, "large": pairs.rating, "small": pairs.rating / 3}
-        return values.get(self.loss.margin, self.loss.margin)
+        margin = self.loss.margin
+        if isinstance(margin, str):
+            return {"column": pairs.margin, "large": pairs.rating, "small": pairs.rating / 3}[margin]
+        return margin
 
     def point_losses(self, batch: Batch, scores: torch.Tensor, thresholds: torch.Tensor | None = None) -> torch.Tensor:
         """Loss of each response of each row, shape (t,). Where there is no target, the loss is that of the target 0."""
@@ -139,6 +141,7 @@ class Objective:
             return losses.huber_loss(scores, targets, self.loss.huber_delta)
         if name == "bce":
             return losses.binary_loss(scores, targets)
+        assert thresholds is not None  # the last one, ordinal, has learned them
         grade = (targets - self.lowest_grade).clamp(0, len(thresholds))
         return losses.ordinal_loss(scores, grade, thresholds)
 

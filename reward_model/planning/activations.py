@@ -63,7 +63,7 @@ class Meter(TorchDispatchMode):
 
     def __init__(self, known: Iterable[torch.Tensor] = ()):
         super().__init__()
-        self.live = {tensor.untyped_storage()._cdata: None for tensor in known}
+        self.live: dict[int, weakref.ref | None] = {tensor.untyped_storage()._cdata: None for tensor in known}
         self.now = self.peak = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

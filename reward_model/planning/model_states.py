@@ -102,14 +102,13 @@ def model_states(
         return States(resident, gradients, 0, step, 0, bucket=width * min(trained, DEFAULT_BUCKET) if n > 1 else 0)
     own, bucket = trained / n, width * zero.get("reduce_bucket_size", DEFAULT_BUCKET)
     if setting.stage < 3:
-        buffers = bucket * (2 if setting.stage == 2 else 1)  # stage 2 fills one while it sends the other
+        buffers: float = bucket * (2 if setting.stage == 2 else 1)  # stage 2 fills one while it sends the other
         again = width * own if accumulates else 0
         if setting.offload == "cpu":
             return States(width * total, 0, buffers, width * total, (16 + width) * own + again)
-        resident, gradients = width * total + 12 * own, width * own + again
-        if accumulates and setting.stage == 1:
-            gradients = width * (own + trained)
-        return States(resident, gradients, buffers, resident + 8 * own, 0)  # flattened, then in float32
+        states = width * total + 12 * own
+        kept = width * (own + trained) if accumulates and setting.stage == 1 else width * own + again
+        return States(states, kept, buffers, states + 8 * own, 0)  # flattened, then in float32
     gathered = width * min(total, zero.get("stage3_max_live_parameters", LIVE) + counts.largest)
     buffers = gathered + bucket
     if setting.plus and n > cluster.per_node:
@@ -120,11 +119,11 @@ def model_states(
     if setting.offload == "nvme":
         part = zero["offload_param"]
         read = width * part["buffer_count"] * part["buffer_size"]
-        kept = min(share, width * part["max_in_cpu"])
-        return States(0, 0, buffers, 0, kept + read + 4 * zero["offload_optimizer"]["buffer_count"] * group)
-    resident = share + 12 * own
+        in_memory = min(share, width * part["max_in_cpu"])
+        return States(0, 0, buffers, 0, in_memory + read + 4 * zero["offload_optimizer"]["buffer_count"] * group)
+    partitioned = share + 12 * own
     again = (6 if width < 4 else 4) * group  # flattened, then in float32
-    return States(resident, width * own, buffers, resident + width * own + again, 0)
+    return States(partitioned, width * own, buffers, partitioned + width * own + again, 0)
 
 
 def deepspeed_estimate(counts: Counts, setting: Setting, cluster: Cluster) -> float | None:

@@ -31,8 +31,8 @@ def scale_table(sizes=(8, 64, 512, 1024), memory: float = 80) -> str:
     ]
     for name, total, largest in ON_PAPER:
         for n in sizes:
-            held = (4 * total + 16 * total / n, 2 * total, 4 * largest + 18 * total / n)
-            held += (4 * largest + 2 * total / n, 4 * largest)
+            sharded = 4 * largest + 18 * total / n
+            held = (4 * total + 16 * total / n, 2 * total, sharded, 4 * largest + 2 * total / n, 4 * largest)
             host = 18 * total / n * 8
             limit = (1 - ROOM) * memory * GIB
             order = (("2", held[0]), ("3", held[2]), ("2 + CPU", held[1]), ("3 + CPU", held[4]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import set_seed
@@ -45,7 +46,7 @@ class TrainResult:
     report: the picture of the run.
     """
 
-    metrics: dict[str, float]
+    metrics: dict[str, Any]
     steps: int
     folder: Path | None = None
     report: Path | None = None

@@ -25,7 +25,7 @@ class StepLog:
     def __init__(self, context: DistributedContext, records: Records, bar: tqdm):
         self.context, self.records, self.bar = context, records, bar
         self.sums = self._zeros()
-        self.pending = None
+        self.pending: tuple | None = None
         self.clock = time.perf_counter()
 
     def _zeros(self) -> torch.Tensor:
