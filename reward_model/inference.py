@@ -20,7 +20,7 @@ from reward_model.batching.collate import collate
 from reward_model.common.errors import UserError
 from reward_model.data.comparisons import Comparison
 from reward_model.data.preprocessing import end_text
-from reward_model.data.rows import close_turn
+from reward_model.data.rows import close_turn, half_character
 from reward_model.data.tokenizer import choose_special_tokens, load_tokenizer
 from reward_model.models.forward import ForwardPass
 from reward_model.models.loading import load_for_training, no_pooler, on_drop_in
@@ -61,19 +61,28 @@ class RewardScorer:
         Nothing is cut: a text longer than those of the training is scored as it is.
 
         Raises:
-            UserError: not as many responses as prompts.
+            UserError: not as many responses as prompts, or half a character in a text.
         """
         if isinstance(prompts, str) or isinstance(responses, str):
             raise UserError("give lists of prompts and responses, not text")
         if len(prompts) != len(responses):
             raise UserError(f"{len(prompts)} prompts and {len(responses)} responses: give one of each per text")
         texts = [prompt + response for prompt, response in zip(prompts, responses)]
+        _require_whole(texts)
         return self._score(self.tokenizer(texts, verbose=False)["input_ids"] if texts else [], batch_size)
 
     def score_chats(self, chats: Sequence[list[dict]], batch_size: int = 16) -> list[float]:
-        """The score of each list of chat messages, through the tokenizer's template."""
+        """The score of each list of chat messages, through the tokenizer's template.
+
+        Raises:
+            UserError: one chat in place of a list of them, or half a character in a text.
+        """
+        if not all(isinstance(chat, Sequence) and not isinstance(chat, str) for chat in chats):
+            raise UserError("give a list of chats, each a list of messages")
         texts = [close_turn(self.tokenizer.apply_chat_template(chat, tokenize=False), self.tokenizer) for chat in chats]
-        return self._score(self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"], batch_size)
+        _require_whole(texts)
+        encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        return self._score(encoded, batch_size)
 
     @torch.no_grad()
     def _score(self, ids: list[list[int]], batch_size: int) -> list[float]:
@@ -85,6 +94,12 @@ class RewardScorer:
             batch = collate(rows, self.forward.layout).to(self.forward.device)
             scores[chosen] = self.forward(batch, batch.tokens.ends).float().cpu()
         return (scores - self.mean).tolist()
+
+
+def _require_whole(texts: Sequence[str]) -> None:
+    for i, text in enumerate(texts, 1):
+        if half := half_character(text):
+            raise UserError(f"text {i} has half a character, {half}, which is no text")
 
 
 def load(folder: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> RewardScorer:

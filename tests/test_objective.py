@@ -75,7 +75,7 @@ def test_one_loss_of_pairs_counts_pairs_and_any_other_choice_rows(flags, kinds, 
 
 ENOUGH = [
     ("", [PAIR, RANKED, ranked(1.0, 2.0), ranked(1.0, 1.0, 2.0)]),  # an untied pair is enough
-    ("--margin column", [pair(margin=0), pair(chosen_score=1, rejected_score=3), ranked(1.0, 2.0)]),
+    ("--margin column", [pair(margin=0), pair(chosen_score=3, rejected_score=1), ranked(1.0, 2.0)]),
     ("--margin large", [pair(rating="unsure")]),
     ("--loss scaled --margin small", [pair(rating=3)]),
     ("--loss scaled --margin column", [pair(margin=0), ranked(1.0, 3.0)]),
@@ -131,9 +131,10 @@ WRONG = [
     ("--margin small", pair(margin=1), no_rating("small")),
     ("--loss hinge --margin large", ranked(1.0, 2.0), no_rating("large")),
     ("--loss scaled --margin column", pair(margin=-0.5),
-     "margin is -0.5, and --loss scaled weighs a pair by it: give 0 or more"),
+     "margin is -0.5, so that the better answer need not win: give 0 or more"),
     ("--loss scaled --margin column", ranked(1.0, 3.0, ranks=[1, 2]),
-     "margin is -2, and --loss scaled weighs a pair by it: give 0 or more"),
+     "margin is -2, so that the better answer need not win: give 0 or more"),
+    ("--margin column", pair(margin=-7), "margin is -7, so that the better answer need not win: give 0 or more"),
     ("--label_smoothing column", PAIR,
      "the row has no probability from 0 to 1, and --label_smoothing column needs one"),
     ("--loss plackett_luce", ranked(1.0, 3.0, 1.0),

@@ -126,9 +126,9 @@ def test_empty_prompt_is_a_prompt(answers):
         ("\n\nHuman: Hi\n\nAssistant:", " Hello", " Hey"),
         ("\n\nHuman: Hi\n\nAssistant: A\n\nHuman: B\n\nAssistant:", " same start, then this", " same start, then that"),
         ("\n\nHuman: Hi\n\nAssistant:", " Hello", " Bye\n\nHuman: Why?\n\nAssistant: So"),
-        ("the cat ", "sat", "sits"),  # no turns: whole words are shared
-        ("the cat\n", "sat", "sits"),
-        ("", "yes", "no"),
+        ("User: the cat ", "sat", "sits"),  # not Anthropic's turns: whole words are shared
+        ("User: the cat\n", "sat", "sits"),
+        ("", "User: yes", "Human: no"),
     ],
 )
 def test_prompt_inside_the_answers(prompt, chosen, rejected):
@@ -141,8 +141,8 @@ def test_prompt_inside_the_answers(prompt, chosen, rejected):
 @pytest.mark.parametrize(
     "whole, prompt",
     [
-        (["the cat sat", "the cat sits", "the catch", "the cat is"], "the "),
-        (["the cat sat", "the cat sits", "a cat"], ""),
+        (["User: the cat sat", "User: the cat sits", "User: the catch", "User: the cat is"], "User: the "),
+        (["User: the cat sat", "User: the cat sits", "A user: a cat"], ""),
         (["\n\nHuman: Hi\n\nAssistant: same A", "\n\nHuman: Hi\n\nAssistant: same B", "\n\nHuman: Hi\n\nAssistant: C"],
          "\n\nHuman: Hi\n\nAssistant:"),
         (["\n\nHuman: Hi\n\nAssistant: alone"], ""),  # nothing says where its prompt ends
@@ -153,6 +153,86 @@ def test_prompt_inside_the_answers_of_a_list_is_what_all_of_them_share(whole, pr
     assert (text.prompt, text.whole) == (prompt, whole)
     single = read_row({"response": whole[0]}, tiny.tokenizer())
     assert (single.prompt, single.whole) == ("", whole[:1])
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"system": "Be kind", "question": "Is it?", "chosen": "the cat sat", "rejected": "the cat sits"},
+         "if it is system or question: --columns prompt=system"),
+        ({"chosen": "yes", "rejected": "no"}, 'give "prompt": "" if there really is none'),
+        ({"responses": ["yes", "no"], "ranks": [1, 2]}, "there is no prompt"),
+        ({"response": "yes", "score": 1}, "there is no prompt"),
+    ],
+)  # fmt: skip
+def test_texts_without_prompt_and_turns_are_no_row(row, said):
+    with pytest.raises(BadRow, match="there is no prompt, and the texts have no marks of turns") as caught:
+        read_row(row, tiny.tokenizer())
+    assert said in str(caught.value)
+    assert read_row({**row, "prompt": ""}, tiny.tokenizer()).prompt == ""
+
+
+@pytest.mark.parametrize(
+    "mark", ["<|im_start|>user\n", "[INST] ", "### Instruction:\n", "USER: ", "<start_of_turn>user\n"]
+)
+def test_turns_of_templates_in_use_are_known(mark):
+    text = read_row({"chosen": f"{mark}Hi there", "rejected": f"{mark}Hi you"}, tiny.tokenizer())
+    assert text.prompt == f"{mark}Hi "
+
+
+@pytest.mark.parametrize("field", ["prompt", "chosen", "rejected"])
+def test_half_a_character_is_a_bad_row(field, tmp_path):
+    with pytest.raises(BadRow, match=rf"{field} has half a character, .ud83d"):
+        read_row({**TEXT, field: "oh \ud83d"}, tiny.tokenizer())
+    chat = {"prompt": [message("user", "Hi")], "chosen": [message("assistant", "a")]}
+    chat |= {"rejected": [message("assistant", "b")]}
+    chat[field] = [{**chat[field][0], "content": "\udc00"}]
+    with pytest.raises(BadRow, match=f"{field} has half a character"):
+        read_row(chat, tiny.chatml())
+    rows = [{**TEXT, "chosen": f"{i}"} for i in range(3)] + [{**TEXT, field: "oh \ud83d"}]
+    assert len(tokenize_rows(rows, tmp_path, on_bad_row="skip")) == 3
+    assert read_row(
+        {**TEXT, field: "\ud83d\ude00".encode("utf-16", "surrogatepass").decode("utf-16")}, tiny.tokenizer()
+    )
+
+
+def test_an_empty_list_is_no_prompt():
+    whole = {"chosen": "Human: a\n\nAssistant: b", "rejected": "Human: a\n\nAssistant: c"}
+    found, plain = (read_row(row, tiny.tokenizer()) for row in ({"prompt": [], **whole}, whole))
+    assert (
+        (found.prompt, found.whole) == (plain.prompt, plain.whole) == ("Human: a\n\nAssistant:", list(whole.values()))
+    )
+
+
+def test_scores_that_tie_teach_no_pair_and_those_that_deny_the_order_are_refused(tmp_path, capsys):
+    tie = read_row({**TEXT, "chosen_score": 2, "rejected_score": 2}, tiny.tokenizer()).judged
+    assert (tie["better"], tie["worse"], tie["targets"]) == ([], [], [2, 2])
+    kept = read_row({**TEXT, "chosen_score": 2, "rejected_score": 2, "margin": 1}, tiny.tokenizer()).judged
+    assert (kept["better"], kept["margin"]) == ([0], [1.0])
+    with pytest.raises(BadRow, match="chosen has the lower score: 1, and rejected 3"):
+        read_row({**TEXT, "chosen_score": 1, "rejected_score": 3}, tiny.tokenizer())
+    scores = [(3, 1), (2, 2), (1, 3), (2, 2)]
+    rows = [{**TEXT, "chosen": f"{i}", "chosen_score": a, "rejected_score": b} for i, (a, b) in enumerate(scores)]
+    assert len(tokenize_rows(rows, tmp_path, missing=missing(""), on_bad_row="skip")) == 1
+    said = capsys.readouterr().out
+    assert "skipped 2 of 4 rows: --loss logistic needs a preferred answer, and the row has two answers" in said
+    assert "skipped 1 of 4 rows: chosen has the lower score" in said
+
+
+def test_columns_under_other_names(tmp_path, capsys):
+    rows = [{"question": f"Q{i}", "good": "a", "bad": "b", "system": "s", "id": i} for i in range(12)]
+    path = write(tmp_path / "rows.jsonl", rows)
+    names = {"prompt": "question", "chosen": "good", "rejected": "bad"}
+    train, held = load([path], tmp_path, names=names)
+    assert len(train) + len(held) == 12
+    assert f"{path}: columns that are not read: system, id" in capsys.readouterr().out
+    with pytest.raises(
+        UserError, match=r"--columns prompt=query: .*rows.jsonl has no such column; it has question, good"
+    ):
+        load([path], tmp_path, names={"prompt": "query"})
+    renamed = [{"prompt": row["question"], "chosen": "a", "rejected": "b"} for row in rows]
+    again, _ = load([write(tmp_path / "plain.jsonl", renamed)], tmp_path)
+    assert [again[i].prompt for i in range(len(again))] == [train[i].prompt for i in range(len(train))]
 
 
 def message(role, content):
@@ -244,7 +324,6 @@ PAIRS = [
     ({}, None, NONE),
     ({"chosen_score": 3, "rejected_score": 1}, 2.0, [3.0, 1.0]),
     ({"score_chosen": 3, "score_rejected": 1.5}, 1.5, [3.0, 1.5]),
-    ({"chosen_score": 1, "rejected_score": 3}, -2.0, [1.0, 3.0]),  # names decide, not scores
     ({"chosen_score": 3, "rejected_score": 1, "margin": 0}, 0.0, [3.0, 1.0]),  # a margin of its own, be it 0
     ({"chosen_score": 3}, None, [3.0, None]),
     ({"chosen_score": None, "score_chosen": 3, "rejected_score": 1, "margin": None}, 2.0, [3.0, 1.0]),  # Arrow's nulls
@@ -723,7 +802,7 @@ def test_nan_margin_of_a_csv_is_no_missing_one(tmp_path):
 
 def test_row_that_the_data_set_adapter_cannot_read(tmp_path):
     def adapter(row):
-        return {"chosen": row["answers"][0], "rejected": row["answers"][1]}
+        return {"prompt": "p", "chosen": row["answers"][0], "rejected": row["answers"][1]}
 
     table = datasets.Dataset.from_list([{"answers": ["a", "b"]}, {"answers": ["a"]}])
     tokenizer = tiny.tokenizer()
@@ -1089,3 +1168,28 @@ def test_similarity_goes_to_the_judged_pairs_in_turn(tmp_path):
     assert [row.similarity for row in with_them.select(np.array([4, 2, 0]))] == [expected[i] for i in (4, 2, 0)]
     picked = found.select(np.array([2, 1])).with_similarity(np.array([0.25, -1.0, 0.0, 0.5]))
     assert [row.similarity for row in picked] == [expected[2], expected[1]]
+
+
+def numbered(name, count):
+    return [{**TEXT, "prompt": f"{name} {i}", "chosen": f"{i}"} for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("train", "held", "said"),
+    [
+        (numbered("a", 400), numbered("b", 60), []),
+        (numbered("a", 400), numbered("b", 49), ["49 held-out rows: its metrics say little"]),
+        (numbered("a", 400), numbered("b", 1), ["1 held-out row: its metrics say little"]),
+        (numbered("a", 100), numbered("b", 60), ["60 of 160 rows are held out, more than one in 5"]),
+        (
+            numbered("a", 400),
+            numbered("b", 50) + numbered("a", 10),
+            ["10 of 60 held-out rows have only texts that are trained on"],
+        ),
+    ],
+)
+def test_what_makes_an_evaluation_say_little_is_said(train, held, said, tmp_path, capsys):
+    load([write(tmp_path / "train.jsonl", train)], tmp_path, [write(tmp_path / "held.jsonl", held)])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "held" in line and ".jsonl" not in line]
+    assert len(lines) == len(said)
+    assert all(line.startswith(start) for line, start in zip(lines, said))

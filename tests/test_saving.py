@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is saved scores as it was trained: in Transformers, in our loader, and with DeepSpeed-Chat's keys."""
 
+import json
 import os
 import stat
 
@@ -274,3 +275,28 @@ def test_scoring_chats(tmp_path):
     ids = torch.tensor([tokenizer(text)["input_ids"]])
     expected = scorer(ids, torch.ones_like(ids), torch.tensor([ids.shape[1] - 1])).item()
     assert load(tmp_path / "out").score_chats([chat]) == pytest.approx([expected], abs=1e-5)
+
+
+def test_other_programs_read_the_raw_score(tmp_path):
+    """Transformers' pipeline, vLLM and CrossEncoder put a sigmoid on one label, unless the config says otherwise."""
+    from transformers import pipeline
+
+    scorer, tokenizer = trained("llama", tmp_path / "base")
+    checkpoint.save(scorer, tokenizer, tmp_path / "out", "both")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["problem_type"] == "regression"
+    assert config["sentence_transformers"] == {"activation_fn": "torch.nn.modules.linear.Identity"}
+    text = "the cat sat" + tokenizer.eos_token
+    found = pipeline("text-classification", model=str(tmp_path / "out"), device="cpu")(text)
+    assert found[0]["score"] == pytest.approx(load(tmp_path / "out").score(["the cat"], [" sat"])[0], abs=1e-5)
+
+
+def test_what_is_no_list_of_chats_is_told(tmp_path):
+    scorer, tokenizer = trained("llama", tmp_path / "base")
+    checkpoint.save(scorer, tokenizer, tmp_path / "out")
+    reward = load(tmp_path / "out")
+    assert reward.score_chats([]) == []
+    with pytest.raises(UserError, match="a list of chats, each a list of messages"):
+        reward.score_chats([{"role": "user", "content": "a"}])
+    with pytest.raises(UserError, match=r"text 2 has half a character, .ud83d"):
+        reward.score(["a", "b"], ["c", "\ud83d"])

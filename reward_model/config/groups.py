@@ -92,6 +92,11 @@ class DataConfig(Group):
         metavar="PATH",
         help="The rows to evaluate on. Without it, the evaluation split of the data or a tenth of the prompts is used.",
     )
+    columns: list[str] = flag(
+        (),
+        metavar="FIELD=COLUMN",
+        help="The columns of your data that hold a field under another name, such as prompt=question chosen=answer_a.",
+    )
     data_split: str | None = flag(
         None,
         metavar="SHARES",
@@ -111,6 +116,19 @@ class DataConfig(Group):
         0, metavar="N", help="The number of processes that tokenize; 0 chooses by the number of cores and rows."
     )
     add_eot_token: bool = flag(False, help="Add <|endoftext|> to the tokenizer as one token, and end texts with it.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for part in self.columns:
+            name, equals, column = part.partition("=")
+            if not (name and equals and column):
+                raise UserError(f"--columns {part}: write FIELD=COLUMN, such as prompt=question")
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Field → the column that holds it."""
+        parts = (part.partition("=") for part in self.columns)
+        return {name: column for name, _, column in parts}
 
     @property
     def cache_folder(self) -> Path:

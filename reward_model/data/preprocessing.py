@@ -14,7 +14,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,8 @@ from reward_model.data.tokenizer import SpecialTokens
 
 EVAL_SHARE = 0.1  # of the prompts, where a data set brings no evaluation rows: upstream's share too
 CODE = (sys.modules[__name__], comparisons, rows, sources)  # which what is cached depends on
+FEW_ROWS = 50  # a share of them is known to ± 14 points at best: 1.96·√(¼ / 50)
+MOST_HELD_OUT = 0.2
 ROWS_PER_PROCESS = 2_000  # below this a fast tokenizer's own threads beat starting a process
 
 FEATURES = datasets.Features(
@@ -70,7 +72,8 @@ class PreprocessingConfig:
 
     max_seq_len: longest text in tokens. on_bad_row: ``stop`` or ``skip``. cache: folder for tokenized rows.
     processes: for tokenizing; 0: as many as there are cores and work. missing: why the loss has nothing to learn from a
-    training row, given as a Comparison without its tokens; it raises BadRow, or gives None.
+    training row, given as a Comparison without its tokens; it raises BadRow, or gives None. names: field → the column
+    that holds it.
     """
 
     max_seq_len: int
@@ -78,6 +81,7 @@ class PreprocessingConfig:
     cache: Path
     processes: int = 0
     missing: Callable[[Comparison], str | None] | None = None
+    names: dict[str, str] = field(default_factory=dict)
 
 
 def load_comparisons(
@@ -99,7 +103,9 @@ def load_comparisons(
     """
     train, evaluation, undivided = [], [], []
     for path in train_paths:
-        train_sources, eval_sources = read_sources(path, seed, data_split, hold_out=not eval_paths)
+        train_sources, eval_sources = read_sources(
+            path, seed, data_split, hold_out=not eval_paths, names=preprocessing.names
+        )
         tokenized = [
             tokenize(source, tokenizer, special, preprocessing, preprocessing.missing) for source in train_sources
         ]
@@ -119,7 +125,24 @@ def load_comparisons(
     for name, parts in (("training", train), ("evaluation", evaluation)):
         if sum(len(part) for part in parts) == 0:
             raise UserError(f"no {name} rows are left")
-    return _join(train), _join(evaluation)
+    whole = _join(train), _join(evaluation)
+    for line in doubts(*whole):
+        logger.warning(line)
+    return whole
+
+
+def doubts(train: Comparisons, evaluation: Comparisons) -> Iterator[str]:
+    """What makes an evaluation say less than it seems to: few rows, many of them all, or rows that are trained on."""
+    few, total = len(evaluation), len(train) + len(evaluation)
+    if few < FEW_ROWS:
+        yield f"{few} held-out {'row' if few == 1 else 'rows'}: its metrics say little; name more with --eval_data_path"
+    elif few > total * MOST_HELD_OUT:
+        yield f"{few} of {total} rows are held out, more than one in {round(1 / MOST_HELD_OUT)}"
+    hashes, _, counts = evaluation.texts()
+    seen = np.isin(hashes, train.texts()[0])
+    known = np.bitwise_and.reduceat(seen, np.cumsum(counts) - counts)
+    if known.any():
+        yield f"{int(known.sum())} of {few} held-out rows have only texts that are trained on, too"
 
 
 def load_answers(
@@ -137,7 +160,7 @@ def _evaluation_rows(
     path: str, tokenizer, special, preprocessing: PreprocessingConfig, seed: int, missing
 ) -> list[Comparisons]:
     # a folder or hub name stands for its evaluation rows, a file for all of its rows
-    first, second = read_sources(path, seed)
+    first, second = read_sources(path, seed, names=preprocessing.names)
     return [tokenize(source, tokenizer, special, preprocessing, missing) for source in second or first]
 
 
@@ -215,7 +238,7 @@ def _fingerprint(source: Source, tokenizer, special: SpecialTokens, preprocessin
     vocabulary = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
     parts = [
         source.rows._fingerprint,
-        source.adapt.__name__,
+        [source.adapt.__name__, sorted(source.names.items())],
         vocabulary,
         tokenizer.chat_template,
         [special.end, sorted(special.endings), sorted(special.starts)],

@@ -9,7 +9,8 @@ form), a list (``prompt, responses`` with ``scores`` or ``ranks``), or one respo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +19,15 @@ from transformers import PreTrainedTokenizerBase
 from reward_model.data.comparisons import GRADES, BadRow, common_prefix
 
 ASSISTANT = "\n\nAssistant:"  # Anthropic's mark of the last turn
+DIALOGUE = re.compile(  # marks of turns in a text that holds its prompt, by the templates that are in use
+    r"Human:|User:|Assistant:|<\|im_start\|>|<\|start_header_id\|>|<\|user\|>|<\|User\|>|<start_of_turn>|\[INST\]|###|Q:",
+    re.IGNORECASE,
+)
 PAIR = ("chosen", "rejected")
+FIELDS = (  # that a row may have; everything else is not read
+    *("prompt", *PAIR, "responses", "response", "scores", "ranks", "score", "label", "margin", "rating", "probability"),
+    *("chosen_score", "rejected_score", "score_chosen", "score_rejected"),
+)
 OTHER_ROWS = "responses with scores or ranks, or response with a score or label"
 
 
@@ -67,6 +76,8 @@ def read_row(row: dict, tokenizer: PreTrainedTokenizerBase) -> Texts:
     else:
         found, names, judged = [row.get(name) for name in PAIR], PAIR, judge_pair(row)
     prompt = row.get("prompt")
+    if prompt == []:
+        prompt = None  # no turns before the response
     for name, value in zip(names, found):
         if value is None:
             others = ", ".join(row)
@@ -77,18 +88,50 @@ def read_row(row: dict, tokenizer: PreTrainedTokenizerBase) -> Texts:
             raise BadRow(f"{name} is {_type(value)}, not text or chat messages")
     if prompt is not None and not isinstance(prompt, str) and not _is_chat(prompt):
         raise BadRow(f"prompt is {_type(prompt)}, not text or chat messages")
-    if "prompt" in row and prompt is None:
+    if "prompt" in row and row["prompt"] is None:
         raise BadRow("prompt is missing")
     require_different(found, names)
+    for name, value in (("prompt", prompt), *zip(names, found)):
+        _require_characters(name, value)
     if not all(isinstance(value, str) for value in (*found, prompt or "")):
         return _read_chat(prompt, found, names, judged, tokenizer)
     if prompt is None:
+        _require_dialogue(found, row)
         prompt = _common_prompt(found)
         found = [text[len(prompt) :] for text in found]
     for name, text in zip(names, found):
         if not text.strip():
             raise BadRow(f"{name} is empty")
     return Texts(prompt, [prompt + text for text in found], names, judged, templated=False)
+
+
+def half_character(text: str) -> str:
+    """The first half of a surrogate pair in a text, as a cut "\\ud83d\\ude00" leaves it: no tokenizer takes it."""
+    return next((f"\\u{ord(character):x}" for character in text if "\ud800" <= character <= "\udfff"), "")
+
+
+def _require_characters(name: str, value) -> None:
+    parts = value if isinstance(value, list) else [{"content": value}]
+    for text in (part["content"] for part in parts):
+        if isinstance(text, str) and (half := half_character(text)):
+            raise BadRow(f"{name} has half a character, {half}, which is no text")
+
+
+def _require_dialogue(found: list[str], row: dict) -> None:
+    """Raise BadRow if there is no prompt, neither beside the texts nor in them."""
+    if any(DIALOGUE.search(text) for text in found):
+        return
+    others = [name for name, value in row.items() if name not in FIELDS and isinstance(value, str) and value.strip()]
+    which = f"; if it is {' or '.join(others)}: --columns prompt={others[0]}" if others else ""
+    raise BadRow(
+        "there is no prompt, and the texts have no marks of turns, such as Human: and Assistant:"
+        + (which or '; give "prompt": "" if there really is none')
+    )
+
+
+def unread(names: Iterable[str]) -> list[str]:
+    """The columns that nobody reads."""
+    return [name for name in names if name not in FIELDS]
 
 
 def require_different(found: list, names: Sequence[str], how: str = "") -> None:
@@ -101,15 +144,20 @@ def require_different(found: list, names: Sequence[str], how: str = "") -> None:
 def judge_pair(row: dict) -> dict:
     """Read what a row says of its chosen and its rejected response, as fields of a Comparison.
 
-    If the row has no margin, the margin is the difference of its scores. A rating or probability that cannot be one is
+    If the row has no margin, the margin is the difference of its scores. Two equal scores without a margin are a tie,
+    from which no pair is learned. A rating or probability that cannot be one is
     ignored, because other data sets use these words for other things. A loss that needs one will say that it is
     missing.
 
     Raises:
-        BadRow: A margin or score is not a number.
+        BadRow: A margin or score is not a number, or the scores deny the order.
     """
     scores = [_number(row, f"{name}_score", f"score_{name}") for name in PAIR]
     margin = _number(row, "margin")
+    if scores[0] < scores[1]:
+        raise BadRow(f"chosen has the lower score: {scores[0]:g}, and rejected {scores[1]:g}")
+    if scores[0] == scores[1] and not margin > 0:
+        return judge_list(2, scores=scores)
     return {
         "better": [0],
         "worse": [1],

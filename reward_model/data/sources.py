@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import datasets
@@ -18,6 +18,7 @@ import numpy as np
 
 from reward_model.common.errors import UserError, first_line
 from reward_model.common.logging import logger
+from reward_model.data.rows import unread
 
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 TRAIN_NAMES = ("train",)
@@ -50,6 +51,7 @@ class Source:
     adapt: row → a dict with the fields of :mod:`reward_model.data.rows`.
     numbers: each row's number in the file or split, from 1.
     columns: of a text file, the fields of its first row; where a later row lacks one, it is None.
+    names: field → the column that holds it, where that has another name.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Source:
     adapt: Callable[[dict], dict] = as_it_is
     numbers: np.ndarray | None = None
     columns: tuple[str, ...] = ()
+    names: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
         if self.numbers is None and self.rows is not None:
@@ -70,11 +73,24 @@ class Source:
         """A row as stored → its fields."""
         if list(row) == ["json"]:
             row = dict.fromkeys(self.columns) | json.loads(row["json"])
+        if self.names:
+            row = dict(row)
+            row |= {name: row.pop(column) for name, column in self.names.items() if column in row}
         return self.adapt(row)
+
+    def fields(self) -> list[str]:
+        """The columns of the first row, under the names by which they are read."""
+        columns = self.columns or self.rows.column_names
+        named = {column: name for name, column in self.names.items()}
+        return [named.get(column, column) for column in columns]
 
 
 def read_sources(
-    path: str, seed: int, data_split: str | None = None, hold_out: bool = True
+    path: str,
+    seed: int,
+    data_split: str | None = None,
+    hold_out: bool = True,
+    names: dict[str, str] | None = None,
 ) -> tuple[list[Source], list[Source]]:
     """Training and evaluation rows of one ``--data_path`` entry.
 
@@ -84,6 +100,7 @@ def read_sources(
         seed: of the shuffle behind ``data_split``.
         data_split: upstream's shares of its three steps, "2,4,4": the second is used. None: every row.
         hold_out: split a data set that upstream knows, and that has no evaluation rows, 9 to 1 as upstream does.
+        names: field → the column that holds it.
 
     Returns:
         Two lists; the second is empty where the entry has no evaluation rows of its own.
@@ -107,9 +124,10 @@ def read_sources(
     else:
         train, evaluation = _read_hub(path, EVAL_SPLITS.get(known))
     for source in train + evaluation:
-        source.adapt = ADAPTERS.get(known, as_it_is)
+        source.adapt, source.names = ADAPTERS.get(known, as_it_is), _names_in(source, names or {})
         if len(source.rows) == 0:
             raise UserError(f"{source.name} holds no rows")
+    _say_unread(path, [source for source in train + evaluation if source.adapt is as_it_is])
     if known and not evaluation and hold_out:
         whole = train
         train = [source.select(split_indices(len(source.rows), "9,1", 0, seed)) for source in whole]
@@ -120,6 +138,27 @@ def read_sources(
         train = [_phase_two(source, data_split, seed) for source in train]
         evaluation = [_phase_two(source, data_split, seed) for source in evaluation]
     return train, evaluation
+
+
+def _names_in(source: Source, names: dict[str, str]) -> dict[str, str]:
+    """Those of ``names`` whose column a source has.
+
+    Raises:
+        UserError: it has neither the column nor the field.
+    """
+    columns = source.columns or source.rows.column_names
+    for name, column in names.items():
+        if column not in columns and name not in columns:
+            near = f"; it has {', '.join(columns)}"
+            raise UserError(f"--columns {name}={column}: {source.name} has no such column{near}")
+    return {name: column for name, column in names.items() if column in columns}
+
+
+def _say_unread(path: str, sources: list[Source]) -> None:
+    """Name the columns that are not read, once."""
+    found = dict.fromkeys(name for source in sources for name in unread(source.fields()))
+    if found:
+        logger.warning(f"{path}: columns that are not read: {', '.join(found)}")
 
 
 def split_indices(size: int, shares: str, part: int, seed: int) -> np.ndarray:
@@ -314,8 +353,10 @@ def _synthetic(row):
 def _webgpt(row):
     # citations, "[1]", mean nothing without a browser; spaced ones first, as upstream does it
     answers = [re.sub(r"[(\[].*?[)\]]", "", re.sub(r" [(\[].*?[)\]]", "", row[f"answer_{i}"])) for i in (0, 1)]
-    better = 0 if float(row["score_0"]) >= float(row["score_1"]) else 1
-    return _dialogue(row["question"]["full_text"], answers[better], answers[1 - better])
+    scores = float(row["score_0"]), float(row["score_1"])
+    better = 0 if scores[0] >= scores[1] else 1
+    pair = _dialogue(row["question"]["full_text"], answers[better], answers[1 - better])
+    return pair | {"chosen_score": scores[better], "rejected_score": scores[1 - better]}  # equal: a tie
 
 
 def _shp(row):

@@ -67,6 +67,7 @@ def save(
     state = whole_state_dict(scorer.model, keep=is_writer)
     if not is_writer:
         return
+    tell_raw_score(scorer.config)
     staging = folder / ".saving"
     try:
         shutil.rmtree(staging, ignore_errors=True)
@@ -97,6 +98,15 @@ def _share(folder: Path) -> None:
     os.umask(umask)
     for path in folder.rglob("*"):
         path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+
+
+def tell_raw_score(config) -> None:
+    """Write into a config that its one label is a score: other programs would put a sigmoid on it.
+
+    ``problem_type`` is for Transformers' pipeline and vLLM's classify, ``sentence_transformers`` for CrossEncoder.
+    """
+    config.problem_type = "regression"
+    config.sentence_transformers = {"activation_fn": "torch.nn.modules.linear.Identity"}
 
 
 def forget_scale(config) -> None:

@@ -220,8 +220,8 @@ class Objective:
         if margin in ("small", "large") and any(map(math.isnan, row.rating)):
             grades = ", ".join(list(GRADES)[:5])
             raise BadRow(f"the row has no rating that --margin {margin} knows: 0 to 3, or {grades}")
-        if "scaled" in self.kinds and margin == "column" and min(row.margin) < 0:
-            raise BadRow(f"margin is {min(row.margin):g}, and --loss scaled weighs a pair by it: give 0 or more")
+        if margin == "column" and min(row.margin) < 0:
+            raise BadRow(f"margin is {min(row.margin):g}, so that the better answer need not win: give 0 or more")
         if self.loss.label_smoothing == "column" and any(map(math.isnan, row.probability)):
             raise BadRow("the row has no probability from 0 to 1, and --label_smoothing column needs one")
         return None

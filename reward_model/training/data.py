@@ -51,6 +51,7 @@ def load_data(settings: Settings, config, objective: Objective, context: Distrib
         cache=data.cache_folder,
         processes=data.num_proc,
         missing=objective.missing,
+        names=data.names,
     )
     train, evaluation = load_comparisons(
         data.data_path, data.eval_data_path, tokenizer, special, preprocessing, seed, data.data_split
