@@ -159,7 +159,7 @@ def test_prompt_inside_the_answers_of_a_list_is_what_all_of_them_share(whole, pr
     ("row", "said"),
     [
         ({"system": "Be kind", "question": "Is it?", "chosen": "the cat sat", "rejected": "the cat sits"},
-         "if it is system or question: --columns prompt=system"),
+         "; if it is in system or question, add --columns prompt=COLUMN"),
         ({"chosen": "yes", "rejected": "no"}, 'give "prompt": "" if there really is none'),
         ({"responses": ["yes", "no"], "ranks": [1, 2]}, "there is no prompt"),
         ({"response": "yes", "score": 1}, "there is no prompt"),

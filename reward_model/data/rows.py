@@ -122,7 +122,7 @@ def _require_dialogue(found: list[str], row: dict) -> None:
     if any(DIALOGUE.search(text) for text in found):
         return
     others = [name for name, value in row.items() if name not in FIELDS and isinstance(value, str) and value.strip()]
-    which = f"; if it is {' or '.join(others)}: --columns prompt={others[0]}" if others else ""
+    which = f"; if it is in {' or '.join(others)}, add --columns prompt=COLUMN" if others else ""
     raise BadRow(
         "there is no prompt, and the texts have no marks of turns, such as Human: and Assistant:"
         + (which or '; give "prompt": "" if there really is none')
