@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import runs
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 
 def refuse(demo, tmp_path, *flags, says, output=None, **launching):
@@ -101,6 +102,29 @@ def test_models(demo, tmp_path):
     short = model_without(demo, tmp_path / "short")
     edit(short / "config.json", max_position_embeddings=32)
     refuse(demo, tmp_path, "--model_name_or_path", short, says=["--max_seq_len 32"])
+
+
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 5\n"
+
+
+def test_pointers_of_git_lfs(demo, tmp_path):
+    for name in ("model.safetensors", "tokenizer.json"):
+        model = model_without(demo, tmp_path / name, name)
+        (model / name).write_text(LFS)
+        refuse(demo, tmp_path, "--model_name_or_path", model, says=[name, "git lfs pull"])
+    data = tmp_path / "train.parquet"
+    data.write_text(LFS)
+    refuse(demo, tmp_path, "--data_path", data, says=["train.parquet", "git lfs pull"])
+
+
+def test_nan_in_the_weights_is_not_put_down_to_the_learning_rate(demo, tmp_path):
+    model = model_without(demo, tmp_path / "model", "model.safetensors")
+    weights = load_file(demo / "model" / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    says = ["step 0: a held-out score is not finite", "NaN in the model's weights"]
+    result = refuse(demo, tmp_path, "--model_name_or_path", model, says=says, output=tmp_path / "out")
+    assert "--learning_rate" not in result.stderr
 
 
 def test_another_run_is_not_overwritten(demo, tmp_path):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from reward_model.common.errors import UserError
+from reward_model.common.errors import UserError, require_no_lfs_pointer
 from reward_model.common.logging import logger
 from reward_model.config.config_file import read_config_file
 from reward_model.config.groups import (
@@ -134,10 +134,14 @@ def refuse_used_folder(folder: Path) -> None:
 
 
 def require_model_folder(name_or_path: str) -> None:
-    """Raises UserError for what can only be a path and is no folder."""
+    """Raises UserError for what can only be a path and is no folder, and for a folder of Git LFS pointers."""
     is_path = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1 or " " in name_or_path
     if is_path and not Path(name_or_path).is_dir():
         raise UserError(f"--model_name_or_path {name_or_path}: no such folder")
+    if Path(name_or_path).is_dir():
+        for pattern in ("*.json", "*.safetensors", "*.bin", "*.model"):
+            for file in Path(name_or_path).glob(pattern):
+                require_no_lfs_pointer(file)
 
 
 def explain_inherited(config: RunConfig) -> None:

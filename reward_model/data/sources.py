@@ -16,7 +16,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 
-from reward_model.common.errors import UserError, first_line
+from reward_model.common.errors import UserError, first_line, require_no_lfs_pointer
 from reward_model.common.logging import logger
 from reward_model.data.rows import unread
 
@@ -211,6 +211,7 @@ def _read_file(path: Path) -> Source:
     loader = _loader(path)
     if loader is None:
         raise UserError(f"{path}: give a file ending in {', '.join(LOADERS)}, or one of these with .gz")
+    require_no_lfs_pointer(path)
     try:
         if loader == "parquet":
             return Source(str(path), datasets.load_dataset("parquet", data_files=str(path), split="train"))

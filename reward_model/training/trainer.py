@@ -112,9 +112,10 @@ class Trainer:
         batches = self.planner.load(self.eval_set, plan, layout)
         found = evaluate(self.forward, self.objective, batches, self.context)
         if found is None:
-            raise UserError(
-                f"step {self.step}: a held-out score is not finite; lower --learning_rate, or take --dtype bf16"
-            )
+            advice = "lower --learning_rate, or take --dtype bf16"
+            if not self.step:
+                advice = "nothing was trained yet, so look for NaN in the model's weights, or take --dtype fp32 or bf16"
+            raise UserError(f"step {self.step}: a held-out score is not finite; {advice}")
         self.last = found
         self.records.add({"split": "eval", "step": self.step, "epoch": round(epoch, 4)} | found.metrics)
         logger.info(f"step {self.step}: {described(found.metrics, self.objective.names)}")
