@@ -18,9 +18,9 @@ from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase
 
 from reward_model.batching.collate import collate
 from reward_model.common.errors import UserError
-from reward_model.data.comparisons import Comparison
-from reward_model.data.preprocessing import end_text
-from reward_model.data.rows import close_turn, half_character
+from reward_model.data.comparisons import BadRow, Comparison
+from reward_model.data.preprocessing import end_text, one_start
+from reward_model.data.rows import close_turn, half_character, in_plain
 from reward_model.data.tokenizer import choose_special_tokens, load_tokenizer
 from reward_model.models.forward import ForwardPass
 from reward_model.models.loading import load_for_training, no_pooler, on_drop_in
@@ -69,7 +69,8 @@ class RewardScorer:
             raise UserError(f"{len(prompts)} prompts and {len(responses)} responses: give one of each per text")
         texts = [prompt + response for prompt, response in zip(prompts, responses)]
         _require_whole(texts)
-        return self._score(self.tokenizer(texts, verbose=False)["input_ids"] if texts else [], batch_size)
+        encoded = self.tokenizer(texts, verbose=False)["input_ids"] if texts else []
+        return self._score([one_start(ids, self.special) for ids in encoded], batch_size)
 
     def score_chats(self, chats: Sequence[list[dict]], batch_size: int = 16) -> list[float]:
         """The score of each list of chat messages, through the tokenizer's template.
@@ -79,6 +80,10 @@ class RewardScorer:
         """
         if not all(isinstance(chat, Sequence) and not isinstance(chat, str) for chat in chats):
             raise UserError("give a list of chats, each a list of messages")
+        try:
+            chats = [in_plain(f"chat {i}", list(chat)) for i, chat in enumerate(chats, 1)]
+        except BadRow as error:
+            raise UserError(str(error)) from error
         texts = [close_turn(self.tokenizer.apply_chat_template(chat, tokenize=False), self.tokenizer) for chat in chats]
         _require_whole(texts)
         encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []

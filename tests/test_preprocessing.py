@@ -1170,6 +1170,64 @@ def test_similarity_goes_to_the_judged_pairs_in_turn(tmp_path):
     assert [row.similarity for row in picked] == [expected[2], expected[1]]
 
 
+USER, GOOD, BAD = message("user", "Hi"), message("assistant", "Hello"), message("assistant", "Hey")
+
+
+def in_parts(turn):
+    halves = turn["content"][:1], turn["content"][1:]
+    return turn | {"content": [{"type": "text", "text": half} for half in halves]}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [in_parts(USER)], "chosen": [in_parts(GOOD)], "rejected": [in_parts(BAD)]},
+        {"prompt": json.dumps([USER]), "chosen": json.dumps([GOOD]), "rejected": json.dumps([BAD], indent=1)},
+        {"prompt": "Hi ", "chosen": [USER, GOOD], "rejected": [USER, BAD]},  # the prompt twice, but for a space
+        {"prompt": "Hi", "chosen": [message("user", "Hi\n"), GOOD], "rejected": [message("user", "Hi\n"), BAD]},
+    ],
+)
+def test_structure_is_not_taken_for_text(row):
+    tokenizer = tiny.chatml()
+    plain = read_row({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}, tokenizer)
+    found = read_row(row, tokenizer)
+    assert ["".join(text.split()) for text in found.whole] == ["".join(text.split()) for text in plain.whole]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"chosen": str([GOOD])}, "chosen is a list of messages that was written out as text"),
+        ({"prompt": str([USER])}, "prompt is a list of messages that was written out as text"),
+        (
+            {"rejected": [message("assistant", [{"type": "image", "url": "x"}])]},
+            "rejected has a message part of type image",
+        ),
+        ({"rejected": [message("assistant", ["Hey"])]}, r"rejected .* part of type None"),
+        ({"chosen": [message("assistant", [{"type": "text", "text": " "}])]}, "chosen is empty"),
+    ],
+)
+def test_structure_that_cannot_be_read_is_a_bad_row(change, reason):
+    with pytest.raises(BadRow, match=reason):
+        read_row({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD], **change}, tiny.chatml())
+
+
+def test_text_that_looks_like_a_list_stays_text():
+    row = {"prompt": "p", "chosen": '[{"a": 1}]', "rejected": "[{role: x}]"}
+    assert read_row(row, tiny.tokenizer()).whole == ['p[{"a": 1}]', "p[{role: x}]"]
+
+
+def test_one_start_token(tmp_path):
+    """The tokenizer adds one; text that begins with one has it once."""
+    tokenizer = tiny.llama()
+    start = tokenizer.bos_token
+    rows = [{"prompt": f"{mark}the cat", "chosen": " sat", "rejected": " is"} for mark in ("", start)]
+    plain, marked = tokenize_rows(rows, tmp_path, tokenizer)
+    assert plain.prompt[0] == tokenizer.bos_token_id
+    assert marked.prompt[:1] + plain.prompt[1:] == plain.prompt
+    assert marked.prompt.count(tokenizer.bos_token_id) == 1
+
+
 def numbered(name, count):
     return [{**TEXT, "prompt": f"{name} {i}", "chosen": f"{i}"} for i in range(count)]
 

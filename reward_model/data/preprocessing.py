@@ -296,7 +296,7 @@ def _tokenize_rows(rows: dict[str, list], source, tokenizer, special, max_seq_le
             texts.append(
                 f"the row lacks what {source.adapt.__name__.strip('_')} needs ({type(error).__name__}: {error})"
             )
-    ids = _encode(tokenizer, [text for text in texts if isinstance(text, Texts)])
+    ids = _encode(tokenizer, special, [text for text in texts if isinstance(text, Texts)])
     out: dict[str, list] = {name: [] for name in FEATURES}
     for text in texts:
         record: dict[str, Any] = {name: [] for name in FEATURES}
@@ -320,13 +320,13 @@ def _hash(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big", signed=True)
 
 
-def _encode(tokenizer, texts: list[Texts]):
+def _encode(tokenizer, special: SpecialTokens, texts: list[Texts]):
     """Ids of the prompt and of each whole text of each row, one row after the other."""
     ids: dict[bool, Iterator[list[int]]] = {}
     for templated in (False, True):
         group = [part for t in texts if t.templated is templated for part in (t.prompt, *t.whole)]
         encoded = tokenizer(group, add_special_tokens=not templated, verbose=False)["input_ids"] if group else []
-        ids[templated] = iter(encoded)
+        ids[templated] = iter(encoded if templated else [one_start(text, special) for text in encoded])
     for text in texts:
         yield [next(ids[text.templated]) for _ in range(1 + len(text.whole))]
 
@@ -374,6 +374,11 @@ def compare(
         "text_lengths": [len(text) for text in whole],
         "cut": surplus > 0,
     }
+
+
+def one_start(ids: list[int], special: SpecialTokens) -> list[int]:
+    """The ids with one start token, where the text began with one and the tokenizer put another before it."""
+    return ids[1:] if len(ids) > 1 and ids[0] == ids[1] and ids[0] in special.starts else ids
 
 
 def end_text(ids: list[int], special: SpecialTokens) -> list[int]:

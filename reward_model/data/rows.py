@@ -8,6 +8,7 @@ form), a list (``prompt, responses`` with ``scores`` or ``ranks``), or one respo
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -23,6 +24,7 @@ DIALOGUE = re.compile(  # marks of turns in a text that holds its prompt, by the
     r"Human:|User:|Assistant:|<\|im_start\|>|<\|start_header_id\|>|<\|user\|>|<\|User\|>|<start_of_turn>|\[INST\]|###|Q:",
     re.IGNORECASE,
 )
+WRITTEN_OUT = re.compile(r"\s*\[\s*\{\s*['\"](role|content)['\"]\s*:")  # the beginning of a list of messages
 PAIR = ("chosen", "rejected")
 FIELDS = (  # that a row may have; everything else is not read
     *("prompt", *PAIR, "responses", "response", "scores", "ranks", "score", "label", "margin", "rating", "probability"),
@@ -75,7 +77,8 @@ def read_row(row: dict, tokenizer: PreTrainedTokenizerBase) -> Texts:
         found, names, judged = [row["response"]], ["response"], judge_answer(row)
     else:
         found, names, judged = [row.get(name) for name in PAIR], PAIR, judge_pair(row)
-    prompt = row.get("prompt")
+    prompt = in_plain("prompt", row.get("prompt"))
+    found = [in_plain(name, value) for name, value in zip(names, found)]
     if prompt == []:
         prompt = None  # no turns before the response
     for name, value in zip(names, found):
@@ -103,6 +106,35 @@ def read_row(row: dict, tokenizer: PreTrainedTokenizerBase) -> Texts:
         if not text.strip():
             raise BadRow(f"{name} is empty")
     return Texts(prompt, [prompt + text for text in found], names, judged, templated=False)
+
+
+def in_plain(name: str, value):
+    """Messages that a JSON string holds as messages, and the text parts of a message's content as one text.
+
+    Raises:
+        BadRow: messages that Python wrote out as text, or a part that is no text.
+    """
+    if isinstance(value, str) and WRITTEN_OUT.match(value):
+        try:
+            read = json.loads(value)
+        except ValueError:
+            how = "written out as text, as to_csv does it: save it as JSON or Parquet"
+            raise BadRow(f"{name} is a list of messages that was {how}") from None
+        value = read if _is_chat(read) else value
+    return [_with_text(name, message) for message in value] if _is_chat(value) else value
+
+
+def _with_text(name: str, message: dict) -> dict:
+    parts = message["content"]
+    if not isinstance(parts, list):
+        return message
+    texts = []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise BadRow(f"{name} has a message part of type {kind}, and only text can be read")
+        texts.append(part["text"])
+    return message | {"content": "".join(texts)}
 
 
 def half_character(text: str) -> str:
@@ -314,9 +346,15 @@ def _as_messages(value) -> list[dict]:
 
 
 def _holds(messages: list[dict], prompt: list[dict]) -> bool:
-    """Whether the prompt's messages stand in a row somewhere among the others."""
+    """Whether the prompt's messages stand in a row somewhere among the others, but for white space around them."""
+    messages, prompt = ([_stripped(message) for message in part] for part in (messages, prompt))
     starts = range(len(messages) - len(prompt) + 1)
     return any(messages[i : i + len(prompt)] == prompt for i in starts)
+
+
+def _stripped(message: dict) -> dict:
+    content = message["content"]
+    return message | {"content": content.strip() if isinstance(content, str) else content}
 
 
 def close_turn(text: str, tokenizer) -> str:
