@@ -129,6 +129,19 @@ def test_vocabulary_larger_than_the_embedding():
         choose_special_tokens(tokenizer, size - 1)
 
 
+def test_tokens_added_to_the_tokenizer_alone_let_the_embedding_grow(capsys):
+    """As [PAD] of many LLaMA fine-tunes; a vocabulary that belongs to another model is refused all the same."""
+    tokenizer = tiny.tokenizer(pad_token=None)
+    size = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    special = choose_special_tokens(tokenizer, size, may_grow=True)
+    assert (special.pad, special.rows) == (size, size + 1)
+    assert "1 token has been added to the tokenizer alone" in capsys.readouterr().out
+    for rows, grows in ((size, False), (size - 1, True)):
+        with pytest.raises(UserError, match="do not belong together"):
+            choose_special_tokens(tokenizer, rows, may_grow=grows)
+
+
 def test_folder_without_a_tokenizer_is_one_line(tmp_path):
     with pytest.raises(UserError, match="no tokenizer in") as caught:
         load_tokenizer(str(tmp_path))

@@ -54,7 +54,9 @@ def load_tokenizer(name_or_path: str, add_eot_token: bool = False) -> PreTrained
     return tokenizer
 
 
-def choose_special_tokens(tokenizer: PreTrainedTokenizerBase, embedding_rows: int, added: int = 0) -> SpecialTokens:
+def choose_special_tokens(
+    tokenizer: PreTrainedTokenizerBase, embedding_rows: int, added: int = 0, may_grow: bool = False
+) -> SpecialTokens:
     """Find the end token, and a pad that differs from it; adds a pad to the tokenizer if it has none.
 
     The pad is the tokenizer's own if it differs from the end token, else one that the vocabulary reserves, else a new
@@ -64,12 +66,19 @@ def choose_special_tokens(tokenizer: PreTrainedTokenizerBase, embedding_rows: in
     Args:
         embedding_rows: rows of the model's input embedding.
         added: tokens that we added ourselves, for which the embedding may have to grow.
+        may_grow: the embedding may grow for tokens that somebody added to the tokenizer alone, a pad most often.
 
     Raises:
         UserError: no end token, or more tokens than embedding rows.
     """
-    largest = max(tokenizer.get_vocab().values()) + 1
-    if largest - added > embedding_rows:
+    vocabulary = tokenizer.get_vocab()
+    largest = max(vocabulary.values()) + 1
+    own = max(vocabulary[token] for token in vocabulary.keys() - tokenizer.get_added_vocab().keys()) + 1
+    if may_grow and own <= embedding_rows < largest - added:
+        beyond = largest - embedding_rows
+        have = "token has" if beyond == 1 else "tokens have"
+        logger.warning(f"{beyond} {have} been added to the tokenizer alone: the model's embedding grows")
+    elif largest - added > embedding_rows:
         raise UserError(
             f"the tokenizer has {largest} tokens and the model's embedding {embedding_rows} rows: "
             "they do not belong together"

@@ -44,7 +44,7 @@ def load_data(settings: Settings, config, objective: Objective, context: Distrib
     """
     data, seed, normalize = settings.data, settings.training.seed, settings.output.normalize_scores
     tokenizer = load_tokenizer(settings.model.model_name_or_path, data.add_eot_token)
-    special = choose_special_tokens(tokenizer, config.vocab_size, int(data.add_eot_token))
+    special = choose_special_tokens(tokenizer, config.vocab_size, int(data.add_eot_token), may_grow=True)
     preprocessing = PreprocessingConfig(
         max_seq_len=data.max_seq_len,
         on_bad_row=data.on_bad_row,
