@@ -73,7 +73,7 @@ def choose_special_tokens(
     """
     vocabulary = tokenizer.get_vocab()
     largest = max(vocabulary.values()) + 1
-    own = max(vocabulary[token] for token in vocabulary.keys() - tokenizer.get_added_vocab().keys()) + 1
+    own = max((vocabulary[token] for token in vocabulary.keys() - tokenizer.get_added_vocab().keys()), default=-1) + 1
     if may_grow and own <= embedding_rows < largest - added:
         beyond = largest - embedding_rows
         have = "token has" if beyond == 1 else "tokens have"
