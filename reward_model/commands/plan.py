@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 
 from reward_model.common.errors import UserError
-from reward_model.config.groups import COUNT, POSITIVE, Group, flag
+from reward_model.config.groups import COUNT, POSITIVE, Bounds, Group, flag
 from reward_model.config.options import RunConfig
 from reward_model.config.parser import build_parser, given_names, read_words, run_parser
 from reward_model.models.loading import read_config
@@ -54,7 +54,7 @@ class PlanConfig(Group):
     """The GPUs to plan for."""
 
     _argument_group_name: ClassVar[str] = "cluster"
-    _bounds: ClassVar = {"gpus": COUNT, "gpus_per_node": COUNT, "gpu_memory": POSITIVE, "host_memory": POSITIVE}
+    _bounds: ClassVar[Bounds] = {"gpus": COUNT, "gpus_per_node": COUNT, "gpu_memory": POSITIVE, "host_memory": POSITIVE}
 
     gpus: int | None = flag(None, metavar="N", help="The number of GPUs in all. Default: those of this machine, or 1.")
     gpus_per_node: int | None = flag(

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 from reward_model.common.errors import UserError
 from reward_model.config.objectives import LIST_LOSSES, PAIR_LOSSES, POINT_LOSSES
 
+Bounds = dict[str, tuple[float, float, bool]]
 Dtype = Literal["fp32", "bf16", "fp16"]
 Scheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 
@@ -35,7 +36,7 @@ class Group:
     """
 
     _argument_group_name: ClassVar[str]  # HfArgumentParser's name for the heading in --help
-    _bounds: ClassVar[dict[str, tuple[float, float, bool]]] = {}
+    _bounds: ClassVar[Bounds] = {}
 
     def __post_init__(self) -> None:
         """Raises UserError for a value that is out of its range or not among the choices; names the flag."""
@@ -79,7 +80,7 @@ class DataConfig(Group):
     """Which rows a run reads, and how they become token ids."""
 
     _argument_group_name: ClassVar[str] = "data"
-    _bounds: ClassVar = {"max_seq_len": COUNT, "num_proc": NOT_NEGATIVE}
+    _bounds: ClassVar[Bounds] = {"max_seq_len": COUNT, "num_proc": NOT_NEGATIVE}
 
     data_path: list[str] = flag(
         ("Dahoas/rm-static",),
@@ -143,7 +144,7 @@ class ModelConfig(Group):
     """The pretrained model, its head, and what of it is trained."""
 
     _argument_group_name: ClassVar[str] = "model"
-    _bounds: ClassVar = {"dropout": (0, 1, True), "lora_dim": NOT_NEGATIVE, "lora_alpha": POSITIVE}
+    _bounds: ClassVar[Bounds] = {"dropout": (0, 1, True), "lora_dim": NOT_NEGATIVE, "lora_alpha": POSITIVE}
 
     model_name_or_path: str = flag(metavar="MODEL", help="A pretrained model: a folder or a hub name. Required.")
     dropout: float | None = flag(
@@ -186,7 +187,7 @@ class LossConfig(Group):
     """The objectives and the penalties; :func:`reward_model.config.loss.resolve_loss` makes a ``Loss`` of it."""
 
     _argument_group_name: ClassVar[str] = "loss"
-    _bounds: ClassVar = {
+    _bounds: ClassVar[Bounds] = {
         "loss_weight": POSITIVE,
         "focal_gamma": NOT_NEGATIVE,
         "huber_delta": POSITIVE,
@@ -249,7 +250,7 @@ class BatchConfig(Group):
     """How rows become steps."""
 
     _argument_group_name: ClassVar[str] = "batches"
-    _bounds: ClassVar = {
+    _bounds: ClassVar[Bounds] = {
         "per_device_train_batch_size": COUNT,
         "gradient_accumulation_steps": COUNT,
         "max_responses": NOT_NEGATIVE,
@@ -293,7 +294,7 @@ class TrainingConfig(Group):
     """The optimizer (AdamW) and how long it runs."""
 
     _argument_group_name: ClassVar[str] = "training"
-    _bounds: ClassVar = {
+    _bounds: ClassVar[Bounds] = {
         "num_train_epochs": COUNT,
         "learning_rate": POSITIVE,
         "head_learning_rate": POSITIVE,
@@ -322,7 +323,7 @@ class EvaluationConfig(Group):
     """When held-out rows are scored, and how many."""
 
     _argument_group_name: ClassVar[str] = "evaluation"
-    _bounds: ClassVar = {
+    _bounds: ClassVar[Bounds] = {
         "per_device_eval_batch_size": COUNT,
         "eval_interval": NOT_NEGATIVE,
         "eval_iters": NOT_NEGATIVE,
