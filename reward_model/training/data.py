@@ -64,7 +64,8 @@ def load_data(settings: Settings, config, objective: Objective, context: Distrib
         reference = load_answers(normalize, tokenizer, special, preprocessing, seed)
     longest = int(max(part.lengths.max() for part in (train, evaluation, reference) if part is not None))
     require_positions(config, tokenizer, longest)
-    if settings.loss.prior_model is not None:  # of prior_cosine
+    if "prior_cosine" in objective.kinds:
+        assert settings.loss.prior_model is not None  # refused before
         train = answer_similarity.with_cosines(train, tokenizer, settings.loss.prior_model, context)
     return Data(tokenizer, special, train, evaluation, reference, longest)
 
