@@ -78,6 +78,7 @@ def parse(arguments: Sequence[str]) -> tuple[PlanConfig, RunConfig]:
     parser = build_parser(
         [PlanConfig],
         prog="reward-model plan",
+        usage="%(prog)s --model_name_or_path MODEL [--gpus N] [--gpu_memory GIB] [FLAG [VALUE …] …]",
         description="Estimate memory and communication of a run for every ZeRO setting; prints the line to launch.",
         epilog="example: reward-model plan --model_name_or_path meta-llama/Llama-2-7b-hf --gpus 8 --gpu_memory 80",
     )

@@ -6,7 +6,9 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from reward_model.common.errors import UserError
@@ -80,8 +82,10 @@ def build_parser(groups: Sequence[type], **kwargs: Any):
 
 def run_parser():
     """The parser of ``main.py``'s flags."""
+    program = Path(sys.argv[0]).name
     parser = build_parser(
         list(GROUPS.values()),
+        prog="reward-model train" if program in ("__main__.py", "reward-model") else program,
         description="Train a reward model on preference pairs, ranked lists or scores with DeepSpeed.",
         usage="%(prog)s --model_name_or_path MODEL [--config FILE] [FLAG [VALUE …] …]",
         epilog=f"A flag without a value can be given true or false. Hyphens may stand for underscores.\n"
