@@ -159,6 +159,10 @@ def test_flags_that_say_what_the_file_says_are_no_contradiction(write):
     assert configured(f"{line} {same}") == configured(line)
 
 
+def test_offload_false_contradicts_a_file_that_offloads(write):
+    assert "--offload false and" in message(f"{write(FILE)} --offload=false")
+
+
 def test_flags_fill_what_the_file_leaves_out(write):
     line = "--per_device_train_batch_size 3 --gradient_accumulation_steps 7 --max_grad_norm 2 --dtype bf16"
     config = configured(f"{write({})} {line}", 1, 64)

@@ -230,6 +230,11 @@ def test_columns_under_other_names(tmp_path, capsys):
         UserError, match=r"--columns prompt=query: .*rows.jsonl has no such column; it has question, good"
     ):
         load([path], tmp_path, names={"prompt": "query"})
+    with pytest.raises(UserError, match="--columns promt=question: no field promt; there is prompt, chosen"):
+        load([path], tmp_path, names={"promt": "question"})
+    both = write(tmp_path / "both.jsonl", [{**row, "prompt": "other"} for row in rows])
+    with pytest.raises(UserError, match=r"--columns prompt=question: .* has a column prompt, too: keep one of them"):
+        load([both], tmp_path, names=names)
     renamed = [{"prompt": row["question"], "chosen": "a", "rejected": "b"} for row in rows]
     again, _ = load([write(tmp_path / "plain.jsonl", renamed)], tmp_path)
     assert [again[i].prompt for i in range(len(again))] == [train[i].prompt for i in range(len(train))]

@@ -10,7 +10,7 @@ import yaml
 
 from reward_model.common.errors import UserError, first_line
 from reward_model.config.groups import FLAGS
-from reward_model.config.parser import read_words, require_known, run_parser, words_of
+from reward_model.config.parser import read_words, require_known, words_of
 
 NOT_OF_A_FILE = ("local_rank", "deepspeed")  # the launcher says the one; the other changes nothing
 
@@ -49,7 +49,7 @@ def read_config_file(path: Path, parser) -> list[str]:
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: it has no keys; write a line such as learning_rate: 1e-5 for each flag")
     if "versions" in values:  # run.json
-        values = given_of_run(values)
+        values = given_of_run(values, parser)
     for name, value in values.items():
         require_known(str(name), FLAGS, f"--config {path}: ")
         if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(v, (dict, list)) for v in value)):
@@ -63,7 +63,7 @@ def read_config_file(path: Path, parser) -> list[str]:
     return words
 
 
-def given_of_run(values: dict[str, Any]) -> dict[str, Any]:
+def given_of_run(values: dict[str, Any], parser) -> dict[str, Any]:
     """The flags that were given to the run which wrote a ``run.json``.
 
     The file has every flag as it was resolved. One that was not given stays open, so that it is resolved anew. Files of
@@ -72,7 +72,7 @@ def given_of_run(values: dict[str, Any]) -> dict[str, Any]:
     if "given" in values:
         given = set(values["given"])
         return {name: value for name, value in values.items() if name in given and name not in NOT_OF_A_FILE}
-    defaults = {action.dest: action.default for action in run_parser()._actions}
+    defaults = {action.dest: action.default for action in parser._actions}
     defaults |= {"margin": 0.0, "label_smoothing": 0.0, "loss_weight": [1.0] * len(values.get("loss") or [1])}
     known = {name: value for name, value in values.items() if name in FLAGS and name not in NOT_OF_A_FILE}
     return {name: value for name, value in known.items() if value is not None and value != defaults[name]}

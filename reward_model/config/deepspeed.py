@@ -100,7 +100,9 @@ def _offloads(config: RunConfig, zero: dict, path: Path) -> bool:
         if not isinstance(zero.get(name) or {}, dict):
             raise UserError(f"{path}: zero_optimization.{name} is not an object")
     offload = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
-    if "offload" in config.given and config.engine.offload and not offload:
+    if "offload" in config.given and config.engine.offload != offload:
+        if offload:
+            raise UserError(f"--offload false and {path}: the file has an offload_optimizer with a device")
         raise UserError(f"--offload and {path}: the file has no offload_optimizer with a device")
     return offload
 

@@ -24,6 +24,7 @@ DIALOGUE = re.compile(  # marks of turns in a text that holds its prompt, by the
     r"Human:|User:|Assistant:|<\|im_start\|>|<\|start_header_id\|>|<\|user\|>|<\|User\|>|<start_of_turn>|\[INST\]|###|Q:",
     re.IGNORECASE,
 )
+SURROGATE = re.compile("[\ud800-\udfff]")
 WRITTEN_OUT = re.compile(r"\s*\[\s*\{\s*['\"](role|content)['\"]\s*:")  # the beginning of a list of messages
 PAIR = ("chosen", "rejected")
 FIELDS = (  # that a row may have; everything else is not read
@@ -139,7 +140,8 @@ def _with_text(name: str, message: dict) -> dict:
 
 def half_character(text: str) -> str:
     """The first half of a surrogate pair in a text, as a cut "\\ud83d\\ude00" leaves it: no tokenizer takes it."""
-    return next((f"\\u{ord(character):x}" for character in text if "\ud800" <= character <= "\udfff"), "")
+    found = SURROGATE.search(text)
+    return f"\\u{ord(found[0]):x}" if found else ""
 
 
 def _require_characters(name: str, value) -> None:

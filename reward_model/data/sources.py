@@ -18,7 +18,7 @@ import numpy as np
 
 from reward_model.common.errors import UserError, first_line, require_no_lfs_pointer
 from reward_model.common.logging import logger
-from reward_model.data.rows import unread
+from reward_model.data.rows import FIELDS, unread
 
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 TRAIN_NAMES = ("train",)
@@ -144,10 +144,14 @@ def _names_in(source: Source, names: dict[str, str]) -> dict[str, str]:
     """Those of ``names`` whose column a source has.
 
     Raises:
-        UserError: it has neither the column nor the field.
+        UserError: no such field; the source has neither the column nor the field, or both.
     """
     columns = source.columns or source.rows.column_names
     for name, column in names.items():
+        if name not in FIELDS:
+            raise UserError(f"--columns {name}={column}: no field {name}; there is {', '.join(FIELDS)}")
+        if column in columns and name in columns and column != name:
+            raise UserError(f"--columns {name}={column}: {source.name} has a column {name}, too: keep one of them")
         if column not in columns and name not in columns:
             near = f"; it has {', '.join(columns)}"
             raise UserError(f"--columns {name}={column}: {source.name} has no such column{near}")
