@@ -18,9 +18,9 @@ from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase
 
 from reward_model.batching.collate import collate
 from reward_model.common.errors import UserError
+from reward_model.data.chats import half_character, in_plain, is_chat, write
 from reward_model.data.comparisons import BadRow, Comparison
 from reward_model.data.preprocessing import end_text, one_start
-from reward_model.data.rows import close_turn, half_character, in_plain
 from reward_model.data.tokenizer import choose_special_tokens, load_tokenizer
 from reward_model.models.forward import ForwardPass
 from reward_model.models.loading import load_for_training, no_pooler, on_drop_in
@@ -70,21 +70,32 @@ class RewardScorer:
         texts = [prompt + response for prompt, response in zip(prompts, responses)]
         _require_whole(texts)
         encoded = self.tokenizer(texts, verbose=False)["input_ids"] if texts else []
-        return self._score([one_start(ids, self.special) for ids in encoded], batch_size)
+        whole = [one_start(ids, self.special) for ids in encoded]
+        return self._score([end_text(ids, self.special) for ids in whole], batch_size)
 
-    def score_chats(self, chats: Sequence[list[dict]], batch_size: int = 16) -> list[float]:
-        """The score of each list of chat messages, through the tokenizer's template.
+    def score_chats(
+        self, chats: Sequence[list[dict]], batch_size: int = 16, tools: list | None = None, **template_arguments
+    ) -> list[float]:
+        """The score of each list of chat messages, at the end of what the tokenizer's template makes of it.
+
+        Args:
+            tools: for the template, as in ``apply_chat_template``.
+            template_arguments: others that the template takes.
 
         Raises:
-            UserError: one chat in place of a list of them, or half a character in a text.
+            UserError: one chat in place of a list of them, no chat template, a template that refuses a chat, or half a
+                character in a text.
         """
         if not all(isinstance(chat, Sequence) and not isinstance(chat, str) for chat in chats):
             raise UserError("give a list of chats, each a list of messages")
+        given = template_arguments | ({"tools": tools} if tools else {})
         try:
-            chats = [in_plain(f"chat {i}", list(chat)) for i, chat in enumerate(chats, 1)]
+            plain = [in_plain(f"chat {i}", list(chat)) for i, chat in enumerate(chats, 1)]
+            if bad := [i for i, chat in enumerate(plain, 1) if not is_chat(chat)]:
+                raise UserError(f"chat {bad[0]} is not a list of messages with role and content")
+            texts = write(self.tokenizer, plain, given)
         except BadRow as error:
             raise UserError(str(error)) from error
-        texts = [close_turn(self.tokenizer.apply_chat_template(chat, tokenize=False), self.tokenizer) for chat in chats]
         _require_whole(texts)
         encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
         return self._score(encoded, batch_size)
@@ -95,7 +106,7 @@ class RewardScorer:
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # texts of one length need no pads
         for first in range(0, len(ids), batch_size):
             chosen = order[first : first + batch_size]
-            rows = [Comparison([], [end_text(ids[i], self.special)]) for i in chosen]
+            rows = [Comparison([], [ids[i]]) for i in chosen]
             batch = collate(rows, self.forward.layout).to(self.forward.device)
             scores[chosen] = self.forward(batch, batch.tokens.ends).float().cpu()
         return (scores - self.mean).tolist()

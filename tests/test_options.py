@@ -219,9 +219,15 @@ def test_defaults_are_upstreams_where_they_do_not_surprise():
     same |= {"learning_rate": 5e-5, "weight_decay": 0.0, "num_train_epochs": 1, "gradient_accumulation_steps": 1}
     same |= {"lr_scheduler_type": "cosine", "num_warmup_steps": 0, "zero_stage": 0, "offload": False, "lora_dim": 0}
     same |= {"lora_learning_rate": 5e-4, "dropout": None, "output_dir": None, "local_rank": -1, "eval_interval": 0}
-    same |= {"data_path": ["Dahoas/rm-static"], "tensorboard_path": "step2_tensorboard"}
     ours = {"data_split": None, "dtype": "auto", "eval_iters": 0, "margin": 0.0, "score_penalty": None}
-    ours |= {"loss": ["logistic"], "loss_weight": [1.0], "label_smoothing": 0.0, "length_penalty": 0.0}
+    ours |= {
+        "data_path": [],
+        "tensorboard_path": None,
+        "loss": ["logistic"],
+        "loss_weight": [1.0],
+        "label_smoothing": 0.0,
+        "length_penalty": 0.0,
+    }
     assert {name: getattr(parsed, name) for name in same | ours} == same | ours
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows to Comparisons: what each form of row is read as, what is refused, what is cut, cached and held out."""
 
+import datetime
 import itertools
 import json
 import math
@@ -14,20 +15,26 @@ import pyarrow
 import pytest
 import tiny
 from flags import loss_of
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 from reward_model.common.errors import UserError
 from reward_model.data import preprocessing as data
+from reward_model.data.chat_template import settle_template
 from reward_model.data.comparisons import BadRow, Comparison
+from reward_model.data.files import Source
+from reward_model.data.layouts import Layout, Part
 from reward_model.data.preprocessing import (
     PreprocessingConfig,
-    compare,
+    end_text,
     load_answers,
     load_comparisons,
     nothing_judged,
     tokenize,
 )
-from reward_model.data.rows import close_turn, judge_answer, judge_list, judge_pair, read_row
-from reward_model.data.sources import Source, read_sources
+from reward_model.data.rows import judge_answer, judge_list, judge_pair, read_row
+from reward_model.data.sources import read_sources
 from reward_model.data.tokenizer import SpecialTokens, choose_special_tokens
 from reward_model.objectives.objective import Objective
 
@@ -54,6 +61,18 @@ def write(path, rows):
 def missing(flags):
     """Why the loss of some flags has nothing to learn from a training row."""
     return Objective(loss_of(flags)).missing
+
+
+def chatml(**special):
+    """A tokenizer as training has it, its template rewritten to end at the token that closes a turn."""
+    tokenizer = tiny.chatml(**special)
+    settle_template(tokenizer, datetime.datetime(2026, 11, 26))
+    return tokenizer
+
+
+def compare(prompt, whole, special, *args, **kwargs):
+    """Texts closed first, as rows of plain text are."""
+    return data.compare(prompt, [end_text(ids, special) for ids in whole], special, *args, **kwargs)
 
 
 def special_tokens(tokenizer):
@@ -266,7 +285,7 @@ CHATS = [
 
 @pytest.mark.parametrize("row, prompt", CHATS)
 def test_chat_messages_go_through_the_template(row, prompt):
-    tokenizer = tiny.chatml()
+    tokenizer = chatml()
     rest = {"prompt": row["prompt"]} if "prompt" in row else {}
     hello, hey = f"{prompt}Hello<|im_end|>", f"{prompt}Hey<|im_end|>"
     for form, whole in (
@@ -281,22 +300,22 @@ def test_chat_messages_go_through_the_template(row, prompt):
 
 def test_chats_of_a_list_share_the_turns_that_all_of_them_have():
     chats = [[HI, HELLO, HI, HELLO], [HI, HELLO, HI, HEY], [HI, HELLO, HI, HELLO, HI, HEY], [HI, HEY]]
-    assert read_row({"responses": chats}, tiny.chatml()).prompt == OPEN
-    three = read_row({"responses": chats[:3]}, tiny.chatml())
+    assert read_row({"responses": chats}, chatml()).prompt == OPEN
+    three = read_row({"responses": chats[:3]}, chatml())
     assert three.prompt == f"{OPEN}Hello<|im_end|>\n{OPEN}"
     assert three.whole[2] == f"{OPEN}Hello<|im_end|>\n{OPEN}Hello<|im_end|>\n{OPEN}Hey<|im_end|>"
-    assert read_row({"response": [HELLO]}, tiny.chatml()).prompt == ""  # no turn comes before it
+    assert read_row({"response": [HELLO]}, chatml()).prompt == ""  # no turn comes before it
 
 
 def test_dialogues_that_differ_from_the_start_share_no_prompt():
     chosen, rejected = [HI, HELLO], [message("user", "Ho"), HEY]
-    text = read_row({"chosen": chosen, "rejected": rejected}, tiny.chatml())
+    text = read_row({"chosen": chosen, "rejected": rejected}, chatml())
     assert text.prompt == ""
     assert text.whole[1] == "<|im_start|>user\nHo<|im_end|>\n<|im_start|>assistant\nHey<|im_end|>"
 
 
 def test_answers_of_several_turns_begin_where_they_differ():
-    text = read_row({"chosen": [HI, HELLO, HI, HELLO], "rejected": [HI, HEY]}, tiny.chatml())
+    text = read_row({"chosen": [HI, HELLO, HI, HELLO], "rejected": [HI, HEY]}, chatml())
     assert text.prompt == OPEN
     assert text.whole[0] == f"{OPEN}Hello<|im_end|>\n{OPEN}Hello<|im_end|>"
 
@@ -424,7 +443,11 @@ BAD_JUDGEMENTS = [
     (LIST, {"responses": {"a": "fish"}}, "responses is an object, not a list of answers"),
     (LIST, {"responses": [" a", None, " b"]}, "response 2 is missing"),
     (LIST, {"responses": [" a", " b", 5]}, "response 3 is a number, not text or chat messages"),
-    (LIST, {"responses": [HI, HELLO, HEY]}, "response 1 is an object, not text or chat messages"),  # one dialogue
+    (
+        LIST,
+        {"responses": [HI, HELLO, HEY]},
+        "response 1 ends with a message of role user, not assistant",
+    ),  # one dialogue
     (LIST, {"responses": [" a", " b", " a"]}, "response 1 and response 3 are equal"),
     (LIST, {"responses": [" a", "\n ", " b"]}, "response 2 is empty"),
     (LIST, {"scores": [1, 2]}, "scores has 2 numbers, and there are 3 responses"),
@@ -512,17 +535,21 @@ def test_end_token_written_in_the_text_gets_no_second(tmp_path):
 
 @pytest.mark.parametrize("eos", [tiny.EOS, "<|im_end|>"])
 def test_end_of_turn_gets_no_second_end(eos, tmp_path):
-    tokenizer = tiny.chatml(eos_token=eos)
+    tokenizer = chatml(eos_token=eos)
     row = {"chosen": [HI, HELLO], "rejected": [HI, HEY]}
     comparison = tokenize_rows([row], tmp_path, tokenizer)[0]
     expected = [tokenizer(f"{OPEN}{answer}<|im_end|>")["input_ids"] for answer in ("Hello", "Hey")]
     assert whole(comparison) == expected
 
 
-def test_template_without_an_end_of_turn_gets_the_end_token(tmp_path):
-    tokenizer = tiny.tokenizer(chat_template="{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+@pytest.mark.parametrize("end", ["", "\n", " <|endoftext|>\n"])
+def test_a_chat_is_what_the_template_gives_to_the_letter(end, tmp_path):
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}END{% endfor %}"
+    tokenizer = tiny.tokenizer(chat_template=template.replace("END", end))
     comparison = tokenize_rows([{"chosen": [HI, HELLO], "rejected": [HI, HEY]}], tmp_path, tokenizer)[0]
-    assert whole(comparison)[0] == [*tokenizer("user: Hi\nassistant: Hello\n")["input_ids"], tokenizer.eos_token_id]
+    given = tokenizer.apply_chat_template([HI, HELLO], tokenize=False)
+    assert given.endswith(f"Hello{end}")
+    assert whole(comparison)[0] == tokenizer(given, add_special_tokens=False)["input_ids"]
 
 
 def test_template_writes_its_own_start_token(tmp_path):
@@ -531,13 +558,6 @@ def test_template_writes_its_own_start_token(tmp_path):
     for ids in whole(comparison):
         assert ids.count(tokenizer.bos_token_id) == 1
         assert ids[0] == tokenizer.bos_token_id
-
-
-def test_close_turn_drops_only_what_follows_a_special_token():
-    tokenizer = tiny.chatml()
-    assert close_turn("a<|im_end|>\n", tokenizer) == "a<|im_end|>"
-    assert close_turn("a<|endoftext|> \n", tokenizer) == "a<|endoftext|>"
-    assert close_turn("a\n", tokenizer) == "a\n"
 
 
 def slow_common_prefix(first, second):
@@ -630,6 +650,17 @@ def test_lists_and_single_answers_reassemble_the_joint_ids(make, tmp_path):
         assert len(comparison.prompt) == min([shared, *(len(ids) - 1 for ids in joint)])
         assert tokens == comparison.tokens == sum(map(len, joint)) - (len(joint) - 1) * len(comparison.prompt)
         assert length == max(map(len, joint))
+
+
+def test_answer_of_characters_that_the_tokenizer_does_not_know_is_empty(tmp_path):
+    """A tokenizer without an alphabet of bytes drops what it does not know."""
+    words = Tokenizer(
+        BPE({"<|endoftext|>": 0, "<|pad|>": 1, **{letter: i for i, letter in enumerate(" acehst", 2)}}, [])
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|endoftext|>", pad_token="<|pad|>")
+    rows = [{"prompt": "the cat ", "chosen": "sat", "rejected": "\u200b4"}]
+    with pytest.raises(UserError, match="row 1: rejected is empty once tokenized"):
+        tokenize_rows(rows, tmp_path, tokenizer)
 
 
 # Cutting.
@@ -806,13 +837,14 @@ def test_nan_margin_of_a_csv_is_no_missing_one(tmp_path):
 
 
 def test_row_that_the_data_set_adapter_cannot_read(tmp_path):
-    def adapter(row):
+    def given(row):
         return {"prompt": "p", "chosen": row["answers"][0], "rejected": row["answers"][1]}
 
+    layout = Layout((Part("made", ("answers",), given),))
     table = datasets.Dataset.from_list([{"answers": ["a", "b"]}, {"answers": ["a"]}])
     tokenizer = tiny.tokenizer()
-    with pytest.raises(UserError, match="made, row 2: the row lacks what adapter needs"):
-        tokenize(Source("made", table, adapter), tokenizer, special_tokens(tokenizer), rules(tmp_path))
+    with pytest.raises(UserError, match="made, row 2: the row lacks what its layout needs"):
+        tokenize(Source("made", table, layout), tokenizer, special_tokens(tokenizer), rules(tmp_path))
 
 
 def test_every_row_is_kept_or_counted_under_its_reason(tmp_path, capsys):
@@ -985,7 +1017,7 @@ def test_held_out_by_prompt(tmp_path, capsys):
     assert not set(asked(train)) & set(asked(evaluation))
     assert sorted(asked(train) + asked(evaluation)) == sorted([*range(40)] * 2)
     assert len(evaluation) == 8
-    note = "no evaluation rows: held out 4 of 40 prompts (8 rows)"
+    note = "no evaluation rows: held out 8 of 80 rows, 4 of 40 prompts"
     assert note in capsys.readouterr().out
 
 
@@ -1116,9 +1148,9 @@ def test_rows_that_lack_something_are_held_out_no_more_than_trained_on(tmp_path,
         load([path], tmp_path, **needs)
     train, evaluation = load([path], tmp_path, on_bad_row="skip", **needs)
     assert not any(math.isnan(row.margin[0]) for part in (train, evaluation) for row in part)
-    assert (len(train) + len(evaluation), len(set(asked(evaluation)))) == (60, 4)
+    assert (len(train) + len(evaluation), len(evaluation)) == (60, 6)
     assert not set(asked(train)) & set(asked(evaluation))
-    assert "held out 4 of 40 prompts" in capsys.readouterr().out
+    assert "held out 6 of 60 rows, 5 of 40 prompts" in capsys.readouterr().out
 
 
 def test_lists_and_answers_are_held_out_by_prompt(tmp_path):

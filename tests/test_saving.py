@@ -271,10 +271,18 @@ def test_scoring_chats(tmp_path):
     tokenizer = tiny.chatml()
     checkpoint.save(scorer, tokenizer, tmp_path / "out")
     chat = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
-    text = "<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\nsat<|im_end|>"
+    text = "<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\nsat<|im_end|>\n"  # the template's own end
     ids = torch.tensor([tokenizer(text)["input_ids"]])
     expected = scorer(ids, torch.ones_like(ids), torch.tensor([ids.shape[1] - 1])).item()
-    assert load(tmp_path / "out").score_chats([chat]) == pytest.approx([expected], abs=1e-5)
+    reward = load(tmp_path / "out")
+    assert reward.score_chats([chat]) == pytest.approx([expected], abs=1e-5)
+    shared = [{"from": "human", "value": "the cat"}, {"from": "gpt", "value": "sat"}]
+    assert reward.score_chats([shared]) == pytest.approx([expected], abs=1e-5)
+    tools = reward.tokenizer
+    tools.chat_template = "{{ tools | tojson }}{{ loud }}" + tools.chat_template
+    told = tools('[{"name": "look"}]!' + text)["input_ids"]
+    expected = scorer(torch.tensor([told]), torch.ones(1, len(told)), torch.tensor([len(told) - 1])).item()
+    assert reward.score_chats([chat], tools=[{"name": "look"}], loud="!") == pytest.approx([expected], abs=1e-5)
 
 
 def test_other_programs_read_the_raw_score(tmp_path):
@@ -298,5 +306,9 @@ def test_what_is_no_list_of_chats_is_told(tmp_path):
     assert reward.score_chats([]) == []
     with pytest.raises(UserError, match="a list of chats, each a list of messages"):
         reward.score_chats([{"role": "user", "content": "a"}])
+    with pytest.raises(UserError, match="chat messages need a tokenizer with a chat template, and this one has none"):
+        reward.score_chats([[{"role": "user", "content": "a"}]])
+    with pytest.raises(UserError, match="chat 1 is not a list of messages with role and content"):
+        reward.score_chats([["a"]])
     with pytest.raises(UserError, match=r"text 2 has half a character, .ud83d"):
         reward.score(["a", "b"], ["c", "\ud83d"])

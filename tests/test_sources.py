@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from reward_model.common.errors import UserError
-from reward_model.data.sources import ADAPTERS, NO_REJECTED, read_sources, split_indices
+from reward_model.data.comparisons import BadRow
+from reward_model.data.layouts import BY_NAME, NO_REJECTED
+from reward_model.data.sources import read_sources, split_indices
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -159,7 +161,8 @@ def test_folder_with_train_and_eval_files(files, train, evaluation, tmp_path):
 def test_folder_without_a_train_file_says_what_is_there(tmp_path):
     assert "no data file" in refusal(tmp_path)
     write(tmp_path / "pairs.jsonl")
-    assert re.search(r"no file whose name begins with train \(pairs.jsonl found\)", refusal(tmp_path))
+    write(tmp_path / "more.jsonl")
+    assert re.search(r"no file whose name begins with train \(more.jsonl, pairs.jsonl found\)", refusal(tmp_path))
 
 
 def test_saved_data_set(tmp_path):
@@ -206,6 +209,60 @@ def test_unreadable_json_names_the_line(name, text, line, tmp_path):
     assert f"line {line} is not " in refusal(tmp_path / name, text)
     (tmp_path / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
     assert f"line {line} is not " in refusal(tmp_path / f"{name}.gz")
+
+
+def test_csv_cells_beyond_the_header_and_columns_given_twice(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,chosen,rejected\nWhat?,Yes, sure,No\nWhat?,Yes,No,,\nWhat?,Yes\n")
+    (source,), _ = read(tmp_path / "a.csv")
+    with pytest.raises(BadRow, match=r"the row has more cells than the file has columns, 'No' the first of them"):
+        source.read(source.rows[0])
+    assert source.read(source.rows[1]) == {
+        "prompt": "What?",
+        "chosen": "Yes",
+        "rejected": "No",
+    }  # blank cells say nothing
+    assert source.read(source.rows[2])["rejected"] is None
+    assert "column chosen is given twice" in refusal(tmp_path / "b.csv", "prompt,chosen,chosen\n1,2,3\n")
+
+
+@pytest.mark.parametrize("text", ["{0}\n{1}\n", "[{0}, {1}]", '{{\n "type": "x",\n "instances": [{0}, {1}]\n}}'])
+def test_key_given_twice_is_a_bad_row(text, tmp_path):
+    row = '{"prompt": "p", "chosen": "a", "rejected": "b"}'
+    (tmp_path / "a.json").write_text(text.format(row, row.replace("{", '{"chosen": "c", ')))
+    (source,), _ = read(tmp_path / "a.json")
+    assert source.read(source.rows[0])["chosen"] == "a"
+    with pytest.raises(BadRow, match="chosen is given twice"):
+        source.read(source.rows[1])
+
+
+DOCUMENTS = {
+    "instances": json.dumps({"type": "pairs", "instances": ROWS}, indent=1),
+    "instances in a line": json.dumps({"type": "pairs", "instances": ROWS}),
+    "data": json.dumps({"version": "data", "data": ROWS}, indent=1),
+    "objects over several lines": "\n".join(json.dumps(row, indent=2) for row in ROWS),
+}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_json_document_over_several_lines(name, tmp_path):
+    (tmp_path / "a.json").write_text(DOCUMENTS[name])
+    (source,), _ = read(tmp_path / "a.json")
+    assert rows_of(source) == ROWS
+    assert source.numbers.tolist() == [1, 2, 3]
+
+
+def test_broken_document_names_its_line(tmp_path):
+    text = DOCUMENTS["data"].replace('"chosen": "good 1",', '"chosen": good,')
+    assert "line 11 is not JSON" in refusal(tmp_path / "a.json", text)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "array.json", "a.csv", "a.parquet", "a.jsonl.gz"])
+def test_first_rows_alone(name, tmp_path):
+    path = write(tmp_path / name, ROWS * 50)
+    (source,), _ = read(path, first=100)
+    assert rows_of(source) == [row for _, row in zip(range(100), ROWS * 50)]
+    (whole,), _ = read(path)
+    assert source.columns == whole.columns
 
 
 def test_json_file_that_is_not_text(tmp_path):
@@ -348,7 +405,7 @@ EXPECTED = [
     ("Cohere/miracl-ja-queries-22-12", MIRACL, " Human: 谁? Assistant:", " 他", " 它"),
 ]
 SPLITS = {"stanfordnlp/SHP": ("train", "validation", "test")}
-SPLITS |= {name: ("train", "dev") for name in ADAPTERS if "miracl" in name}
+SPLITS |= {name: ("train", "dev") for name in BY_NAME if "miracl" in name}
 SPLITS |= {"Dahoas/synthetic-instruct-gptj-pairwise": ("train",), "openai/webgpt_comparisons": ("train",)}
 
 
@@ -359,7 +416,7 @@ def serve(monkeypatch, splits, rows):
 
 
 def test_every_name_has_an_expected_row():
-    assert {name for name, *_ in EXPECTED} | {"local/jsonfile"} == set(ADAPTERS)
+    assert {name for name, *_ in EXPECTED} | {"local/jsonfile"} == set(BY_NAME)
 
 
 @pytest.mark.parametrize("name, row, prompt, chosen, rejected", EXPECTED)

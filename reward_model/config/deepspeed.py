@@ -89,7 +89,7 @@ def set_up_deepspeed(
     _set_nvme(config.engine.nvme_path, zero, world_size, hidden_size, vocab_size, path)
     content.setdefault("steps_per_print", 2**31 - 1)  # our own log says more
     if config.output.enable_tensorboard:
-        _set_tensorboard(content, config.output.tensorboard_path, path)
+        _set_tensorboard(content, config.output.tensorboard_folder, path)
     _refuse_auto(content, path)
     return DeepSpeedSetup(content, stage, offload, dtype, micro_batch, accumulation, max_grad_norm)
 

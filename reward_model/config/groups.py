@@ -80,13 +80,19 @@ class DataConfig(Group):
     """Which rows a run reads, and how they become token ids."""
 
     _argument_group_name: ClassVar[str] = "data"
-    _bounds: ClassVar[Bounds] = {"max_seq_len": COUNT, "num_proc": NOT_NEGATIVE}
+    _bounds: ClassVar[Bounds] = {
+        "max_seq_len": COUNT,
+        "num_proc": NOT_NEGATIVE,
+        "max_train_samples": NOT_NEGATIVE,
+        "max_eval_samples": NOT_NEGATIVE,
+    }
 
     data_path: list[str] = flag(
-        ("Dahoas/rm-static",),
+        (),
         metavar="PATH",
-        help="The training data: hub names, files (.jsonl, .json, .parquet, .csv, also .gz), or folders that hold "
-        "train and eval files.",
+        help="The training data: hub names (owner/name or owner/name/subset), files (.jsonl, .json, .parquet, .csv, "
+        "also .gz), or folders that hold train and eval files. PATH:2000 takes so many rows, PATH:0.5 such a share. "
+        "Required.",
     )
     eval_data_path: list[str] = flag(
         (),
@@ -97,6 +103,34 @@ class DataConfig(Group):
         (),
         metavar="FIELD=COLUMN",
         help="The columns of your data that hold a field under another name, such as prompt=question chosen=answer_a.",
+    )
+    split: str | None = flag(
+        None,
+        metavar="NAME",
+        help="The split to train on, such as train_prefs. Default: train. The rows to evaluate on are then those of "
+        "test_prefs, eval_prefs or the like.",
+    )
+    eval_split: str | None = flag(
+        None, metavar="NAME", help="The split to evaluate on. Default: eval, test, validation, valid or dev."
+    )
+    max_train_samples: int = flag(
+        0,
+        metavar="N",
+        help="The most training rows, drawn at random after all have been tokenized; 0 takes all. PATH:N draws before.",
+    )
+    max_eval_samples: int = flag(
+        0, metavar="N", help="The most rows to evaluate on, drawn at random; 0 takes all of them."
+    )
+    chat: bool = flag(
+        False,
+        help="Put rows of plain text through the tokenizer's chat template, the prompt as the user's message and each "
+        "answer as the assistant's. Turns after Human: and Assistant: become messages, too.",
+    )
+    chat_template: str | None = flag(
+        None,
+        metavar="FILE|human_assistant",
+        help="A chat template in place of the tokenizer's own: a Jinja file, or ours that writes Human: and "
+        "Assistant:. It is saved with the model.",
     )
     data_split: str | None = flag(
         None,
@@ -302,6 +336,7 @@ class TrainingConfig(Group):
         "weight_decay": NOT_NEGATIVE,
         "max_grad_norm": NOT_NEGATIVE,
         "num_warmup_steps": NOT_NEGATIVE,
+        "warmup_ratio": (0, 1, True),
         "seed": (0, 2**32, True),  # NumPy takes no larger one
     }
 
@@ -315,7 +350,15 @@ class TrainingConfig(Group):
     max_grad_norm: float = flag(1.0, metavar="NORM", help="Gradients are clipped to this norm; 0 clips nothing.")
     lr_scheduler_type: Scheduler = flag("cosine", help="The learning-rate schedule after the warm-up.")
     num_warmup_steps: int = flag(0, metavar="N", help="The number of steps in which the learning rate rises from 0.")
+    warmup_ratio: float = flag(
+        0.0, metavar="SHARE", help="The share of all steps in which the learning rate rises from 0."
+    )
     seed: int = flag(1234, metavar="N", help="The seed of everything random.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_warmup_steps and self.warmup_ratio:
+            raise UserError("--warmup_ratio and --num_warmup_steps: give one of them")
 
 
 @dataclass(frozen=True)
@@ -360,8 +403,18 @@ class OutputConfig(Group):
         "hf", help="Save what Transformers loads, what upstream's step 3 loads, or both."
     )
     enable_tensorboard: bool = flag(False, help="Write events for TensorBoard.")
-    tensorboard_path: str = flag("step2_tensorboard", metavar="FOLDER", help="The folder of TensorBoard's events.")
+    tensorboard_path: str | None = flag(
+        None,
+        metavar="FOLDER",
+        help="The folder of TensorBoard's events. Default: tensorboard in the output folder, or step2_tensorboard.",
+    )
     debug: bool = flag(False, help="Show tracebacks and DeepSpeed's own log.")
+
+    @property
+    def tensorboard_folder(self) -> str:
+        """Where TensorBoard's events lie."""
+        own = f"{self.output_dir}/tensorboard" if self.output_dir else "step2_tensorboard"  # upstream's name
+        return self.tensorboard_path or own
 
 
 @dataclass(frozen=True)

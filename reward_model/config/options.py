@@ -133,6 +133,12 @@ def refuse_used_folder(folder: Path) -> None:
         raise UserError(f"--output_dir {folder} holds another run ({', '.join(left)}): name a new folder")
 
 
+def require_data(config: RunConfig) -> None:
+    """Raises UserError if no training data is named."""
+    if not config.data.data_path:
+        raise UserError("--data_path is missing: name a file, a folder or a hub name, such as Dahoas/rm-static")
+
+
 def require_model_folder(name_or_path: str) -> None:
     """Raises UserError for what can only be a path and is no folder, and for a folder of Git LFS pointers."""
     is_path = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1 or " " in name_or_path

@@ -26,21 +26,18 @@ from transformers import PreTrainedTokenizerBase
 
 from reward_model.common.errors import UserError
 from reward_model.common.logging import logger
-from reward_model.data import comparisons, rows, sources
+from reward_model.data import chats, comparisons, files, layouts, rows
 from reward_model.data.comparisons import BadRow, Comparison, Comparisons, answers, common_prefix
-from reward_model.data.rows import (
-    PAIR,
-    Texts,
-    read_row,
-    require_different,
-)
-from reward_model.data.sources import Source, read_sources
+from reward_model.data.files import Source
+from reward_model.data.rows import PAIR, Texts, read_row, require_different
+from reward_model.data.sources import Splits, amount_of, read_sources, take
 from reward_model.data.tokenizer import SpecialTokens
 
-EVAL_SHARE = 0.1  # of the prompts, where a data set brings no evaluation rows: upstream's share too
-CODE = (sys.modules[__name__], comparisons, rows, sources)  # which what is cached depends on
+EVAL_SHARE = 0.1  # of the rows, where a data set brings no evaluation rows: upstream's share too
+CODE = (sys.modules[__name__], chats, comparisons, files, layouts, rows)  # which what is cached depends on
 FEW_ROWS = 50  # a share of them is known to ± 14 points at best: 1.96·√(¼ / 50)
 MOST_HELD_OUT = 0.2
+ALL_SPLITS = Splits()
 ROWS_PER_PROCESS = 2_000  # below this a fast tokenizer's own threads beat starting a process
 
 FEATURES = datasets.Features(
@@ -61,6 +58,8 @@ FEATURES = datasets.Features(
         "text_hashes": datasets.List(datasets.Value("int64")),
         "text_lengths": datasets.List(datasets.Value("int32")),
         "cut": datasets.Value("bool"),
+        "is_plain": datasets.Value("bool"),
+        "is_glued": datasets.Value("bool"),
         "problem": datasets.Value("string"),
     }
 )
@@ -73,7 +72,7 @@ class PreprocessingConfig:
     max_seq_len: longest text in tokens. on_bad_row: ``stop`` or ``skip``. cache: folder for tokenized rows.
     processes: for tokenizing; 0: as many as there are cores and work. missing: why the loss has nothing to learn from a
     training row, given as a Comparison without its tokens; it raises BadRow, or gives None. names: field → the column
-    that holds it.
+    that holds it. splits: names of those that are read. chat: rows of text go through the chat template, too.
     """
 
     max_seq_len: int
@@ -82,6 +81,8 @@ class PreprocessingConfig:
     processes: int = 0
     missing: Callable[[Comparison], str | None] | None = None
     names: dict[str, str] = field(default_factory=dict)
+    splits: Splits = ALL_SPLITS
+    chat: bool = False
 
 
 def load_comparisons(
@@ -92,20 +93,28 @@ def load_comparisons(
     preprocessing: PreprocessingConfig,
     seed: int,
     data_split: str | None = None,
+    most: tuple[int, int] = (0, 0),
 ) -> tuple[Comparisons, Comparisons]:
     """Training and evaluation Comparisons, tokenized once and then read from the cache.
 
     Evaluation rows are those of ``eval_paths``; else those that the training entries bring; else, for an entry that
-    brings none, a tenth of its prompts is held out.
+    brings none, a tenth of its rows is held out.
+
+    Args:
+        most: training rows and evaluation rows, drawn at random where there are more; 0: all.
 
     Raises:
         UserError: unreadable data, a bad row under ``stop``, or nothing left.
     """
+    if preprocessing.splits.train and all(os.path.isfile(amount_of(path)[0]) for path in train_paths):
+        raise UserError(f"--split {preprocessing.splits.train}: {train_paths[0]} is one file, which has no splits")
     train, evaluation, undivided = [], [], []
-    for path in train_paths:
+    for entry in train_paths:
+        path, amount = amount_of(entry)
         train_sources, eval_sources = read_sources(
-            path, seed, data_split, hold_out=not eval_paths, names=preprocessing.names
+            path, seed, data_split, not eval_paths, preprocessing.names, preprocessing.splits, preprocessing.chat
         )
+        train_sources = take(train_sources, amount, seed, path)
         tokenized = [
             tokenize(source, tokenizer, special, preprocessing, preprocessing.missing) for source in train_sources
         ]
@@ -122,13 +131,21 @@ def load_comparisons(
     if any(len(part) for part in undivided):
         undivided, held_out = _hold_out(undivided, seed)
         train, evaluation = train + undivided, evaluation + held_out
-    for name, parts in (("training", train), ("evaluation", evaluation)):
+    whole = []
+    for name, parts, limit in (("training", train, most[0]), ("evaluation", evaluation, most[1])):
         if sum(len(part) for part in parts) == 0:
             raise UserError(f"no {name} rows are left")
-    whole = _join(train), _join(evaluation)
+        whole.append(_at_most(_join(parts), limit, name, seed))
     for line in doubts(*whole):
         logger.warning(line)
-    return whole
+    return whole[0], whole[1]
+
+
+def _at_most(found: Comparisons, most: int, name: str, seed: int) -> Comparisons:
+    if not most or len(found) <= most:
+        return found
+    logger.info(f"{name}: {most} of {len(found)} rows, drawn at random")
+    return found.select(np.sort(np.random.RandomState(seed).permutation(len(found))[:most]))
 
 
 def doubts(train: Comparisons, evaluation: Comparisons) -> Iterator[str]:
@@ -160,8 +177,11 @@ def _evaluation_rows(
     path: str, tokenizer, special, preprocessing: PreprocessingConfig, seed: int, missing
 ) -> list[Comparisons]:
     # a folder or hub name stands for its evaluation rows, a file for all of its rows
-    first, second = read_sources(path, seed, names=preprocessing.names)
-    return [tokenize(source, tokenizer, special, preprocessing, missing) for source in second or first]
+    path, amount = amount_of(path)
+    splits = replace(preprocessing.splits, train=None)
+    first, second = read_sources(path, seed, names=preprocessing.names, splits=splits, chat=preprocessing.chat)
+    found = take(second or first, amount, seed, path)
+    return [tokenize(source, tokenizer, special, preprocessing, missing) for source in found]
 
 
 def nothing_judged(row: Comparison) -> str | None:
@@ -176,19 +196,35 @@ def _join(parts: list[Comparisons]) -> Comparisons:
 
 
 def _hold_out(parts: list[Comparisons], seed: int) -> tuple[list[Comparisons], list[Comparisons]]:
-    """Keep a tenth of the prompts of some parts for evaluation, so that no prompt is on both sides."""
+    """Keep a tenth of the rows of some parts for evaluation, by whole prompts, so that none is on both sides."""
     hashes = [part.prompt_hashes() for part in parts]
-    prompts = np.unique(np.concatenate(hashes))
-    order = np.random.RandomState(seed).permutation(len(prompts))
-    held = prompts[order[: max(1, round(EVAL_SHARE * len(prompts)))]]
+    prompts, counts = np.unique(np.concatenate(hashes), return_counts=True)
     if len(prompts) < 2:
         raise UserError("there is one prompt and there are no evaluation rows: name some with --eval_data_path")
+    held = prompts[_about(EVAL_SHARE, counts, seed)]
     masks = [np.isin(h, held) for h in hashes]
     rows = sum(int(mask.sum()) for mask in masks)
-    logger.info(f"no evaluation rows: held out {len(held)} of {len(prompts)} prompts ({rows} rows)")
+    logger.info(f"no evaluation rows: held out {rows} of {counts.sum()} rows, {len(held)} of {len(prompts)} prompts")
     train = [part.select(np.flatnonzero(~mask)) for part, mask in zip(parts, masks)]
     evaluation = [part.select(np.flatnonzero(mask)) for part, mask in zip(parts, masks)]
     return train, evaluation
+
+
+def _about(share: float, counts: np.ndarray, seed: int) -> np.ndarray:
+    """Prompts, drawn at random, that have about a share of all rows together: those that still fit; at least one.
+
+    Args:
+        counts: rows of each prompt, (p,).
+
+    Returns:
+        Indices of prompts.
+    """
+    left, held = max(1, round(share * counts.sum())), []
+    for prompt in np.random.RandomState(seed).permutation(len(counts)):
+        if counts[prompt] <= left:
+            held.append(prompt)
+            left -= counts[prompt]
+    return np.array(held or [counts.argmin()])
 
 
 def tokenize(
@@ -212,6 +248,7 @@ def tokenize(
         tokenizer=tokenizer,
         special=special,
         max_seq_len=preprocessing.max_seq_len,
+        chat=preprocessing.chat,
     )
     key = _fingerprint(source, tokenizer, special, preprocessing)
     preprocessing.cache.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -229,7 +266,7 @@ def tokenize(
             cache_file_name=str(preprocessing.cache / f"{key}.arrow"),
             desc=f"tokenizing {os.path.basename(source.name)}",
         )
-    return Comparisons(_without_bad_rows(source, table, preprocessing, missing))
+    return Comparisons(_without_bad_rows(source, table, preprocessing, missing, tokenizer))
 
 
 def _fingerprint(source: Source, tokenizer, special: SpecialTokens, preprocessing: PreprocessingConfig) -> str:
@@ -238,7 +275,7 @@ def _fingerprint(source: Source, tokenizer, special: SpecialTokens, preprocessin
     vocabulary = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
     parts = [
         source.rows._fingerprint,
-        [source.adapt.__name__, sorted(source.names.items())],
+        [source.layout.key, sorted(source.names.items()), preprocessing.chat],
         vocabulary,
         tokenizer.chat_template,
         [special.end, sorted(special.endings), sorted(special.starts)],
@@ -249,7 +286,7 @@ def _fingerprint(source: Source, tokenizer, special: SpecialTokens, preprocessin
 
 
 def _without_bad_rows(
-    source: Source, table: datasets.Dataset, preprocessing: PreprocessingConfig, missing
+    source: Source, table: datasets.Dataset, preprocessing: PreprocessingConfig, missing, tokenizer
 ) -> datasets.Dataset:
     problems = np.array(table["problem"][:], dtype=object)
     if missing is not None:
@@ -272,7 +309,25 @@ def _without_bad_rows(
     cut = int(np.sum(good["cut"][:]))
     note = f", {cut} with the prompt cut from the left to fit {preprocessing.max_seq_len} tokens" if cut else ""
     logger.log(logging.WARNING if cut else logging.INFO, f"{source.name}: {len(good)} rows{note}")
+    for line in joined_as_they_are(good, bool(tokenizer.chat_template)):
+        logger.warning(f"{source.name}: {line}")
     return good
+
+
+def joined_as_they_are(table: datasets.Dataset, has_template: bool) -> Iterator[str]:
+    """What is doubtful about the form of rows of plain text."""
+    plain, glued = (int(np.sum(table[name][:])) for name in ("is_plain", "is_glued"))
+    if plain and has_template:
+        yield (
+            f"{_of(plain, len(table))} plain text, joined as it is, and the tokenizer has a chat template: "
+            "--chat puts them through it"
+        )
+    elif glued > len(table) / 2:
+        yield f"{_of(glued, len(table))} joined with nothing between prompt and answer, as in 'Paris is where?France'"
+
+
+def _of(count: int, total: int) -> str:
+    return f"{count} of {total} rows {'is' if count == 1 else 'are'}"
 
 
 def _reason(missing, row: Comparison) -> str | None:
@@ -282,38 +337,60 @@ def _reason(missing, row: Comparison) -> str | None:
         return str(problem)
 
 
-def _tokenize_rows(rows: dict[str, list], source, tokenizer, special, max_seq_len) -> dict[str, list]:
+def _tokenize_rows(
+    rows: dict[str, list], source: Source, tokenizer, special, max_seq_len: int, chat: bool
+) -> dict[str, list]:
     """A batch of rows in columns → a batch of FEATURES in columns."""
     size = len(next(iter(rows.values())))
     texts: list[Texts | str] = []
     for i in range(size):
         try:
             row = source.read({name: column[i] for name, column in rows.items()})
-            texts.append(read_row(row, tokenizer))
+            texts.append(read_row(row, tokenizer, chat))
         except BadRow as problem:
             texts.append(str(problem))
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            texts.append(
-                f"the row lacks what {source.adapt.__name__.strip('_')} needs ({type(error).__name__}: {error})"
-            )
+            texts.append(f"the row lacks what its layout needs ({type(error).__name__}: {error})")
     ids = _encode(tokenizer, special, [text for text in texts if isinstance(text, Texts)])
     out: dict[str, list] = {name: [] for name in FEATURES}
     for text in texts:
         record: dict[str, Any] = {name: [] for name in FEATURES}
         record |= dict.fromkeys(("length", "tokens", "prompt_hash", "prompt_tokens"), 0)
-        record |= {"cut": False, "problem": None}
+        record |= {"cut": False, "is_plain": False, "is_glued": False, "problem": None}
         if isinstance(text, str):
             record["problem"] = text
         else:
             try:
                 prompt, *whole = next(ids)
-                record |= compare(prompt, whole, special, max_seq_len, text.names) | text.judged
+                _require_tokens(prompt, whole, text.names)
+                ends = [ids if text.templated else end_text(ids, special) for ids in whole]
+                record |= compare(prompt, ends, special, max_seq_len, text.names) | text.judged
+                record |= {"is_plain": _is_plain(text, tokenizer), "is_glued": _is_glued(text)}
                 record["prompt_hash"] = _hash(text.prompt.encode("utf-8", "replace"))
             except BadRow as problem:
                 record["problem"] = str(problem)
         for name, column in out.items():
             column.append(record[name])
     return out
+
+
+def _require_tokens(prompt: list[int], whole: list[list[int]], names: Sequence[str]) -> None:
+    """Raise BadRow if an answer has no token, as one of characters that the tokenizer does not know."""
+    for name, ids in zip(names, whole):
+        if ids == prompt[: len(ids)]:
+            raise BadRow(f"{name} is empty once tokenized")
+
+
+def _is_plain(text: Texts, tokenizer) -> bool:
+    """Whether a text was written by no chat template, neither ours nor one before it."""
+    return not text.templated and not any(token in text.whole[0] for token in tokenizer.all_special_tokens)
+
+
+def _is_glued(text: Texts) -> bool:
+    """Whether an answer begins where its prompt ends, as no language with spaces writes it."""
+    before, after = text.prompt[-1:], text.whole[0][len(text.prompt) :][:1]
+    ends = before.isalnum() or before in tuple(".,:;?!")
+    return not text.templated and before.isascii() and after.isascii() and ends and after.isalnum()
 
 
 def _hash(content: bytes) -> int:
@@ -325,6 +402,7 @@ def _encode(tokenizer, special: SpecialTokens, texts: list[Texts]):
     ids: dict[bool, Iterator[list[int]]] = {}
     for templated in (False, True):
         group = [part for t in texts if t.templated is templated for part in (t.prompt, *t.whole)]
+        # a chat template writes its own start token, and where it writes none, others score the chat without one
         encoded = tokenizer(group, add_special_tokens=not templated, verbose=False)["input_ids"] if group else []
         ids[templated] = iter(encoded if templated else [one_start(text, special) for text in encoded])
     for text in texts:
@@ -340,17 +418,16 @@ def compare(
 ) -> dict:
     """Token ids of a prompt and of whole texts → a Comparison's tokens, and what planning needs to know of them.
 
-    Closes the texts, and cuts the prompt to fit the limit.
+    Cuts the prompt to fit the limit.
 
     Args:
         prompt: ids of the prompt alone; only its part that all texts begin with may be cut.
-        whole: ids of each answer after its prompt.
+        whole: ids of each answer after its prompt, closed with an end token where it needs one.
         names: of the answers, for messages.
 
     Raises:
         BadRow: the same ids twice, or an answer longer than the limit.
     """
-    whole = [end_text(text, special) for text in whole]
     require_different(whole, names, how=" once tokenized")
     prompt_length = min(common_prefix(prompt, text) for text in whole)
     surplus = max(map(len, whole)) - max_seq_len

@@ -3,20 +3,32 @@
 
 A row holds a pair (``prompt, chosen, rejected``, or ``chosen, rejected`` with the prompt inside, which is Anthropic's
 form), a list (``prompt, responses`` with ``scores`` or ``ranks``), or one response (``prompt, response`` with a
-``score`` or ``label``). Each is text, which is joined as it is, or chat messages.
+``score`` or ``label``). Each is text, which is joined as it is, or chat messages. Data sets that write these under
+other names are read by :mod:`reward_model.data.layouts`.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from reward_model.data.chats import (
+    as_chats,
+    as_messages,
+    in_plain,
+    is_chat,
+    joined,
+    require_answer,
+    require_characters,
+    shared_text,
+    template_arguments,
+    write,
+)
 from reward_model.data.comparisons import GRADES, BadRow, common_prefix
 
 ASSISTANT = "\n\nAssistant:"  # Anthropic's mark of the last turn
@@ -24,12 +36,10 @@ DIALOGUE = re.compile(  # marks of turns in a text that holds its prompt, by the
     r"Human:|User:|Assistant:|<\|im_start\|>|<\|start_header_id\|>|<\|user\|>|<\|User\|>|<start_of_turn>|\[INST\]|###|Q:",
     re.IGNORECASE,
 )
-SURROGATE = re.compile("[\ud800-\udfff]")
-WRITTEN_OUT = re.compile(r"\s*\[\s*\{\s*['\"](role|content)['\"]\s*:")  # the beginning of a list of messages
 PAIR = ("chosen", "rejected")
 FIELDS = (  # that a row may have; everything else is not read
     *("prompt", *PAIR, "responses", "response", "scores", "ranks", "score", "label", "margin", "rating", "probability"),
-    *("chosen_score", "rejected_score", "score_chosen", "score_rejected"),
+    *("chosen_score", "rejected_score", "score_chosen", "score_rejected", "tools", "chat_template_kwargs"),
 )
 OTHER_ROWS = "responses with scores or ranks, or response with a score or label"
 
@@ -52,11 +62,12 @@ class Texts:
     templated: bool
 
 
-def read_row(row: dict, tokenizer: PreTrainedTokenizerBase) -> Texts:
+def read_row(row: dict, tokenizer: PreTrainedTokenizerBase, chat: bool = False) -> Texts:
     """Check a row and write it as text.
 
     Args:
         tokenizer: Its chat template writes rows of chat messages. Rows of text do not need it.
+        chat: Whether rows of text go through the template, too, the prompt as the user's turn.
 
     Raises:
         BadRow: A field is missing, empty or of the wrong type, a value is not a number, or two responses are equal.
@@ -82,73 +93,43 @@ def read_row(row: dict, tokenizer: PreTrainedTokenizerBase) -> Texts:
     found = [in_plain(name, value) for name, value in zip(names, found)]
     if prompt == []:
         prompt = None  # no turns before the response
-    for name, value in zip(names, found):
-        if value is None:
-            others = ", ".join(row)
-            is_absent = names is PAIR and name not in row
-            needs = f"; the row has {others}, and needs prompt, chosen, rejected (or {OTHER_ROWS})"
-            raise BadRow(f"{name} is missing" + (needs if is_absent else ""))
-        if not isinstance(value, str) and not _is_chat(value):
-            raise BadRow(f"{name} is {_type(value)}, not text or chat messages")
-    if prompt is not None and not isinstance(prompt, str) and not _is_chat(prompt):
-        raise BadRow(f"prompt is {_type(prompt)}, not text or chat messages")
-    if "prompt" in row and row["prompt"] is None:
-        raise BadRow("prompt is missing")
+    _require_types(row, prompt, found, names)
     require_different(found, names)
     for name, value in (("prompt", prompt), *zip(names, found)):
-        _require_characters(name, value)
+        require_characters(name, value)
     if not all(isinstance(value, str) for value in (*found, prompt or "")):
-        return _read_chat(prompt, found, names, judged, tokenizer)
+        return _read_chat(prompt, found, names, judged, tokenizer, template_arguments(row))
+    if chat:
+        _require_content(found, names)
+        return _read_chat(*as_chats(prompt, found, names), names, judged, tokenizer, template_arguments(row))
+    if row.get("tools"):
+        raise BadRow("tools go through a chat template, and the row is text: --chat makes messages of it")
     if prompt is None:
         _require_dialogue(found, row)
         prompt = _common_prompt(found)
         found = [text[len(prompt) :] for text in found]
-    for name, text in zip(names, found):
-        if not text.strip():
-            raise BadRow(f"{name} is empty")
+    _require_content(found, names)
     return Texts(prompt, [prompt + text for text in found], names, judged, templated=False)
 
 
-def in_plain(name: str, value):
-    """Messages that a JSON string holds as messages, and the text parts of a message's content as one text.
-
-    Raises:
-        BadRow: messages that Python wrote out as text, or a part that is no text.
-    """
-    if isinstance(value, str) and WRITTEN_OUT.match(value):
-        try:
-            read = json.loads(value)
-        except ValueError:
-            how = "written out as text, as to_csv does it: save it as JSON or Parquet"
-            raise BadRow(f"{name} is a list of messages that was {how}") from None
-        value = read if _is_chat(read) else value
-    return [_with_text(name, message) for message in value] if _is_chat(value) else value
+def _require_types(row: dict, prompt, found: list, names: Sequence[str]) -> None:
+    for name, value in zip(names, found):
+        if value is None:
+            is_absent = names is PAIR and name not in row
+            needs = f"; the row has {', '.join(row)}, and needs prompt, chosen, rejected (or {OTHER_ROWS})"
+            raise BadRow(f"{name} is missing" + (needs if is_absent else ""))
+        if not isinstance(value, str) and not is_chat(value):
+            raise BadRow(f"{name} is {_type(value)}, not text or chat messages")
+    if prompt is not None and not isinstance(prompt, str) and not is_chat(prompt):
+        raise BadRow(f"prompt is {_type(prompt)}, not text or chat messages")
+    if "prompt" in row and row["prompt"] is None:
+        raise BadRow("prompt is missing")
 
 
-def _with_text(name: str, message: dict) -> dict:
-    parts = message["content"]
-    if not isinstance(parts, list):
-        return message
-    texts = []
-    for part in parts:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text" or not isinstance(part.get("text"), str):
-            raise BadRow(f"{name} has a message part of type {kind}, and only text can be read")
-        texts.append(part["text"])
-    return message | {"content": "".join(texts)}
-
-
-def half_character(text: str) -> str:
-    """The first half of a surrogate pair in a text, as a cut "\\ud83d\\ude00" leaves it: no tokenizer takes it."""
-    found = SURROGATE.search(text)
-    return f"\\u{ord(found[0]):x}" if found else ""
-
-
-def _require_characters(name: str, value) -> None:
-    parts = value if isinstance(value, list) else [{"content": value}]
-    for text in (part["content"] for part in parts):
-        if isinstance(text, str) and (half := half_character(text)):
-            raise BadRow(f"{name} has half a character, {half}, which is no text")
+def _require_content(found: list[str], names: Sequence[str]) -> None:
+    for name, text in zip(names, found):
+        if not text.strip():
+            raise BadRow(f"{name} is empty")
 
 
 def _require_dialogue(found: list[str], row: dict) -> None:
@@ -161,11 +142,6 @@ def _require_dialogue(found: list[str], row: dict) -> None:
         "there is no prompt, and the texts have no marks of turns, such as Human: and Assistant:"
         + (which or '; give "prompt": "" if there really is none')
     )
-
-
-def unread(names: Iterable[str]) -> list[str]:
-    """The columns that nobody reads."""
-    return [name for name in names if name not in FIELDS]
 
 
 def require_different(found: list, names: Sequence[str], how: str = "") -> None:
@@ -288,14 +264,6 @@ def _type(value) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def _is_chat(value) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) > 0
-        and all(isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in value)
-    )
-
-
 def _common_prompt(texts: list[str]) -> str:
     """What whole dialogs share, up to the last "Assistant:" if there is one. A single text shares nothing."""
     shared = texts[0] if len(texts) > 1 else ""
@@ -308,60 +276,12 @@ def _common_prompt(texts: list[str]) -> str:
     return shared[: max(shared.rfind(" "), shared.rfind("\n")) + 1]
 
 
-def _read_chat(prompt, found: list, names: Sequence[str], judged: dict, tokenizer) -> Texts:
-    if not tokenizer.chat_template:
-        raise BadRow("chat messages need a tokenizer with a chat template, and this one has none")
-    found = [_as_messages(value) for value in found]
+def _read_chat(prompt, found: list, names: Sequence[str], judged: dict, tokenizer, arguments: dict) -> Texts:
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    prompt = _as_messages(prompt or [])
-    # UltraFeedback and others give the prompt twice: alone, and at the head of each answer
-    if not all(_holds(messages[:-1], prompt) for messages in found):
-        found = [prompt + messages for messages in found]
-    first, turns = found[0], 0
-    while turns < min(map(len, found)) - 1 and all(messages[turns] == first[turns] for messages in found):
-        turns += 1
-    for name, messages in zip(names, found):
-        content = messages[-1]["content"]
-        if content is None or not str(content).strip():
-            raise BadRow(f"{name} is empty")
-        if messages[-1]["role"] != "assistant":
-            raise BadRow(f"{name} ends with a message of role {messages[-1]['role']}, not assistant")
-    written = []
-    try:
-        for messages in found:
-            written.append(close_turn(tokenizer.apply_chat_template(messages, tokenize=False), tokenizer))
-        head = tokenizer.apply_chat_template(first[:turns], tokenize=False, add_generation_prompt=True) if turns else ""
-    except Exception as error:  # templates raise what they like
-        raise BadRow(f"the chat template refuses it: {error}") from error
+    chats = joined(as_messages(prompt or []), [as_messages(value) for value in found])
+    for name, messages in zip(names, chats):
+        require_answer(name, messages[-1])
+    written = write(tokenizer, chats, arguments)
     require_different(written, names)
-    # a template may write a lone prompt differently: keep what is really shared
-    prompt = head[: min(common_prefix(head, text) for text in written)]
-    return Texts(prompt, written, names, judged, templated=True)
-
-
-def _as_messages(value) -> list[dict]:
-    if isinstance(value, str):
-        return [{"role": "assistant", "content": value}]
-    # Arrow fills every message with the keys of all others
-    return [{k: v for k, v in message.items() if v is not None or k == "content"} for message in value]
-
-
-def _holds(messages: list[dict], prompt: list[dict]) -> bool:
-    """Whether the prompt's messages stand in a row somewhere among the others, but for white space around them."""
-    messages, prompt = ([_stripped(message) for message in part] for part in (messages, prompt))
-    starts = range(len(messages) - len(prompt) + 1)
-    return any(messages[i : i + len(prompt)] == prompt for i in starts)
-
-
-def _stripped(message: dict) -> dict:
-    content = message["content"]
-    return message | {"content": content.strip() if isinstance(content, str) else content}
-
-
-def close_turn(text: str, tokenizer) -> str:
-    """Drop the line break that templates write after the last end-of-turn token, where the score is read."""
-    stripped = text.rstrip()
-    closing = {str(token) for token in tokenizer.all_special_tokens}
-    closing |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return stripped if any(stripped.endswith(token) for token in closing) else text
+    return Texts(shared_text(tokenizer, chats, written, arguments), written, names, judged, templated=True)

@@ -140,3 +140,9 @@ def read_config(name_or_path: str):
     except Exception as error:  # OSError, ValueError, KeyError: missing, unreachable, unknown architecture
         place = "" if Path(name_or_path).is_dir() else "no such folder here, and from the hub: "
         raise UserError(f"--model_name_or_path {name_or_path}: {place}{first_line(error)}") from error
+
+
+def is_reward_model(config) -> bool:
+    """Whether a config says that its model has been trained to give one score."""
+    names = config.architectures or []
+    return config.num_labels == 1 and any(name.endswith(("Classification", "RewardModel")) for name in names)

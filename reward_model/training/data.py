@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import datetime
 import math
 from dataclasses import dataclass
 
@@ -11,8 +12,10 @@ from transformers import PreTrainedTokenizerBase
 from reward_model.common.distributed import DistributedContext
 from reward_model.common.errors import UserError
 from reward_model.config.settings import Settings
+from reward_model.data.chat_template import give_template, settle_template
 from reward_model.data.comparisons import Comparisons
 from reward_model.data.preprocessing import PreprocessingConfig, load_answers, load_comparisons
+from reward_model.data.sources import Splits
 from reward_model.data.tokenizer import SpecialTokens, choose_special_tokens, load_tokenizer
 from reward_model.objectives import answer_similarity
 from reward_model.objectives.objective import Objective
@@ -33,17 +36,25 @@ class Data:
     longest: int
 
 
-def load_data(settings: Settings, config, objective: Objective, context: DistributedContext) -> Data:
+def load_data(
+    settings: Settings, config, objective: Objective, context: DistributedContext, is_trained: bool = False
+) -> Data:
     """Read and tokenize what the run names, and check that the objective can learn from it.
 
     Args:
         config: of the model, its text part.
+        is_trained: the model is a reward model already.
 
     Raises:
         UserError: unreadable or unusable data, or texts longer than the model's positions.
     """
     data, seed, normalize = settings.data, settings.training.seed, settings.output.normalize_scores
     tokenizer = load_tokenizer(settings.model.model_name_or_path, data.add_eot_token)
+    if data.chat_template:
+        give_template(tokenizer, data.chat_template)
+    if data.chat and not tokenizer.chat_template:
+        raise UserError("--chat: the tokenizer has no chat template; --chat_template gives it one")
+    settle_template(tokenizer, datetime.datetime.now(), is_trained)
     special = choose_special_tokens(tokenizer, config.vocab_size, int(data.add_eot_token), may_grow=True)
     preprocessing = PreprocessingConfig(
         max_seq_len=data.max_seq_len,
@@ -52,9 +63,18 @@ def load_data(settings: Settings, config, objective: Objective, context: Distrib
         processes=data.num_proc,
         missing=objective.missing,
         names=data.names,
+        splits=Splits(data.split, data.eval_split),
+        chat=data.chat,
     )
     train, evaluation = load_comparisons(
-        data.data_path, data.eval_data_path, tokenizer, special, preprocessing, seed, data.data_split
+        data.data_path,
+        data.eval_data_path,
+        tokenizer,
+        special,
+        preprocessing,
+        seed,
+        data.data_split,
+        (data.max_train_samples, data.max_eval_samples),
     )
     objective.require_rows(train)
     known = {None: None, "train": train, "eval": evaluation}

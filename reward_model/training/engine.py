@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ def start_engine(settings: Settings, scorer: Scorer, steps: int):
     scheduler = get_scheduler(
         training.lr_scheduler_type,
         optimizer,
-        num_warmup_steps=training.num_warmup_steps,
+        num_warmup_steps=training.num_warmup_steps or math.ceil(training.warmup_ratio * steps),
         num_training_steps=steps,
     )
     engine, *_ = deepspeed.initialize(model=scorer, optimizer=optimizer, lr_scheduler=scheduler, config=ds_config)

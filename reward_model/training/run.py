@@ -16,14 +16,14 @@ from reward_model.common import distributed
 from reward_model.common.distributed import DistributedContext
 from reward_model.common.errors import UserError
 from reward_model.common.logging import logger
-from reward_model.config.options import RunConfig, explain_inherited, refuse_used_folder
+from reward_model.config.options import RunConfig, explain_inherited, refuse_used_folder, require_data
 from reward_model.config.settings import Settings, resolve
 from reward_model.data.comparisons import Comparisons
 from reward_model.evaluation import pictures, score_scale
 from reward_model.evaluation.evaluate import summary
 from reward_model.models import saving
 from reward_model.models.forward import ForwardPass
-from reward_model.models.loading import DTYPES, read_config
+from reward_model.models.loading import DTYPES, is_reward_model, read_config
 from reward_model.models.scorer import Scorer, count
 from reward_model.models.shared_prefix import SEPARATE
 from reward_model.objectives.losses import Thresholds
@@ -58,12 +58,14 @@ def run(config: RunConfig) -> TrainResult:
     Raises:
         UserError: whatever the user can mend.
     """
+    require_data(config)
     folder = Path(config.output.output_dir) if config.output.output_dir else None
     if folder:
         refuse_used_folder(folder)
     context = distributed.start(config.engine.local_rank, config.engine.offload, config.output.debug)
     explain_inherited(config)
-    text = read_config(config.model.model_name_or_path).get_text_config()
+    model_config = read_config(config.model.model_name_or_path)
+    text = model_config.get_text_config()
     default_dtype = distributed.default_dtype()
     if config.engine.dtype != "auto":
         distributed.require_dtype(config.engine.dtype)
@@ -72,7 +74,7 @@ def run(config: RunConfig) -> TrainResult:
     distributed.require_zero(settings.deepspeed.zero, settings.engine.nvme_path)
     set_seed(settings.training.seed)
     objective = Objective(settings.loss)
-    data = load_data(settings, text, objective, context)
+    data = load_data(settings, text, objective, context, is_reward_model(model_config))
     trainer = prepare(settings, context, objective, data, folder)
     trainer.train()
     keep_scale(trainer, data.reference)

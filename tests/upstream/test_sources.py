@@ -12,7 +12,8 @@ import datasets
 import pytest
 
 from reward_model.common.errors import UserError
-from reward_model.data.sources import ADAPTERS, NO_REJECTED, read_sources, split_indices
+from reward_model.data.layouts import BY_NAME, NO_REJECTED
+from reward_model.data.sources import read_sources, split_indices
 
 FOLDER = "applications/DeepSpeed-Chat/dschat/utils/data"
 ANSWER = ("yes", "no, never", "", "It is (see [1]) so [2].", "[a]b (c) d", "他是", "two\nlines ", " 1. one")
@@ -66,7 +67,7 @@ def upstream_data_set(data_utils, name, hub, monkeypatch, output_path):
     return data_utils.get_raw_dataset(name, output_path, 7, 0)
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", BY_NAME)
 def test_rows_and_words_are_upstreams(name, data_utils, monkeypatch, tmp_path):
     rng = random.Random(name)
     if "synthetic" in name or "webgpt" in name:
@@ -105,7 +106,7 @@ def test_every_name_of_upstreams_is_known(data_utils):
     source = Path(data_utils.__file__).read_text()
     names = [line.split('"')[1] for line in source.splitlines() if '" in dataset_name:' in line]
     assert len(names) > 10
-    assert set(names) == {*ADAPTERS, *NO_REJECTED}
+    assert set(names) == {*BY_NAME, *NO_REJECTED}
 
 
 @pytest.mark.parametrize("shares", ["2,4,4", "9,1", "1,1,1", "0,10,0", "0.1,0.25,0.65"])

@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files of rows: JSON, JSON lines, CSV and Parquet, each also compressed with gzip but for the last."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+
+from reward_model.common.errors import UserError, first_line, require_no_lfs_pointer
+from reward_model.data.comparisons import BadRow
+from reward_model.data.layouts import OWN, Layout
+
+LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+NUMBERS = (  # columns that a CSV file writes as text
+    *("margin", "rating", "probability", "score", "label"),
+    *("chosen_score", "rejected_score", "score_chosen", "score_rejected"),
+)
+
+
+@dataclass
+class Source:
+    """Rows of one file or of one split.
+
+    name: for messages, ``train.jsonl`` or ``Dahoas/rm-static, split train``.
+    rows: the rows as read; those of a text file as JSON, in one column ``json``.
+    layout: how they say what the fields of :mod:`reward_model.data.rows` say.
+    numbers: each row's number in the file or split, from 1.
+    columns: of a text file, the fields of its first row; where a later row lacks one, it is None.
+    names: field → the column that holds it, where that has another name.
+    """
+
+    name: str
+    rows: datasets.Dataset
+    layout: Layout = OWN
+    numbers: np.ndarray | None = None
+    columns: tuple[str, ...] = ()
+    names: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.numbers is None and self.rows is not None:
+            self.numbers = np.arange(1, len(self.rows) + 1)
+
+    def select(self, indices: np.ndarray) -> Source:
+        assert self.numbers is not None  # filled in when the object was made
+        return replace(self, rows=self.rows.select(indices), numbers=self.numbers[indices])
+
+    def named(self, row: dict) -> dict:
+        """A row as stored, its columns under the names by which they are read.
+
+        Raises:
+            BadRow: a key that the row has twice, or more cells than its file has columns.
+        """
+        if list(row) == ["json"]:
+            row = dict.fromkeys(self.columns) | json.loads(row["json"], object_pairs_hook=_once)
+        if BEYOND in row:
+            raise BadRow(f"the row has more cells than the file has columns, {row[BEYOND]!r} the first of them")
+        if self.names:
+            row = dict(row)
+            row |= {name: row.pop(column) for name, column in self.names.items() if column in row}
+        return row
+
+    def read(self, row: dict) -> dict:
+        """A row as stored → its fields.
+
+        Raises:
+            BadRow: it does not have what its layout says.
+        """
+        return self.layout.read(self.named(row))
+
+    def fields(self) -> list[str]:
+        """The columns of the first row, under the names by which they are read."""
+        columns = self.columns or self.rows.column_names
+        named = {column: name for name, column in self.names.items()}
+        return [named.get(column, column) for column in columns]
+
+
+BEYOND = "\0beyond"  # the key under which a row holds what it has beyond the header of its CSV file
+SPACE, COMMA = re.compile(r"\s*"), re.compile(r"\s*,?\s*")
+DOCUMENTS = ("instances", "data", "rows", "examples")  # keys under which one JSON object holds all rows
+
+
+def _once(pairs: list[tuple]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise BadRow(f"{twice} is given twice")
+    return found
+
+
+def loader_of(path: Path) -> str | None:
+    """Which reader of ``datasets`` a file's name asks for; None: it is no file of rows."""
+    suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
+    return LOADERS.get(suffixes[-1].lower()) if suffixes else None
+
+
+def read_file(path: Path, first: int | None = None) -> Source:
+    """One file. Text formats are parsed here, row by row: datasets guesses a column's type from its first megabytes,
+    and then makes text of numbers, nothing of the answer "None", and dates of dates.
+
+    Args:
+        first: read no more than so many rows, and cache nothing.
+
+    Raises:
+        UserError: no such kind of file, or it cannot be read; names the file.
+    """
+    loader = loader_of(path)
+    if loader is None:
+        raise UserError(f"{path}: give a file ending in {', '.join(LOADERS)}, or one of these with .gz")
+    require_no_lfs_pointer(path)
+    try:
+        if loader == "parquet":
+            return Source(str(path), _parquet(path, first))
+        rows = _lines(path, first)
+    except Exception as error:  # datasets wraps what the generator, Arrow and gzip raise
+        cause = error.__cause__ or error
+        if isinstance(cause, StopIteration) or "corresponds to no data" in str(cause):
+            raise UserError(f"{path} holds no rows") from error
+        raise UserError(f"{path}: {first_line(cause)}") from error
+    numbers = np.asarray(rows.with_format("numpy")["number"][:])
+    columns = tuple(name for name in json.loads(rows[0]["json"]) if name != BEYOND)
+    return Source(str(path), rows.remove_columns("number"), numbers=numbers, columns=columns)
+
+
+def _parquet(path: Path, first: int | None) -> datasets.Dataset:
+    if first is None:
+        return datasets.load_dataset("parquet", data_files=str(path), split="train")
+    with pyarrow.parquet.ParquetFile(path) as file:
+        batches = list(islice(file.iter_batches(batch_size=first), 1))
+        return datasets.Dataset(pyarrow.Table.from_batches(batches, schema=file.schema_arrow))
+
+
+def _lines(path: Path, first: int | None) -> datasets.Dataset:
+    features = datasets.Features({"json": datasets.Value("string"), "number": datasets.Value("int64")})
+    if first is not None:
+        found = list(islice(_text_rows(str(path), ""), first))
+        if not found:
+            raise UserError("it holds no rows")
+        return datasets.Dataset.from_list(found, features=features)
+    return datasets.Dataset.from_generator(
+        _text_rows, features=features, gen_kwargs={"path": str(path), "content": _digest(path)}
+    )
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, and of this code: what tells a changed file, or another reading of it, from an old."""
+    digest = hashlib.sha256(Path(__file__).read_bytes())
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _text_rows(path: str, content: str) -> Iterator[dict]:
+    """The rows of a .json, .jsonl or .csv file as JSON text, each with its number; ``content`` names the version read.
+
+    Raises:
+        UserError: a line that is not a JSON object; says which.
+    """
+    opener = gzip.open if path.endswith(".gz") else open
+    with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+        if loader_of(Path(path)) == "csv":
+            yield from _csv_rows(file)
+            return
+        start = file.read(1)
+        while start.isspace():
+            start = file.read(1)
+        file.seek(0)
+        if start == "[":
+            text = file.read()
+            _parse(text, None)
+            yield from _array_rows(text)
+            return
+        is_first = True
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            if is_first and not _is_row(line):
+                file.seek(0)
+                yield from _document_rows(file.read())
+                return
+            _require_object(_parse(line, number), f"line {number}")
+            yield {"json": line, "number": number}
+            is_first = False
+
+
+def _csv_rows(file) -> Iterator[dict]:
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.DictReader(file, strict=True)
+    names = reader.fieldnames or []
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"column {twice[0]} is given twice")
+    number = 0
+    try:
+        for number, row in enumerate(reader, 1):
+            beyond = [cell for cell in row.pop(None, None) or [] if cell.strip()]
+            row |= {name: _number(row[name]) for name in NUMBERS if name in row}
+            row |= {BEYOND: beyond[0]} if beyond else {}
+            yield {"json": json.dumps(row), "number": number}
+    except csv.Error as error:
+        raise UserError(f"row {number + 1} is not CSV: {error}") from error
+
+
+def _number(cell: str | None) -> float | str | None:
+    """A CSV cell that should hold a number, or the word true or false; empty: none."""
+    if not cell or not cell.strip():
+        return None
+    if cell.strip().lower() in ("true", "false"):
+        return float(cell.strip().lower() == "true")
+    try:
+        return float(cell)
+    except ValueError:
+        return cell
+
+
+def _parse(text: str, line: int | None):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"line {line or error.lineno} is not JSON: {error.msg} at column {error.colno}") from error
+
+
+def _is_row(line: str) -> bool:
+    """Whether a first line is a row, and not the beginning of an object over several, nor one that holds all rows."""
+    try:
+        return _rows_inside(json.loads(line)) is None
+    except json.JSONDecodeError:
+        return False
+
+
+def _rows_inside(row) -> str | None:
+    """The key under which one object holds all rows."""
+    found = [name for name in DOCUMENTS if isinstance(row, dict) and isinstance(row.get(name), list)]
+    return found[0] if found and all(isinstance(each, dict) for each in row[found[0]]) else None
+
+
+def _document_rows(text: str) -> Iterator[dict]:
+    """The rows of objects over several lines: each a row, or one that holds all of them."""
+    values = list(_values(text, 0, SPACE))
+    if len(values) == 1 and (name := _rows_inside(json.loads(values[0]))):
+        yield from _array_rows(text, re.search(rf'"{name}"\s*:\s*(?=\[)', text).end())  # type: ignore[union-attr]
+        return
+    for number, value in enumerate(values, 1):
+        _require_object(json.loads(value), f"row {number}")
+        yield {"json": value, "number": number}
+
+
+def _array_rows(text: str, start: int = 0) -> Iterator[dict]:
+    """The rows of a JSON array that begins after a place of a text; each as it is written there."""
+    for number, value in enumerate(_values(text, text.index("[", start) + 1, COMMA), 1):
+        _require_object(json.loads(value), f"row {number}")
+        yield {"json": value, "number": number}
+
+
+def _values(text: str, at: int, between: re.Pattern) -> Iterator[str]:
+    """JSON values from a place of a text on, as they are written, up to the end or the bracket that closes them.
+
+    Raises:
+        UserError: something that is no JSON; says in which line.
+    """
+    decoder = json.JSONDecoder()
+    while True:
+        found = between.match(text, at)
+        at = found.end() if found else at
+        if at == len(text) or text[at] == "]":
+            return
+        try:
+            _, end = decoder.raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            raise UserError(f"line {error.lineno} is not JSON: {error.msg} at column {error.colno}") from error
+        yield text[at:end]
+        at = end
+
+
+def _require_object(row, where: str) -> None:
+    if not isinstance(row, dict):
+        raise UserError(f"{where} is not an object")
