@@ -67,7 +67,7 @@ def test_a_library_user_can_silence_it(demo, tmp_path):
 def test_an_error_is_raised(tmp_path):
     config = reward_model.RunConfig.of(model_name_or_path="./nowhere", data_path="x")
     code = "import reward_model, sys\n"
-    code += "try: reward_model.train(reward_model.RunConfig.of(model_name_or_path='./nowhere'))\n"
+    code += "try: reward_model.train(reward_model.RunConfig.of(model_name_or_path='./nowhere', data_path='x'))\n"
     code += "except reward_model.UserError as error: print('told:', error)"
     result = subprocess.run([sys.executable, "-c", code], cwd=runs.TOP, capture_output=True, text=True, timeout=120)
     assert "told: --model_name_or_path ./nowhere: no such folder" in result.stdout

@@ -31,7 +31,10 @@ def run(words, folder, **environment):
 
 def dry_run(recipe, folder, *flags, **environment):
     """main.py's words in each command that the recipe would run."""
-    printed = run([BASH, str(recipe), *flags], folder, DRY_RUN="1", **environment)
+    values = runs.environment(**environment, DRY_RUN="1")
+    result = subprocess.run([BASH, str(recipe), *flags], cwd=folder, env=values, capture_output=True, text=True)
+    printed, wrong = result.stdout, result.stderr  # a model or data that is not here is said after the commands
+    assert (result.returncode, wrong) == (0, "") or re.fullmatch(r"error: .* no such .*\n", wrong)
     lines = [line for line in printed.splitlines() if line and not line.startswith("#")]
     return [after_main(shlex.split(line)) for line in lines]
 

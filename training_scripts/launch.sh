@@ -122,13 +122,14 @@ free_port() {
 
 # check_flags: what a look at them shows, before any process starts and before a log is written
 check_flags() {
-  PYTHONPATH=$scripts/..${PYTHONPATH:+:$PYTHONPATH} "$PYTHON" -m reward_model check "${FLAGS[@]}" || exit 1
+  PYTHONPATH=$scripts/..${PYTHONPATH:+:$PYTHONPATH} "$PYTHON" -m reward_model check "${FLAGS[@]}" >/dev/null || exit 1
 }
 
 # run_here COMMAND...: in place of this shell; what it prints goes to OUTPUT/training.log too
 run_here() {
   if is_dry; then
     quoted "$@"
+    check_flags
     exit
   fi
   check_flags

@@ -158,6 +158,7 @@ if is_dry; then
   for i in "${!hosts[@]}"; do
     printf '# on %s:\n%s\n' "${hosts[i]}" "$(node_line "$i")"
   done
+  check_flags
   exit
 fi
 

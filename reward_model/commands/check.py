@@ -1,32 +1,127 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``reward-model check``: whether main.py would take some flags, by what can be seen without loading anything."""
+"""``reward-model check``: whether main.py would take some flags, by what a short look shows."""
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 
+from reward_model.common.errors import UserError
+from reward_model.common.logging import logger, show_messages
+from reward_model.config.loss import resolve_loss
 from reward_model.config.options import (
+    RunConfig,
     expand,
     parse,
     refuse_used_folder,
+    require_data,
     require_model_folder,
 )
 
+FIRST_ROWS = 100
+
 
 def main(arguments: list[str]) -> int:
-    """Look at main.py's flags as a launcher does before it starts any process: values, and folders that are named.
+    """Look at main.py's flags as a launcher does before it starts any process: values, folders, and rows of the data.
 
     With ``--expand`` before them it prints them instead, what ``--config`` names in its place, as a line for a shell.
 
     Raises:
-        UserError: a wrong flag, an output folder that holds another run, a model that is a path and not there.
+        UserError: a wrong flag, an output folder that holds another run, a model that is a path and not there, or data
+            that cannot be read.
     """
     if arguments[:1] == ["--expand"]:
         print(shlex.join(expand(arguments[1:])))
         return 0
     config = parse(arguments)
+    require_data(config)
     if config.output.output_dir:
         refuse_used_folder(Path(config.output.output_dir))
     require_model_folder(config.model.model_name_or_path)
+    show_messages()
+    if unseen := check_data(config):
+        logger.info(f"not looked at: {', '.join(unseen)}, which would have to come from the hub")
+    print("nothing found that would stop the run")
     return 0
+
+
+def check_data(config: RunConfig) -> list[str]:
+    """Read the first rows of every local file and saved data set that a run would read.
+
+    Returns:
+        The entries that are names of the hub, at which nothing is looked.
+
+    Raises:
+        UserError: what training would say of them.
+    """
+    data = config.data
+    entries = [(entry, True) for entry in data.data_path] + [(entry, False) for entry in data.eval_data_path]
+    unseen = [entry for entry, _ in entries if _is_name(entry)]
+    if len(unseen) == len(entries):
+        return unseen
+    from reward_model.data.preprocessing import nothing_judged
+    from reward_model.data.sources import Splits, amount_of, read_sources
+    from reward_model.objectives.objective import Objective
+
+    loss_missing = Objective(resolve_loss(config.loss, config.given)).missing
+    tokenizer = _tokenizer(config)
+    for entry, is_training in entries:
+        if entry in unseen:
+            continue
+        path, _ = amount_of(entry)
+        splits = Splits(data.split if is_training else None, data.eval_split)
+        train, evaluation = read_sources(
+            path, 0, names=data.names, splits=splits, chat=data.chat, hold_out=False, first=FIRST_ROWS
+        )
+        train, evaluation = (train, evaluation) if is_training else ([], evaluation or train)
+        for sources, missing in ((train, loss_missing), (evaluation, nothing_judged)):
+            for source in sources:
+                _check_rows(source, tokenizer, missing, config)
+    return unseen
+
+
+def _is_name(entry: str) -> bool:
+    """Whether an entry can only be a name of the hub."""
+    path = entry.rpartition(":")[0] or entry
+    is_path = path.startswith((".", "/", "~")) or Path(path).suffix in (".json", ".jsonl", ".csv", ".parquet", ".gz")
+    return not is_path and not os.path.exists(path) and not os.path.exists(entry) and path != "local/jsonfile"
+
+
+def _check_rows(source, tokenizer, missing, config: RunConfig) -> None:
+    from reward_model.data.comparisons import Comparison
+    from reward_model.data.preprocessing import read_text, reason_of
+
+    problems: dict[int, str] = {}
+    rows = source.rows.select(range(min(FIRST_ROWS, len(source.rows))))
+    for number, row in zip(source.numbers, rows):
+        text = read_text(source, row, tokenizer, config.data.chat)
+        problem = text if isinstance(text, str) else reason_of(missing, Comparison([], [], **text.judged))
+        problems |= {number: problem} if problem else {}
+    stops = config.data.on_bad_row == "stop" or len(problems) == len(rows)
+    if problems and stops:
+        number, problem = next(iter(problems.items()))
+        count = f"{len(problems)} of the first {len(rows)} rows cannot be used"
+        raise UserError(f"{source.name}, row {number}: {problem} ({count})")
+
+
+def _tokenizer(config: RunConfig):
+    """The model's own, where it lies in a folder; else one whose template writes any chat."""
+    from reward_model.data.chat_template import give_template
+    from reward_model.data.tokenizer import load_tokenizer
+
+    if not Path(config.model.model_name_or_path).is_dir():
+        return AnyTokenizer()
+    tokenizer = load_tokenizer(config.model.model_name_or_path)
+    if config.data.chat_template:
+        give_template(tokenizer, config.data.chat_template)
+    return tokenizer
+
+
+class AnyTokenizer:
+    """Stands in for one that is not here."""
+
+    chat_template = "?"
+
+    def apply_chat_template(self, messages: list[dict], **options) -> str:
+        return "".join(f"{message['role']}: {message['content']}" for message in messages)

@@ -110,7 +110,12 @@ def write_model(folder: Path, data: Path, seed: int = 0) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|pad|>"]
-    trainer = trainers.BpeTrainer(vocab_size=1024, special_tokens=special, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # so that no text of a user's is dropped
+        special_tokens=special,
+        show_progress=False,
+    )
     tokenizer.train_from_iterator((row[name] for row in rows for name in ("prompt", "chosen", "rejected")), trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=special[0], pad_token=special[1])
     torch.manual_seed(seed)

@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from reward_model.common.errors import UserError
 from reward_model.common.logging import logger
+from reward_model.common.words import counted
 from reward_model.data import chats, comparisons, files, layouts, rows
 from reward_model.data.comparisons import BadRow, Comparison, Comparisons, answers, common_prefix
 from reward_model.data.files import Source
@@ -152,7 +153,7 @@ def doubts(train: Comparisons, evaluation: Comparisons) -> Iterator[str]:
     """What makes an evaluation say less than it seems to: few rows, many of them all, or rows that are trained on."""
     few, total = len(evaluation), len(train) + len(evaluation)
     if few < FEW_ROWS:
-        yield f"{few} held-out {'row' if few == 1 else 'rows'}: its metrics say little; name more with --eval_data_path"
+        yield f"{counted(few, 'held-out row')}: its metrics say little; name more with --eval_data_path"
     elif few > total * MOST_HELD_OUT:
         yield f"{few} of {total} rows are held out, more than one in {round(1 / MOST_HELD_OUT)}"
     hashes, _, counts = evaluation.texts()
@@ -294,7 +295,7 @@ def _without_bad_rows(
         parts = table.select_columns(list(judged)).with_format("arrow").iter(ROWS_PER_PROCESS)
         rows = (row for part in parts for row in part.to_pylist())
         problems = np.array(
-            [p or _reason(missing, Comparison([], [], **row)) for p, row in zip(problems, rows)], object
+            [p or reason_of(missing, Comparison([], [], **row)) for p, row in zip(problems, rows)], object
         )
     bad = np.flatnonzero(problems != None)  # noqa: E711  (elementwise)
     if len(bad) and preprocessing.on_bad_row == "stop":
@@ -308,7 +309,7 @@ def _without_bad_rows(
     good = table.select(np.flatnonzero(problems == None)) if len(bad) else table  # noqa: E711
     cut = int(np.sum(good["cut"][:]))
     note = f", {cut} with the prompt cut from the left to fit {preprocessing.max_seq_len} tokens" if cut else ""
-    logger.log(logging.WARNING if cut else logging.INFO, f"{source.name}: {len(good)} rows{note}")
+    logger.log(logging.WARNING if cut else logging.INFO, f"{source.name}: {counted(len(good), 'row')}{note}")
     for line in joined_as_they_are(good, bool(tokenizer.chat_template)):
         logger.warning(f"{source.name}: {line}")
     return good
@@ -327,10 +328,11 @@ def joined_as_they_are(table: datasets.Dataset, has_template: bool) -> Iterator[
 
 
 def _of(count: int, total: int) -> str:
-    return f"{count} of {total} rows {'is' if count == 1 else 'are'}"
+    return f"{count} of {counted(total, 'row')} {'is' if count == 1 else 'are'}"
 
 
-def _reason(missing, row: Comparison) -> str | None:
+def reason_of(missing: Callable[[Comparison], str | None], row: Comparison) -> str | None:
+    """Why there is nothing to learn or to evaluate in a row; None: there is."""
     try:
         return missing(row)
     except BadRow as problem:
@@ -342,15 +344,8 @@ def _tokenize_rows(
 ) -> dict[str, list]:
     """A batch of rows in columns → a batch of FEATURES in columns."""
     size = len(next(iter(rows.values())))
-    texts: list[Texts | str] = []
-    for i in range(size):
-        try:
-            row = source.read({name: column[i] for name, column in rows.items()})
-            texts.append(read_row(row, tokenizer, chat))
-        except BadRow as problem:
-            texts.append(str(problem))
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            texts.append(f"the row lacks what its layout needs ({type(error).__name__}: {error})")
+    each = ({name: column[i] for name, column in rows.items()} for i in range(size))
+    texts = [read_text(source, row, tokenizer, chat) for row in each]
     ids = _encode(tokenizer, special, [text for text in texts if isinstance(text, Texts)])
     out: dict[str, list] = {name: [] for name in FEATURES}
     for text in texts:
@@ -391,6 +386,16 @@ def _is_glued(text: Texts) -> bool:
     before, after = text.prompt[-1:], text.whole[0][len(text.prompt) :][:1]
     ends = before.isalnum() or before in tuple(".,:;?!")
     return not text.templated and before.isascii() and after.isascii() and ends and after.isalnum()
+
+
+def read_text(source: Source, row: dict, tokenizer, chat: bool) -> Texts | str:
+    """A row of a source as text, or why it cannot be used."""
+    try:
+        return read_row(source.read(row), tokenizer, chat)
+    except BadRow as problem:
+        return str(problem)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        return f"the row lacks what its layout needs ({type(error).__name__}: {error})"
 
 
 def _hash(content: bytes) -> int:

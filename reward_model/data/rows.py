@@ -122,8 +122,13 @@ def _require_types(row: dict, prompt, found: list, names: Sequence[str]) -> None
             raise BadRow(f"{name} is {_type(value)}, not text or chat messages")
     if prompt is not None and not isinstance(prompt, str) and not is_chat(prompt):
         raise BadRow(f"prompt is {_type(prompt)}, not text or chat messages")
-    if "prompt" in row and row["prompt"] is None:
+    if "prompt" in row and row["prompt"] is None and not all(map(_is_dialogue, found)):
         raise BadRow("prompt is missing")
+
+
+def _is_dialogue(value) -> bool:
+    """Whether an answer holds its prompt: rows of this kind may stand among others that have a prompt of their own."""
+    return bool(DIALOGUE.match(value.lstrip())) if isinstance(value, str) else value[0]["role"] != "assistant"
 
 
 def _require_content(found: list[str], names: Sequence[str]) -> None:

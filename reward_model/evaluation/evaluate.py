@@ -17,6 +17,7 @@ import torch
 from reward_model.batching.batch import Batch
 from reward_model.common.distributed import DistributedContext, gather_rows
 from reward_model.common.progress import progress
+from reward_model.common.words import counted
 from reward_model.evaluation.metrics import pair_metrics, point_metrics
 from reward_model.models.forward import ForwardPass
 from reward_model.objectives.objective import Objective
@@ -124,7 +125,7 @@ def described(metrics: dict, names: dict[str, str]) -> str:
     if "rated" in m:
         loss = f", {names['points']} {m['point_loss']:.4f}" if "point_loss" in m else ""
         label = f", right label {m['label_accuracy']:.4f}" if "label_accuracy" in m else ""
-        said.append(f"{m['rated']} scored answers: correlation {m['pearson']:.4f}{loss}{label}")
+        said.append(f"{counted(m['rated'], 'scored answer')}: correlation {m['pearson']:.4f}{loss}{label}")
     return "; ".join(said)
 
 
@@ -132,9 +133,9 @@ def summary(metrics: dict, names: dict[str, str]) -> list[str]:
     """What a user wants to know at the end, in lines."""
     m, said = metrics, []
     if "accuracy" in m:
-        pairs, longer = m["pairs"], m["longer_wins_accuracy"]
-        said.append(f"held-out accuracy {m['accuracy']:.4f} on {pairs} pairs (always the longer answer: {longer:.4f})")
+        pairs, longer = counted(m["pairs"], "pair"), m["longer_wins_accuracy"]
+        said.append(f"held-out accuracy {m['accuracy']:.4f} on {pairs} (always the longer answer: {longer:.4f})")
     if "rated" in m and ("points" in names or "accuracy" not in m):
         right = f" (right label: {m['label_accuracy']:.4f})" if "label_accuracy" in m else ""
-        said.append(f"correlation of scores with {m['rated']} held-out targets: {m['pearson']:.4f}{right}")
+        said.append(f"correlation of scores with {counted(m['rated'], 'held-out target')}: {m['pearson']:.4f}{right}")
     return said

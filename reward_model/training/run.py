@@ -16,6 +16,7 @@ from reward_model.common import distributed
 from reward_model.common.distributed import DistributedContext
 from reward_model.common.errors import UserError
 from reward_model.common.logging import logger
+from reward_model.common.words import counted
 from reward_model.config.options import RunConfig, explain_inherited, refuse_used_folder, require_data
 from reward_model.config.settings import Settings, resolve
 from reward_model.data.comparisons import Comparisons
@@ -148,14 +149,16 @@ def described(trainer: Trainer) -> str:
     settings, context, by_row = trainer.settings, trainer.context, trainer.objective.by_row
     batches, engine = settings.batches, settings.engine
     sizes = [(0 if by_row else part.pairs.sum()) or len(part) for part in (trainer.train_set, trainer.eval_set)]
-    what = "rows" if by_row else "pairs"
-    elements = "prompts" if batches.batch_element == "prompt" else what
-    brought = f" in {len(trainer.groups)} groups" if batches.merge == "prompt" else ""
+    what = "row" if by_row else "pair"
+    element = "prompt" if batches.batch_element == "prompt" else what
+    each = counted(batches.per_device_train_batch_size, element)
+    brought = f" in {counted(len(trainer.groups), 'group')}" if batches.merge == "prompt" else ""
     return (
-        f"{sizes[0]} training {what}{brought}, {sizes[1]} held out; "
+        f"{counted(sizes[0], f'training {what}')}{brought}, {sizes[1]} held out; "
         f"global batch {settings.deepspeed.config['train_batch_size']} = "
-        f"{batches.per_device_train_batch_size} {elements} × {batches.gradient_accumulation_steps} accumulated × "
-        f"{context.world_size} {'process' if context.world_size == 1 else 'processes'}; {trainer.total_steps} steps; "
+        f"{each} × {batches.gradient_accumulation_steps} accumulated × "
+        f"{context.world_size} {'process' if context.world_size == 1 else 'processes'}; "
+        f"{counted(trainer.total_steps, 'step')}; "
         f"{context.device.type}, {engine.dtype}, ZeRO {engine.zero_stage}{', offload' if engine.offload else ''}"
     )
 
