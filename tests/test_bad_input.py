@@ -201,6 +201,31 @@ def test_a_second_process_that_fails_ends_the_first(demo, tmp_path):
                 os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.parametrize("numbers", [(signal.SIGINT,), (signal.SIGINT, signal.SIGTERM, signal.SIGTERM)])
+def test_ctrl_c_ends_in_a_line(numbers, demo, tmp_path):
+    """DeepSpeed's launcher sends SIGTERM at the same time, once or twice."""
+    flags = ["--model_name_or_path", demo / "model", "--data_path", demo / "data", "--num_train_epochs", 50]
+    words = [*runs.command("python", 1), *map(str, [*flags, "--output_dir", tmp_path / "out"])]
+    values = runs.environment(HF_HUB_OFFLINE="1", RANK=None, WORLD_SIZE=None, LOCAL_RANK=None)
+    with (tmp_path / "log").open("w+") as log:
+        run = subprocess.Popen(words, cwd=runs.SCRIPTS, env=values, stdout=log, stderr=log, start_new_session=True)
+        try:
+            deadline = time.monotonic() + 120
+            while not (tmp_path / "out" / "metrics.jsonl").exists():
+                assert time.monotonic() < deadline
+                assert run.poll() is None
+                time.sleep(0.1)
+            for number in numbers:
+                os.killpg(run.pid, number)
+            assert run.wait(60) == 1
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(run.pid, signal.SIGKILL)
+    said = (tmp_path / "log").read_text()
+    assert said.count("error: interrupted before the end of the run\n") == 1
+    assert "Traceback" not in said
+
+
 def processes_of(word):
     """Processes whose command line holds a word and main.py's rank: pid → command line."""
     listing = subprocess.run(["ps", "-ww", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout

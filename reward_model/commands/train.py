@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 import time
 
@@ -19,6 +20,7 @@ LOST_CONTACT = ("closed by peer", "Connection reset", "Connection refused", "Bro
 def main(arguments: list[str] | None = None) -> int:
     """Run and return the exit status; an error that the user can mend is one line, said by the first rank."""
     words = sys.argv[1:] if arguments is None else arguments
+    signal.signal(signal.SIGTERM, _interrupt)  # which deepspeed's launcher sends on Ctrl-C
     prepare_environment()
     debug = "--debug" in words
     quieten(debug)
@@ -52,9 +54,16 @@ def main(arguments: list[str] | None = None) -> int:
         what = f"lost contact with another process, whose own message says why ({first_line(error)})"
         return fail(what, debug, wait=LAUNCHER_GRACE)
     except KeyboardInterrupt:
-        return fail("interrupted", debug)
+        return fail("interrupted before the end of the run", debug)
     end()
     return 0
+
+
+def _interrupt(number: int, frame) -> None:
+    """Ends a run as Ctrl-C does, in a line; a second signal is not heard."""
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def fail(message: str, debug: bool, wait: float = 0.0) -> int:
