@@ -148,3 +148,11 @@ def test_python_names_are_those_of_the_flags():
         RunConfig.of(model_name_or_path="m", learning_rate="fast")
     with pytest.raises(UserError, match="--model_name_or_path"):
         RunConfig.of()
+
+
+def test_a_file_from_python(write):
+    config = RunConfig.of(config=write(YAML), zero_stage=3)
+    assert (config.training.learning_rate, config.engine.zero_stage) == (1e-5, 3)
+    with pytest.raises(UserError) as caught:
+        RunConfig.of(model_name_or_path="m", learning_rate="fast")
+    assert "--help" not in str(caught.value)

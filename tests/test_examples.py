@@ -51,3 +51,25 @@ def test_best_of_n(sweep, demo):
     scores = [float(score) for score in lines[0].removeprefix("scores: ").split(", ")]
     assert len(scores) == 3
     assert lines[1].startswith(f"best ({max(scores):.3f}):")
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "message"),
+    [
+        ("train_from_python.py", ("--model", "./none", "--data", "x"), "--model_name_or_path ./none: no such folder"),
+        ("best_of_n.py", ("--reward", "./none", "--prompt", "x", "--policy"), "error: none: no such folder"),
+        ("score_texts.py", ("--rows",), "row 2: it needs a prompt and a response"),
+    ],
+)
+def test_a_mistake_ends_in_a_line(name, flags, message, sweep, demo, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n')
+    last = {
+        "best_of_n.py": [demo / "model"],
+        "score_texts.py": [tmp_path / "rows.jsonl", "--model", sweep[0] / "0.001"],
+    }
+    words = [sys.executable, str(runs.SCRIPTS / "examples" / name), *map(str, (*flags, *last.get(name, [])))]
+    values = runs.environment(HF_HUB_OFFLINE="1")
+    result = subprocess.run(words, cwd=tmp_path, env=values, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1
+    assert message in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr

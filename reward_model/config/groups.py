@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from reward_model.common.errors import UserError
-from reward_model.config.objectives import LIST_LOSSES, PAIR_LOSSES, POINT_LOSSES
+from reward_model.config.objectives import ALIASES, LIST_LOSSES, PAIR_LOSSES, POINT_LOSSES
 
 Bounds = dict[str, tuple[float, float, bool]]
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -97,7 +97,7 @@ class DataConfig(Group):
     eval_data_path: list[str] = flag(
         (),
         metavar="PATH",
-        help="The rows to evaluate on. Without it, the evaluation split of the data or a tenth of the prompts is used.",
+        help="The rows to evaluate on. Without it, the evaluation split of the data or a tenth of the rows is used.",
     )
     columns: list[str] = flag(
         (),
@@ -188,8 +188,9 @@ class ModelConfig(Group):
     )
     pooling: Literal["last", "mean", "classifier", "own"] | None = flag(
         None,
-        help="Where a text is scored: at its last token, at the mean of its tokens, or by the classification head that "
-        "an encoder brings (formerly called own). Default: last for a decoder, classifier for an encoder.",
+        help="Where a text is scored: at its last token (last), at the mean of its tokens (mean), or by the "
+        "classification head that an encoder brings (classifier; own is its old name). Default: last for a decoder, "
+        "classifier for an encoder.",
     )
     gradient_checkpointing: bool = flag(
         False, help="Recompute activations in the backward pass, which saves memory and costs a third more compute."
@@ -233,7 +234,8 @@ class LossConfig(Group):
     loss: list[str] = flag(
         ("logistic",),
         metavar="NAME",
-        help=f"The objectives. For pairs: {', '.join(PAIR_LOSSES)}. For ranked lists: {', '.join(LIST_LOSSES)}. For "
+        help=f"The objectives. For pairs: {', '.join(PAIR_LOSSES)}; logistic is also called "
+        f"{', '.join(ALIASES)}. For ranked lists: {', '.join(LIST_LOSSES)}. For "
         f"scores or labels: {', '.join(POINT_LOSSES)}. One of each kind at most; each row is learned from by those "
         "that suit it.",
     )
@@ -266,7 +268,10 @@ class LossConfig(Group):
         0.0, metavar="WEIGHT", help="The weight of the squared correlation between score and length."
     )
     score_penalty: Literal["center", "l2", "zero_sum", "log_barrier", "centre"] | None = flag(
-        None, help="A penalty that keeps scores near zero. Without it, there is none."
+        None,
+        help="A penalty that keeps scores near zero: on the sum of a pair's scores (center; centre is its old name), "
+        "on the square of each score (l2), on the mean of a batch (zero_sum), or a wall at 5 and -5 (log_barrier). "
+        "Without it, there is none.",
     )
     score_penalty_weight: float = flag(0.01, metavar="WEIGHT", help="The weight of --score_penalty.")
     compute_fp32_loss: bool = flag(False, help="Upstream's flag, without effect: the loss is always in float32.")

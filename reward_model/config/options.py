@@ -26,7 +26,7 @@ from reward_model.config.groups import (
     TrainingConfig,
 )
 from reward_model.config.loss import resolve_loss
-from reward_model.config.parser import given_names, read_words, require_known, run_parser, words_of
+from reward_model.config.parser import HINT, given_names, read_words, require_known, run_parser, words_of
 
 TRACES = ("config.json", "metrics.jsonl", "run.json", "model.safetensors", "pytorch_model.bin", "checkpoints")
 
@@ -60,7 +60,7 @@ class RunConfig:
 
     @classmethod
     def of(cls, **values: Any) -> RunConfig:
-        """A configuration from the names of flags, whichever group they belong to.
+        """A configuration from the names of flags, whichever group they belong to; ``config`` names a file of more.
 
         >>> RunConfig.of(model_name_or_path="facebook/opt-350m", learning_rate=1e-5).training.learning_rate
         1e-05
@@ -69,8 +69,11 @@ class RunConfig:
             UserError: an unknown name, a wrong value, or two that contradict each other.
         """
         for name in values:
-            require_known(name, FLAGS, "")
-        return parse(words_of(values))
+            require_known(name, (*FLAGS, "config"), "")
+        try:
+            return parse(words_of(values))
+        except UserError as error:
+            raise UserError(str(error).removesuffix(HINT)) from None
 
     def values(self) -> dict[str, Any]:
         """The value of every flag."""
@@ -95,7 +98,7 @@ def expand(words: Sequence[str]) -> list[str]:
     try:
         found, rest = parser.parse_known_args(words)
     except argparse.ArgumentError as error:
-        raise UserError(f"{error} (--help lists the flags)") from error
+        raise UserError(f"{error}{HINT}") from error
     return [*read_config_file(Path(found.config), run_parser()), *rest] if found.config else list(words)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from reward_model.common.errors import UserError
 from reward_model.config.groups import GROUPS
 
+HINT = " (--help lists the flags)"
 EXAMPLE = "deepspeed main.py --model_name_or_path facebook/opt-350m --data_path Dahoas/rm-static --output_dir output"
 
 
@@ -75,17 +76,22 @@ def build_parser(groups: Sequence[type], **kwargs: Any):
     class Parser(HfArgumentParser):
         def error(self, message: str):
             message = re.sub(r"(--\w+)(/--[\w-]+)+", r"\1", " ".join(message.split()))
-            raise UserError(f"{message} (--help lists the flags)")
+            raise UserError(message + HINT)
 
     return Parser(list(groups), allow_abbrev=False, formatter_class=Help, **kwargs)
 
 
 def run_parser():
     """The parser of ``main.py``'s flags."""
-    program = Path(sys.argv[0]).name
+    started = Path(sys.argv[0]).name
+    program = {"__main__.py": "python -m reward_model train", "reward-model": "reward-model train"}.get(
+        started, started
+    )
     parser = build_parser(
         list(GROUPS.values()),
-        prog="reward-model train" if program in ("__main__.py", "reward-model") else program,
+        prog={"__main__.py": "python -m reward_model train", "reward-model": "reward-model train"}.get(
+            program, program
+        ),
         description="Train a reward model on preference pairs, ranked lists or scores with DeepSpeed.",
         usage="%(prog)s --model_name_or_path MODEL [--config FILE] [FLAG [VALUE …] …]",
         epilog=f"A flag without a value can be given true or false. Hyphens may stand for underscores.\n"

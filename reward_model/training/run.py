@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from reward_model.training.engine import build_scorer, partition_while_loading, 
 from reward_model.training.records import Records, write_text
 from reward_model.training.trainer import Trainer
 
+PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "tokenizers", "peft")  # whose versions run.json has
 ROWS_TO_NORMALIZE_BY = 4_096  # their standard deviation is known to about 1 %; OpenAI took 256
 
 
@@ -139,7 +142,8 @@ def open_folder(folder: Path, context: DistributedContext, scorer: Scorer, setti
         except OSError as error:
             raise UserError(f"--output_dir {folder}: {error.strerror}") from error
         saving.require_space(folder, size * (2 if settings.output.save_format == "both" else 1))
-        versions = {"reward_model": reward_model.__version__, "torch": str(torch.__version__)}
+        versions = {"reward_model": reward_model.__version__, "python": platform.python_version()}
+        versions |= {name: metadata.version(name) for name in PACKAGES}
         write_text(folder / "run.json", settings.to_json(versions))
     torch.distributed.barrier()
 

@@ -46,4 +46,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except reward_model.UserError as error:
+        sys.exit(f"error: {error}")

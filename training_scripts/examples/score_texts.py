@@ -24,10 +24,16 @@ def main():
 
     reward = reward_model.load(options.model, device=options.device)
     rows = [json.loads(line) for line in Path(options.rows).read_text(encoding="utf-8").splitlines() if line.strip()]
+    for number, row in enumerate(rows, 1):
+        if not {"prompt", "response"} <= row.keys():
+            raise reward_model.UserError(f"{options.rows}, row {number}: it needs a prompt and a response")
     scores = reward.score([row["prompt"] for row in rows], [row["response"] for row in rows])
     for row, score in zip(rows, scores):
         print(json.dumps(row | {"score": score}, ensure_ascii=False))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except reward_model.UserError as error:
+        sys.exit(f"error: {error}")
