@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reward_model.common.errors import UserError
 from reward_model.common.logging import logger
+from reward_model.models.for_transformers_4 import write_old_keys
 from reward_model.models.lora import merge_lora
 from reward_model.models.scorer import Scorer, embedding_name, gathered
 from reward_model.reward_model import RewardModel
@@ -80,6 +81,7 @@ def save(
             _save_for_loading(scorer, state, staging)
         if save_format in ("dschat", "both"):
             _save_dschat(scorer, state, tokenizer, staging)
+        write_old_keys(staging)
         _share(staging)
         for item in staging.iterdir():
             os.replace(item, folder / item.name)
