@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase
 
 from reward_model.batching.collate import collate
 from reward_model.common.errors import UserError
+from reward_model.common.logging import logger
 from reward_model.data.comparisons import BadRow, Comparison
 from reward_model.data.preprocessing import end_text, one_start
 from reward_model.data.rows import close_turn, half_character, in_plain
@@ -32,11 +33,25 @@ from reward_model.objectives.losses import likeliest_grade
 class RewardScorer:
     """A saved model with its tokenizer, scoring as the trainer's evaluation does."""
 
-    def __init__(self, scorer: Scorer, tokenizer: PreTrainedTokenizerBase, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        scorer: Scorer,
+        tokenizer: PreTrainedTokenizerBase,
+        device: torch.device | str = "cpu",
+        pad: int | None = None,
+    ):
+        """
+        Args:
+            pad: of which a text is not scored at the last one: the pad that the model's ``config.json`` names, as
+                Transformers' classes have it. None: a text is scored at its last token, whatever that is.
+        """
         device = torch.device(device)
         self.scorer = scorer.to(device).eval()
-        self.tokenizer = tokenizer
-        self.special = choose_special_tokens(tokenizer, embedding_rows(scorer))
+        self.tokenizer, self.pad = tokenizer, pad
+        # the mask hides what fills a row, but it has to be in the embedding; RoBERTa counts positions by its pad
+        fills = (pad, tokenizer.pad_token_id, 0)
+        fill = next(i for i in fills if i is not None and 0 <= i < embedding_rows(scorer))
+        self.special = choose_special_tokens(tokenizer, embedding_rows(scorer), fill=fill)
         dtype = next(scorer.parameters()).dtype
         self.forward = ForwardPass(self.scorer, self.scorer, dtype, device, self.special.pad)
         self.mean = getattr(scorer.config, "score_mean", 0.0)  # of a normalized model: its head has no bias to take it
@@ -93,12 +108,52 @@ class RewardScorer:
     def _score(self, ids: list[list[int]], batch_size: int) -> list[float]:
         scores = torch.empty(len(ids))
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # texts of one length need no pads
+        if self.pad is None and self.scorer.pooling == "classifier":
+            batch_size = 1  # a class of Transformers that is scored at the last token takes no pads then
         for first in range(0, len(ids), batch_size):
             chosen = order[first : first + batch_size]
-            rows = [Comparison([], [end_text(ids[i], self.special)]) for i in chosen]
-            batch = collate(rows, self.forward.layout).to(self.forward.device)
-            scores[chosen] = self.forward(batch, batch.tokens.ends).float().cpu()
+            texts = [end_text(ids[i], self.special) for i in chosen]
+            batch = collate([Comparison([], [text]) for text in texts], self.forward.layout).to(self.forward.device)
+            beyond = torch.tensor([pads_at_end(text, self.pad) for text in texts], device=self.forward.device)
+            scores[chosen] = self.forward(batch, batch.tokens.ends - beyond).float().cpu()
         return (scores - self.mean).tolist()
+
+
+def pads_at_end(ids: Sequence[int], pad: int | None) -> int:
+    """How far before its last token a text is scored: Transformers' classes take the last token that is no pad.
+
+    Where the pad is the end token, as TRL trains, that is the token before it. All pads: the first token.
+
+    >>> pads_at_end([5, 6, 2], pad=0), pads_at_end([5, 6, 2], pad=2), pads_at_end([2, 2], pad=2)
+    (0, 1, 1)
+    """
+    kept = next((i for i in range(len(ids) - 1, -1, -1) if ids[i] != pad), 0)
+    return len(ids) - 1 - kept
+
+
+def _pad_of(scorer: Scorer, tokenizer: PreTrainedTokenizerBase, is_dschat: bool) -> int | None:
+    """The pad by which a model is scored; says it where this is not the end of a text.
+
+    ``config.json`` names it, and for DeepSpeed-Chat's form the tokenizer, which is what the drop-in goes by.
+    """
+    pad = tokenizer.pad_token_id if is_dschat else scorer.config.get_text_config().pad_token_id
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    if scorer.pooling != "last":
+        return pad
+    place = "the tokenizer's pad" if is_dschat else "pad_token_id in config.json"
+    if pad is None:
+        logger.warning(f"{place} is not set: texts are scored at their last token, and Transformers takes them singly")
+    elif pad == end:
+        token = tokenizer.convert_ids_to_tokens(pad)
+        logger.warning(
+            f"{place} is the end token {token}: a text is scored at the token before it, as Transformers has it"
+        )
+    elif tokenizer.pad_token_id not in (None, pad):
+        logger.warning(
+            f"the tokenizer's pad is {tokenizer.pad_token_id} and {place} {pad}: scored at the end of a text, which "
+            "Transformers finds only where a batch has no pads"
+        )
+    return pad
 
 
 def _require_whole(texts: Sequence[str]) -> None:
@@ -120,12 +175,12 @@ def load(folder: str | Path, dtype: torch.dtype | None = None, device: torch.dev
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     tokenizer = load_tokenizer(str(folder))
-    own = folder / OWN_CONFIG
+    own, is_dschat = folder / OWN_CONFIG, False
     if own.is_file():
         scorer = _empty(folder, dtype, json.loads(own.read_text())["pooling"])
         load_torch_model(scorer.model, folder, strict=True, filename_pattern=OWN_WEIGHTS)
     elif (folder / DSCHAT_WEIGHTS).is_file() and not list(folder.glob("*.safetensors")):
-        scorer = _empty(folder, dtype, "last")
+        scorer, is_dschat = _empty(folder, dtype, "last"), True
         state = torch.load(folder / DSCHAT_WEIGHTS, map_location="cpu", weights_only=True)
         # before October 2023 upstream spelt it otherwise
         state = {name.replace("rwtranrsformer.", "rwtransformer.", 1): weight for name, weight in state.items()}
@@ -139,7 +194,7 @@ def load(folder: str | Path, dtype: torch.dtype | None = None, device: torch.dev
             raise UserError(f"{folder / DSCHAT_WEIGHTS} does not fit its config.json: {error}") from error
     else:
         scorer = load_for_training(str(folder), dtype or "auto", seed=0, expect_head=True)
-    return RewardScorer(scorer, tokenizer, device)
+    return RewardScorer(scorer, tokenizer, device, _pad_of(scorer, tokenizer, is_dschat))
 
 
 def _empty(folder: Path, dtype: torch.dtype | None, pooling: str) -> Scorer:

@@ -19,6 +19,7 @@ from reward_model.common.logging import logger
 from reward_model.config.options import RunConfig, explain_inherited, refuse_used_folder
 from reward_model.config.settings import Settings, resolve
 from reward_model.data.comparisons import Comparisons
+from reward_model.data.tokenizer import SpecialTokens
 from reward_model.evaluation import pictures, score_scale
 from reward_model.evaluation.evaluate import summary
 from reward_model.models import saving
@@ -93,8 +94,7 @@ def prepare(
     thresholds = objective.start_thresholds(data.train)
     partitioned = partition_while_loading(settings.deepspeed.config)
     scorer = build_scorer(settings, data.special.rows)
-    for part in (scorer.config, scorer.config.get_text_config()):
-        part.pad_token_id = data.special.pad
+    set_pad(scorer, data.special)
     saving.forget_scale(scorer.config)
     dtype, seed = DTYPES[settings.engine.dtype], settings.training.seed
     if thresholds is not None:
@@ -121,6 +121,19 @@ def prepare(
     if not folder:
         logger.warning("no --output_dir: nothing will be saved")
     return trainer
+
+
+def set_pad(scorer: Scorer, special: SpecialTokens) -> None:
+    """Write the run's pad to the config; says it if this moves the place where a reward model is scored."""
+    text = scorer.config.get_text_config()
+    has_head = any("SequenceClassification" in name for name in scorer.config.architectures or [])
+    if has_head and scorer.pooling == "last" and text.pad_token_id in special.endings:
+        logger.warning(
+            f"the pad in the model's config.json, {text.pad_token_id}, is a token that ends texts, so that it was "
+            f"scored at the token before; from here on the pad is {special.pad}, and it is scored at the end"
+        )
+    for part in (scorer.config, text):
+        part.pad_token_id = special.pad
 
 
 def open_folder(folder: Path, context: DistributedContext, scorer: Scorer, settings: Settings) -> None:
