@@ -9,8 +9,10 @@ reward.score(["Human: 2 + 2? Assistant:"], [" 4"])
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from huggingface_hub import load_torch_model
@@ -85,7 +87,7 @@ class RewardScorer:
         texts = [prompt + response for prompt, response in zip(prompts, responses)]
         _require_whole(texts)
         encoded = self.tokenizer(texts, verbose=False)["input_ids"] if texts else []
-        return self._score([one_start(ids, self.special) for ids in encoded], batch_size)
+        return self.score_ids([one_start(ids, self.special) for ids in encoded], batch_size)
 
     def score_chats(self, chats: Sequence[list[dict]], batch_size: int = 16) -> list[float]:
         """The score of each list of chat messages, through the tokenizer's template.
@@ -102,10 +104,11 @@ class RewardScorer:
         texts = [close_turn(self.tokenizer.apply_chat_template(chat, tokenize=False), self.tokenizer) for chat in chats]
         _require_whole(texts)
         encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-        return self._score(encoded, batch_size)
+        return self.score_ids(encoded, batch_size)
 
     @torch.no_grad()
-    def _score(self, ids: list[list[int]], batch_size: int) -> list[float]:
+    def score_ids(self, ids: list[list[int]], batch_size: int = 16) -> list[float]:
+        """The score of each text that is given as token ids; closed with the end token where nothing closes it."""
         scores = torch.empty(len(ids))
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # texts of one length need no pads
         if self.pad is None and self.scorer.pooling == "classifier":
@@ -162,11 +165,17 @@ def _require_whole(texts: Sequence[str]) -> None:
             raise UserError(f"text {i} has half a character, {half}, which is no text")
 
 
-def load(folder: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> RewardScorer:
+def load(
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    form: Literal["hf", "dschat"] | None = None,
+) -> RewardScorer:
     """A model that the trainer saved, in whichever form it was saved.
 
     Args:
         dtype: of the weights; None: as saved.
+        form: of a folder that holds two; None: ``dschat`` only where there is nothing else.
 
     Raises:
         UserError: no such model, or weights missing.
@@ -175,26 +184,33 @@ def load(folder: str | Path, dtype: torch.dtype | None = None, device: torch.dev
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     tokenizer = load_tokenizer(str(folder))
-    own, is_dschat = folder / OWN_CONFIG, False
-    if own.is_file():
-        scorer = _empty(folder, dtype, json.loads(own.read_text())["pooling"])
+    has_other = (folder / OWN_CONFIG).is_file() or any(folder.glob("*.safetensors"))
+    is_dschat = (folder / DSCHAT_WEIGHTS).is_file() and (form == "dschat" or (form is None and not has_other))
+    if is_dschat:
+        scorer = _load_dschat(folder, dtype)
+    elif (folder / OWN_CONFIG).is_file():
+        scorer = _empty(folder, dtype, json.loads((folder / OWN_CONFIG).read_text())["pooling"])
         load_torch_model(scorer.model, folder, strict=True, filename_pattern=OWN_WEIGHTS)
-    elif (folder / DSCHAT_WEIGHTS).is_file() and not list(folder.glob("*.safetensors")):
-        scorer, is_dschat = _empty(folder, dtype, "last"), True
-        state = torch.load(folder / DSCHAT_WEIGHTS, map_location="cpu", weights_only=True)
-        # before October 2023 upstream spelt it otherwise
-        state = {name.replace("rwtranrsformer.", "rwtransformer.", 1): weight for name, weight in state.items()}
-        embedding = state.get(f"rwtransformer.{embedding_name(scorer)}")
-        rows = embedding_rows(scorer) if embedding is None else len(embedding)
-        if rows != embedding_rows(scorer):
-            scorer.model.rwtransformer.resize_token_embeddings(rows, mean_resizing=False)
-        try:
-            scorer.model.load_state_dict(state)
-        except RuntimeError as error:
-            raise UserError(f"{folder / DSCHAT_WEIGHTS} does not fit its config.json: {error}") from error
     else:
         scorer = load_for_training(str(folder), dtype or "auto", seed=0, expect_head=True)
     return RewardScorer(scorer, tokenizer, device, _pad_of(scorer, tokenizer, is_dschat))
+
+
+def _load_dschat(folder: Path, dtype: torch.dtype | None) -> Scorer:
+    scorer, file = _empty(folder, dtype, "last"), folder / DSCHAT_WEIGHTS
+    # mapped: host memory holds the model once
+    state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    # before October 2023 upstream spelt it otherwise
+    state = {name.replace("rwtranrsformer.", "rwtransformer.", 1): weight for name, weight in state.items()}
+    embedding = state.get(f"rwtransformer.{embedding_name(scorer)}")
+    rows = embedding_rows(scorer) if embedding is None else len(embedding)
+    if rows != embedding_rows(scorer):
+        scorer.model.rwtransformer.resize_token_embeddings(rows, mean_resizing=False)
+    try:
+        scorer.model.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"{file} does not fit its config.json: {error}") from error
+    return scorer
 
 
 def _empty(folder: Path, dtype: torch.dtype | None, pooling: str) -> Scorer:

@@ -16,6 +16,7 @@ from reward_model.data.preprocessing import PreprocessingConfig, load_answers, l
 from reward_model.data.tokenizer import SpecialTokens, choose_special_tokens, load_tokenizer
 from reward_model.objectives import answer_similarity
 from reward_model.objectives.objective import Objective
+from reward_model.training.verify import WrittenText
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Data:
     """The rows of a run, tokenized.
 
     reference: those that scores are normalized by; None: they are not. longest: tokens of the longest text of all.
+    written: some held-out texts as they were written, for the saved tokenizer to encode again; none: made from ids.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -31,6 +33,7 @@ class Data:
     evaluation: Comparisons
     reference: Comparisons | None
     longest: int
+    written: tuple[WrittenText, ...] = ()
 
 
 def load_data(settings: Settings, config, objective: Objective, context: DistributedContext) -> Data:

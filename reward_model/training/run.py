@@ -29,6 +29,7 @@ from reward_model.models.scorer import Scorer, count
 from reward_model.models.shared_prefix import SEPARATE
 from reward_model.objectives.losses import Thresholds
 from reward_model.objectives.objective import Objective
+from reward_model.training import verify
 from reward_model.training.data import Data, load_data
 from reward_model.training.engine import build_scorer, partition_while_loading, start_engine
 from reward_model.training.records import Records, write_text
@@ -194,14 +195,26 @@ def keep_scale(trainer: Trainer, reference: Comparisons | None) -> None:
 
 
 def save(trainer: Trainer, data: Data, folder: Path) -> None:
-    """Write the model, and the picture of the run."""
-    forward = trainer.forward
+    """Write the model and the picture of the run, and see to it that the saved model scores as the trained one does.
+
+    Raises:
+        UserError: it does not; what was saved is kept under another name.
+    """
+    forward, is_writer, problem = trainer.forward, trainer.context.is_first, ""
     forward.use(SEPARATE)  # what is saved names no attention of ours
+    expected = verify.expect(forward, trainer.eval_set, data.tokenizer, data.special, data.written)
     trainer.engine.empty_partition_cache()  # ZeRO 3 may be fetching ahead, and gathers no weight twice
-    is_writer = trainer.context.is_first
-    saving.save(forward.scorer, data.tokenizer, folder, trainer.settings.output.save_format, is_writer)
+    save_format = trainer.settings.output.save_format
+    names = saving.save(forward.scorer, data.tokenizer, folder, save_format, is_writer)
     if is_writer:
         pictures.draw(folder / "metrics.jsonl", folder / "report.png", trainer.last.scores)
+        forms = ("hf", "dschat") if save_format == "both" else (save_format,)
+        problem = verify.check(folder, forms, expected, data.tokenizer, data.special)
+        if problem:
+            kept = verify.set_aside(folder, names)
+            problem = f"what was saved is not what was evaluated, and lies in {kept}: {problem}"
+    if problem := distributed.first_text(problem):
+        raise UserError(problem)
 
 
 def summarize(trainer: Trainer, folder: Path | None) -> None:
