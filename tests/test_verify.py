@@ -97,7 +97,8 @@ def test_a_right_folder_passes(family, form, options, tmp_path):
         options = {"tokenizer": getattr(tiny, options["tokenizer"])()}
     saved = Saved(tmp_path, family, form, **options)
     assert len(saved.expected.ids) == 4
-    assert torch.tensor(saved.expected.scores).std() > 10 * saved.expected.tolerance or "dtype" in options
+    if "dtype" not in options:
+        assert torch.tensor(saved.expected.scores).std() > 10 * max(saved.expected.tolerances)
     assert len(saved.expected.written) == 8 + bool(saved.tokenizer.chat_template)
     assert saved.problem() == ""
 
@@ -220,7 +221,9 @@ def test_in_a_process_that_knows_nothing_of_the_run(tmp_path, monkeypatch, capsy
     assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"} & set(values)
     assert (values["CUDA_VISIBLE_DEVICES"], values["HF_HUB_OFFLINE"]) == ("", "1")
     assert saved.check() == ""
-    assert "verified: loaded afresh, the saved model gives 4 held-out texts" in capsys.readouterr().out
+    assert (
+        "verified: loaded afresh, the saved model scores 4 held-out texts as the trained one" in capsys.readouterr().out
+    )
     (saved.folder / "model.safetensors").unlink()
     assert saved.check().startswith("it does not load: OSError: Error no file named")
 
@@ -263,7 +266,11 @@ except Exception as error:
 
 @pytest.mark.parametrize("how", ["main", "python"])
 def test_a_run_whose_model_is_saved_wrong_fails_in_one_line(how, demo, tmp_path):
-    values = {"model_name_or_path": demo / "model", "data_path": demo / "data", "output_dir": tmp_path / "out"}
+    (tmp_path / "data").mkdir()
+    for name, rows in (("train.jsonl", 32), ("eval.jsonl", 16)):
+        lines = (demo / "data" / name).read_text().splitlines(keepends=True)
+        (tmp_path / "data" / name).write_text("".join(lines[:rows]))
+    values = {"model_name_or_path": demo / "model", "data_path": tmp_path / "data", "output_dir": tmp_path / "out"}
     values |= {"max_seq_len": 256, "data_output_path": demo / "cache", "learning_rate": 1e-3}
     words = [str(word) for name, value in values.items() for word in (("--" if how == "main" else "") + name, value)]
     environment = runs.environment(PYTHONPATH=str(runs.TOP), RANK=None, WORLD_SIZE=None, LOCAL_RANK=None)
