@@ -9,8 +9,10 @@ reward.score(["Human: 2 + 2? Assistant:"], [" 4"])
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from huggingface_hub import load_torch_model
@@ -18,6 +20,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase
 
 from reward_model.batching.collate import collate
 from reward_model.common.errors import UserError
+from reward_model.common.logging import logger
 from reward_model.data.chats import half_character, in_plain, is_chat, write
 from reward_model.data.comparisons import BadRow, Comparison
 from reward_model.data.preprocessing import end_text, one_start
@@ -32,11 +35,25 @@ from reward_model.objectives.losses import likeliest_grade
 class RewardScorer:
     """A saved model with its tokenizer, scoring as the trainer's evaluation does."""
 
-    def __init__(self, scorer: Scorer, tokenizer: PreTrainedTokenizerBase, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        scorer: Scorer,
+        tokenizer: PreTrainedTokenizerBase,
+        device: torch.device | str = "cpu",
+        pad: int | None = None,
+    ):
+        """
+        Args:
+            pad: of which a text is not scored at the last one: the pad that the model's ``config.json`` names, as
+                Transformers' classes have it. None: a text is scored at its last token, whatever that is.
+        """
         device = torch.device(device)
         self.scorer = scorer.to(device).eval()
-        self.tokenizer = tokenizer
-        self.special = choose_special_tokens(tokenizer, embedding_rows(scorer))
+        self.tokenizer, self.pad = tokenizer, pad
+        # the mask hides what fills a row, but it has to be in the embedding; RoBERTa counts positions by its pad
+        fills = (pad, tokenizer.pad_token_id, 0)
+        fill = next(i for i in fills if i is not None and 0 <= i < embedding_rows(scorer))
+        self.special = choose_special_tokens(tokenizer, embedding_rows(scorer), fill=fill)
         dtype = next(scorer.parameters()).dtype
         self.forward = ForwardPass(self.scorer, self.scorer, dtype, device, self.special.pad)
         self.mean = getattr(scorer.config, "score_mean", 0.0)  # of a normalized model: its head has no bias to take it
@@ -71,7 +88,7 @@ class RewardScorer:
         _require_whole(texts)
         encoded = self.tokenizer(texts, verbose=False)["input_ids"] if texts else []
         whole = [one_start(ids, self.special) for ids in encoded]
-        return self._score([end_text(ids, self.special) for ids in whole], batch_size)
+        return self.score_ids([end_text(ids, self.special) for ids in whole], batch_size)
 
     def score_chats(
         self, chats: Sequence[list[dict]], batch_size: int = 16, tools: list | None = None, **template_arguments
@@ -98,18 +115,59 @@ class RewardScorer:
             raise UserError(str(error)) from error
         _require_whole(texts)
         encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-        return self._score(encoded, batch_size)
+        return self.score_ids(encoded, batch_size)
 
     @torch.no_grad()
-    def _score(self, ids: list[list[int]], batch_size: int) -> list[float]:
+    def score_ids(self, ids: list[list[int]], batch_size: int = 16) -> list[float]:
+        """The score of each text that is given as token ids, as it is: nothing is added at its end."""
         scores = torch.empty(len(ids))
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # texts of one length need no pads
+        if self.pad is None and self.scorer.pooling == "classifier":
+            batch_size = 1  # a class of Transformers that is scored at the last token takes no pads then
         for first in range(0, len(ids), batch_size):
             chosen = order[first : first + batch_size]
-            rows = [Comparison([], [ids[i]]) for i in chosen]
-            batch = collate(rows, self.forward.layout).to(self.forward.device)
-            scores[chosen] = self.forward(batch, batch.tokens.ends).float().cpu()
+            texts = [ids[i] for i in chosen]
+            batch = collate([Comparison([], [text]) for text in texts], self.forward.layout).to(self.forward.device)
+            beyond = torch.tensor([pads_at_end(text, self.pad) for text in texts], device=self.forward.device)
+            scores[chosen] = self.forward(batch, batch.tokens.ends - beyond).float().cpu()
         return (scores - self.mean).tolist()
+
+
+def pads_at_end(ids: Sequence[int], pad: int | None) -> int:
+    """How far before its last token a text is scored: Transformers' classes take the last token that is no pad.
+
+    Where the pad is the end token, as TRL trains, that is the token before it. All pads: the first token.
+
+    >>> pads_at_end([5, 6, 2], pad=0), pads_at_end([5, 6, 2], pad=2), pads_at_end([2, 2], pad=2)
+    (0, 1, 1)
+    """
+    kept = next((i for i in range(len(ids) - 1, -1, -1) if ids[i] != pad), 0)
+    return len(ids) - 1 - kept
+
+
+def _pad_of(scorer: Scorer, tokenizer: PreTrainedTokenizerBase, is_dschat: bool) -> int | None:
+    """The pad by which a model is scored; says it where this is not the end of a text.
+
+    ``config.json`` names it, and for DeepSpeed-Chat's form the tokenizer, which is what the drop-in goes by.
+    """
+    pad = tokenizer.pad_token_id if is_dschat else scorer.config.get_text_config().pad_token_id
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    if scorer.pooling != "last":
+        return pad
+    place = "the tokenizer's pad" if is_dschat else "pad_token_id in config.json"
+    if pad is None:
+        logger.warning(f"{place} is not set: texts are scored at their last token, and Transformers takes them singly")
+    elif pad == end:
+        token = tokenizer.convert_ids_to_tokens(pad)
+        logger.warning(
+            f"{place} is the end token {token}: a text is scored at the token before it, as Transformers has it"
+        )
+    elif tokenizer.pad_token_id not in (None, pad):
+        logger.warning(
+            f"the tokenizer's pad is {tokenizer.pad_token_id} and {place} {pad}: scored at the end of a text, which "
+            "Transformers finds only where a batch has no pads"
+        )
+    return pad
 
 
 def _require_whole(texts: Sequence[str]) -> None:
@@ -118,11 +176,17 @@ def _require_whole(texts: Sequence[str]) -> None:
             raise UserError(f"text {i} has half a character, {half}, which is no text")
 
 
-def load(folder: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> RewardScorer:
+def load(
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    form: Literal["hf", "dschat"] | None = None,
+) -> RewardScorer:
     """A model that the trainer saved, in whichever form it was saved.
 
     Args:
         dtype: of the weights; None: as saved.
+        form: of a folder that holds two; None: ``dschat`` only where there is nothing else.
 
     Raises:
         UserError: no such model, or weights missing.
@@ -131,26 +195,33 @@ def load(folder: str | Path, dtype: torch.dtype | None = None, device: torch.dev
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     tokenizer = load_tokenizer(str(folder))
-    own = folder / OWN_CONFIG
-    if own.is_file():
-        scorer = _empty(folder, dtype, json.loads(own.read_text())["pooling"])
+    has_other = (folder / OWN_CONFIG).is_file() or any(folder.glob("*.safetensors"))
+    is_dschat = (folder / DSCHAT_WEIGHTS).is_file() and (form == "dschat" or (form is None and not has_other))
+    if is_dschat:
+        scorer = _load_dschat(folder, dtype)
+    elif (folder / OWN_CONFIG).is_file():
+        scorer = _empty(folder, dtype, json.loads((folder / OWN_CONFIG).read_text())["pooling"])
         load_torch_model(scorer.model, folder, strict=True, filename_pattern=OWN_WEIGHTS)
-    elif (folder / DSCHAT_WEIGHTS).is_file() and not list(folder.glob("*.safetensors")):
-        scorer = _empty(folder, dtype, "last")
-        state = torch.load(folder / DSCHAT_WEIGHTS, map_location="cpu", weights_only=True)
-        # before October 2023 upstream spelt it otherwise
-        state = {name.replace("rwtranrsformer.", "rwtransformer.", 1): weight for name, weight in state.items()}
-        embedding = state.get(f"rwtransformer.{embedding_name(scorer)}")
-        rows = embedding_rows(scorer) if embedding is None else len(embedding)
-        if rows != embedding_rows(scorer):
-            scorer.model.rwtransformer.resize_token_embeddings(rows, mean_resizing=False)
-        try:
-            scorer.model.load_state_dict(state)
-        except RuntimeError as error:
-            raise UserError(f"{folder / DSCHAT_WEIGHTS} does not fit its config.json: {error}") from error
     else:
         scorer = load_for_training(str(folder), dtype or "auto", seed=0, expect_head=True)
-    return RewardScorer(scorer, tokenizer, device)
+    return RewardScorer(scorer, tokenizer, device, _pad_of(scorer, tokenizer, is_dschat))
+
+
+def _load_dschat(folder: Path, dtype: torch.dtype | None) -> Scorer:
+    scorer, file = _empty(folder, dtype, "last"), folder / DSCHAT_WEIGHTS
+    # mapped: host memory holds the model once
+    state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    # before October 2023 upstream spelt it otherwise
+    state = {name.replace("rwtranrsformer.", "rwtransformer.", 1): weight for name, weight in state.items()}
+    embedding = state.get(f"rwtransformer.{embedding_name(scorer)}")
+    rows = embedding_rows(scorer) if embedding is None else len(embedding)
+    if rows != embedding_rows(scorer):
+        scorer.model.rwtransformer.resize_token_embeddings(rows, mean_resizing=False)
+    try:
+        scorer.model.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"{file} does not fit its config.json: {error}") from error
+    return scorer
 
 
 def _empty(folder: Path, dtype: torch.dtype | None, pooling: str) -> Scorer:

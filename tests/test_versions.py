@@ -8,11 +8,21 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
+import models
 import pytest
 import runs
+import tiny
+import torch
+import transformers
 from runs import PAIRS, TOP, Metrics
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+from reward_model.models import saving
+from reward_model.models.loading import load_for_training
+from reward_model.models.scorer import head_layer
 
 NAMES = ("torch", "deepspeed", "transformers", "datasets", "peft", "numpy")
 ENVIRONMENTS = {  # name → Python, how uv chooses, what else it is told
@@ -36,6 +46,28 @@ with torch.no_grad():
 own = torch.tensor(load(folder).score([row["prompt"] for row in rows], [row["chosen"] for row in rows]))
 print(json.dumps([scores.float().mean().item(), (scores - own).abs().max().item()]))
 """
+
+PLAIN = """
+import json, sys, torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1]).eval()
+batch = tokenizer(json.loads(sys.argv[2]), padding=True, return_tensors="pt")
+with torch.no_grad():
+    scores = model(**batch).logits.flatten()
+print(json.dumps([batch["input_ids"].tolist(), scores.tolist()]))
+"""
+# one of each way in which Transformers 4 is told of rotary embeddings
+LLAMA_3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+ROPES = {
+    "llama": {"rope_theta": 5e5, "original_max_position_embeddings": 16, **LLAMA_3},
+    "qwen2": {"rope_theta": 1e6, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    "gpt_neox": {"rope_theta": 333.0, "rope_type": "default", "partial_rotary_factor": 0.5},
+    "modernbert": {
+        "full_attention": {"rope_theta": 777.0, "rope_type": "default"},
+        "sliding_attention": {"rope_theta": 333.0, "rope_type": "default"},
+    },
+}
 
 pytestmark = [
     pytest.mark.slow,
@@ -143,3 +175,33 @@ def test_half_precision(run, plain):
     metrics, output = run("bf16", "--dtype", "bf16", "--zero_stage", 2, "--offload", "--gradient_checkpointing")
     assert metrics.final["accuracy"] == pytest.approx(plain[0].final["accuracy"], abs=0.05)
     assert_saved_as_evaluated(run, metrics, output, tolerance=0.05)
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="saves with Transformers 5")
+@pytest.mark.parametrize("python", ["lowest", "transformers-4"], indirect=True)
+@pytest.mark.parametrize("family", ROPES)
+def test_transformers_4_scores_what_transformers_5_saves(python, family, tmp_path):
+    tokenizer = tiny.chatml(tmp_path / "base")
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.save_pretrained(tmp_path / "base")
+    sizes = {name: size for name, size in models.GROUPED.items() if family in ("llama", "qwen2") or "key" not in name}
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    torch.manual_seed(0)
+    model = AutoModel.from_config(AutoConfig.for_model(family, **sizes, **ids, rope_parameters=ROPES[family]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4 if parameter.dim() > 1 else 1)
+    model.save_pretrained(tmp_path / "base")
+    scorer = load_for_training(str(tmp_path / "base"), torch.float32, seed=0)
+    with torch.no_grad():
+        head_layer(scorer).weight.add_(0.3 * torch.randn_like(head_layer(scorer).weight))
+    saving.save(scorer, AutoTokenizer.from_pretrained(tmp_path / "base"), tmp_path / "out")
+    texts = json.dumps(["the cat sat on the mat, and the other cat", "x", "<|im_start|>user\nthe cat<|im_end|>"])
+    values = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"}
+    scored = [
+        json.loads(subprocess.check_output([each, "-c", PLAIN, tmp_path / "out", texts], env=values, text=True))
+        for each in (sys.executable, python)
+    ]
+    assert scored[0][0] == scored[1][0]
+    assert scored[0][1] == pytest.approx(scored[1][1], abs=1e-5)
+    assert max(scored[0][1]) - min(scored[0][1]) > 0.05

@@ -55,7 +55,11 @@ def load_tokenizer(name_or_path: str, add_eot_token: bool = False) -> PreTrained
 
 
 def choose_special_tokens(
-    tokenizer: PreTrainedTokenizerBase, embedding_rows: int, added: int = 0, may_grow: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    embedding_rows: int,
+    added: int = 0,
+    may_grow: bool = False,
+    fill: int | None = None,
 ) -> SpecialTokens:
     """Find the end token, and a pad that differs from it; adds a pad to the tokenizer if it has none.
 
@@ -67,6 +71,7 @@ def choose_special_tokens(
         embedding_rows: rows of the model's input embedding.
         added: tokens that we added ourselves, for which the embedding may have to grow.
         may_grow: the embedding may grow for tokens that somebody added to the tokenizer alone, a pad most often.
+        fill: the pad, where a model is scored and not trained: none is chosen, and the tokenizer stays as it is.
 
     Raises:
         UserError: no end token, or more tokens than embedding rows.
@@ -89,11 +94,11 @@ def choose_special_tokens(
             "the tokenizer has no end token (eos_token or sep_token): set one in tokenizer_config.json, "
             f"or let --add_eot_token add {EOT_TOKEN}"
         )
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == end:
+    if fill is None and (tokenizer.pad_token_id is None or tokenizer.pad_token_id == end):
         name = _reserved_token(tokenizer, embedding_rows, end)
         tokenizer.add_special_tokens({"pad_token": name or NEW_PAD_TOKEN})
         logger.info(f"pad token: {tokenizer.pad_token} ({'reserved in' if name else 'added to'} the vocabulary)")
-    pad = tokenizer.pad_token_id
+    pad = tokenizer.pad_token_id if fill is None else fill
     starts = {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
     endings = set(tokenizer.all_special_ids) | _added_special_ids(tokenizer)
     endings -= starts | {pad, tokenizer.unk_token_id, tokenizer.mask_token_id}

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reward_model.common.errors import UserError
 from reward_model.common.logging import logger
+from reward_model.models.for_transformers_4 import write_old_keys
 from reward_model.models.lora import merge_lora
 from reward_model.models.scorer import Scorer, embedding_name, gathered
 from reward_model.reward_model import RewardModel
@@ -54,19 +55,22 @@ def save(
     folder: Path,
     save_format: str = "hf",
     is_writer: bool = True,
-) -> None:
+) -> list[str]:
     """Write a model with its tokenizer; LoRA merged, its adapter in ``adapter/``. Called by every rank.
 
     Args:
         save_format: ``hf``, ``dschat`` or ``both``, in one folder.
         is_writer: this rank writes; the others only give their part of the weights.
 
+    Returns:
+        The names of what was written into the folder; none on a rank that writes nothing.
+
     Raises:
         UserError: the disk is full, or the model has no DeepSpeed-Chat form.
     """
     state = whole_state_dict(scorer.model, keep=is_writer)
     if not is_writer:
-        return
+        return []
     tell_raw_score(scorer.config)
     staging = folder / ".saving"
     try:
@@ -80,9 +84,11 @@ def save(
             _save_for_loading(scorer, state, staging)
         if save_format in ("dschat", "both"):
             _save_dschat(scorer, state, tokenizer, staging)
+        write_old_keys(staging)
         _share(staging)
-        for item in staging.iterdir():
-            os.replace(item, folder / item.name)
+        names = sorted(item.name for item in staging.iterdir())
+        for name in names:
+            os.replace(staging / name, folder / name)
         staging.rmdir()
     except Exception as error:
         shutil.rmtree(staging, ignore_errors=True)
@@ -90,6 +96,7 @@ def save(
         if any(words in str(error) for words in ("No space left", "Disk quota", "PytorchStreamWriter")):
             raise UserError(f"no space left on the disk of {folder}: the model was not saved") from error
         raise
+    return names
 
 
 def _share(folder: Path) -> None:

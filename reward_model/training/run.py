@@ -22,6 +22,7 @@ from reward_model.common.words import counted
 from reward_model.config.options import RunConfig, explain_inherited, refuse_used_folder, require_data
 from reward_model.config.settings import Settings, resolve
 from reward_model.data.comparisons import Comparisons
+from reward_model.data.tokenizer import SpecialTokens
 from reward_model.evaluation import pictures, score_scale
 from reward_model.evaluation.evaluate import summary
 from reward_model.models import saving
@@ -31,6 +32,7 @@ from reward_model.models.scorer import Scorer, count
 from reward_model.models.shared_prefix import SEPARATE
 from reward_model.objectives.losses import Thresholds
 from reward_model.objectives.objective import Objective
+from reward_model.training import verify
 from reward_model.training.data import Data, load_data
 from reward_model.training.engine import build_scorer, partition_while_loading, start_engine
 from reward_model.training.records import Records, write_text
@@ -99,8 +101,7 @@ def prepare(
     thresholds = objective.start_thresholds(data.train)
     partitioned = partition_while_loading(settings.deepspeed.config)
     scorer = build_scorer(settings, data.special.rows)
-    for part in (scorer.config, scorer.config.get_text_config()):
-        part.pad_token_id = data.special.pad
+    set_pad(scorer, data.special)
     saving.forget_scale(scorer.config)
     dtype, seed = DTYPES[settings.engine.dtype], settings.training.seed
     if thresholds is not None:
@@ -127,6 +128,19 @@ def prepare(
     if not folder:
         logger.warning("no --output_dir: nothing will be saved")
     return trainer
+
+
+def set_pad(scorer: Scorer, special: SpecialTokens) -> None:
+    """Write the run's pad to the config; says it if this moves the place where a reward model is scored."""
+    text = scorer.config.get_text_config()
+    has_head = any("SequenceClassification" in name for name in scorer.config.architectures or [])
+    if has_head and scorer.pooling == "last" and text.pad_token_id in special.endings:
+        logger.warning(
+            f"the pad in the model's config.json, {text.pad_token_id}, is a token that ends texts, so that it was "
+            f"scored at the token before; from here on the pad is {special.pad}, and it is scored at the end"
+        )
+    for part in (scorer.config, text):
+        part.pad_token_id = special.pad
 
 
 def open_folder(folder: Path, context: DistributedContext, scorer: Scorer, settings: Settings) -> None:
@@ -190,14 +204,26 @@ def keep_scale(trainer: Trainer, reference: Comparisons | None) -> None:
 
 
 def save(trainer: Trainer, data: Data, folder: Path) -> None:
-    """Write the model, and the picture of the run."""
-    forward = trainer.forward
+    """Write the model and the picture of the run, and see to it that the saved model scores as the trained one does.
+
+    Raises:
+        UserError: it does not; what was saved is kept under another name.
+    """
+    forward, is_writer, problem = trainer.forward, trainer.context.is_first, ""
     forward.use(SEPARATE)  # what is saved names no attention of ours
+    expected = verify.expect(forward, trainer.eval_set, data.tokenizer, data.special, data.written)
     trainer.engine.empty_partition_cache()  # ZeRO 3 may be fetching ahead, and gathers no weight twice
-    is_writer = trainer.context.is_first
-    saving.save(forward.scorer, data.tokenizer, folder, trainer.settings.output.save_format, is_writer)
+    save_format = trainer.settings.output.save_format
+    names = saving.save(forward.scorer, data.tokenizer, folder, save_format, is_writer)
     if is_writer:
         pictures.draw(folder / "metrics.jsonl", folder / "report.png", trainer.last.scores)
+        forms = ("hf", "dschat") if save_format == "both" else (save_format,)
+        problem = verify.check(folder, forms, expected, data.tokenizer, data.special)
+        if problem:
+            kept = verify.set_aside(folder, names)
+            problem = f"what was saved is not what was evaluated, and lies in {kept}: {problem}"
+    if problem := distributed.first_text(problem):
+        raise UserError(problem)
 
 
 def summarize(trainer: Trainer, folder: Path | None) -> None:

@@ -95,6 +95,7 @@ def train(demo, output, *flags, **launching):
         **launching,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert "\nverified: loaded afresh" in result.stdout, result.stdout[-3000:]
     return Metrics(output / "metrics.jsonl", result)
 
 

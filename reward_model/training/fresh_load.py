@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A saved model, loaded and asked in a process of its own: ``python -m reward_model.training.fresh_load FILE FILE``.
+
+The first file is a question as :mod:`reward_model.training.verify` writes it, the second gets the answer, both JSON.
+What Transformers can load is loaded by Transformers alone, as anybody would; the rest by ``reward_model.load``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+BATCH = 8  # texts of unlike lengths, so that there are pads
+
+
+def answer(question: dict[str, Any]) -> dict[str, Any]:
+    """What the saved model and its tokenizer say.
+
+    Args:
+        question: ``folder``; ``forms``, each of ``hf``, ``dschat``; ``ids`` of each text to score; ``written``, texts
+            with ``text``, ``templated`` and ``messages``; ``settings``, names of values in ``config.json``.
+
+    Returns:
+        ``scores`` of each form; for each of ``written`` its ``texts``, as the chat template writes its messages, and
+        its ``ids``; ``settings`` as found.
+    """
+    from transformers import AutoTokenizer
+
+    folder = Path(question["folder"])
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    texts = [
+        tokenizer.apply_chat_template(each["messages"], tokenize=False) if each["messages"] else each["text"]
+        for each in question["written"]
+    ]
+    return {
+        "scores": {form: _scores(folder, form, question["ids"], tokenizer) for form in question["forms"]},
+        "texts": texts,
+        "ids": [
+            tokenizer(text, add_special_tokens=not each["templated"], verbose=False)["input_ids"]
+            for text, each in zip(texts, question["written"])
+        ],
+        "settings": {name: config.get(name) for name in question["settings"]},
+    }
+
+
+def _scores(folder: Path, form: str, ids: list[list[int]], tokenizer) -> list[float]:
+    from reward_model.models.saving import OWN_CONFIG
+
+    if form == "hf" and not (folder / OWN_CONFIG).is_file():
+        return _by_transformers(folder, ids, tokenizer)
+    from reward_model.inference import load
+
+    reward = load(folder, form="dschat" if form == "dschat" else "hf")
+    return [score + reward.mean for score in reward.score_ids(ids, BATCH)]
+
+
+def _by_transformers(folder: Path, ids: list[list[int]], tokenizer) -> list[float]:
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    model, info = AutoModelForSequenceClassification.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[kind]:
+            raise ValueError(
+                f"{len(info[kind])} {kind.replace('_', ' ')}, {sorted(map(str, info[kind]))[0]} among them"
+            )
+    model.eval()
+    scores: list[float] = []
+    for first in range(0, len(ids), BATCH):
+        batch = tokenizer.pad({"input_ids": ids[first : first + BATCH]}, padding=True, return_tensors="pt")
+        with torch.no_grad():
+            logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        scores += logits.float().squeeze(-1).tolist()
+    return scores
+
+
+def main(question_file: str, answer_file: str) -> None:
+    """Write the answer, or under ``problem`` why there is none, or under ``no_memory`` that there was too little."""
+    from reward_model.common.errors import first_line
+
+    found: dict[str, Any]
+    try:
+        found = answer(json.loads(Path(question_file).read_text(encoding="utf-8")))
+    except Exception as error:  # whatever a folder that does not load raises
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            found = {"no_memory": first_line(error)}
+        else:
+            found = {"problem": f"{type(error).__name__}: {first_line(error)}"}
+    Path(answer_file).write_text(json.dumps(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
