@@ -8,15 +8,12 @@ reward.score(["Human: 2 + 2? Assistant:"], [" 4"])
 
 from __future__ import annotations
 
-import json
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
-from huggingface_hub import load_torch_model
-from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from reward_model.batching.collate import collate
 from reward_model.common.errors import UserError
@@ -26,9 +23,9 @@ from reward_model.data.comparisons import BadRow, Comparison
 from reward_model.data.preprocessing import end_text, one_start
 from reward_model.data.tokenizer import choose_special_tokens, load_tokenizer
 from reward_model.models.forward import ForwardPass
-from reward_model.models.loading import load_for_training, no_pooler, on_drop_in
-from reward_model.models.saving import DSCHAT_WEIGHTS, OWN_CONFIG, OWN_WEIGHTS
-from reward_model.models.scorer import Scorer, embedding_name, embedding_rows
+from reward_model.models.loading import load_for_training
+from reward_model.models.saved_forms import form_of, load_form
+from reward_model.models.scorer import Scorer, embedding_rows
 from reward_model.objectives.losses import likeliest_grade
 
 
@@ -181,12 +178,14 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     form: Literal["hf", "dschat"] | None = None,
+    trust_remote_code: bool = False,
 ) -> RewardScorer:
     """A model that the trainer saved, in whichever form it was saved.
 
     Args:
         dtype: of the weights; None: as saved.
         form: of a folder that holds two; None: ``dschat`` only where there is nothing else.
+        trust_remote_code: run the code that the model brings.
 
     Raises:
         UserError: no such model, or weights missing.
@@ -194,38 +193,12 @@ def load(
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    tokenizer = load_tokenizer(str(folder))
-    has_other = (folder / OWN_CONFIG).is_file() or any(folder.glob("*.safetensors"))
-    is_dschat = (folder / DSCHAT_WEIGHTS).is_file() and (form == "dschat" or (form is None and not has_other))
-    if is_dschat:
-        scorer = _load_dschat(folder, dtype)
-    elif (folder / OWN_CONFIG).is_file():
-        scorer = _empty(folder, dtype, json.loads((folder / OWN_CONFIG).read_text())["pooling"])
-        load_torch_model(scorer.model, folder, strict=True, filename_pattern=OWN_WEIGHTS)
+    tokenizer = load_tokenizer(str(folder), trust_remote_code=trust_remote_code)
+    its_form = form_of(folder, form)
+    if its_form:
+        scorer = load_form(folder, its_form, dtype, trust_remote_code)
     else:
-        scorer = load_for_training(str(folder), dtype or "auto", seed=0, expect_head=True)
-    return RewardScorer(scorer, tokenizer, device, _pad_of(scorer, tokenizer, is_dschat))
-
-
-def _load_dschat(folder: Path, dtype: torch.dtype | None) -> Scorer:
-    scorer, file = _empty(folder, dtype, "last"), folder / DSCHAT_WEIGHTS
-    # mapped: host memory holds the model once
-    state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    # before October 2023 upstream spelt it otherwise
-    state = {name.replace("rwtranrsformer.", "rwtransformer.", 1): weight for name, weight in state.items()}
-    embedding = state.get(f"rwtransformer.{embedding_name(scorer)}")
-    rows = embedding_rows(scorer) if embedding is None else len(embedding)
-    if rows != embedding_rows(scorer):
-        scorer.model.rwtransformer.resize_token_embeddings(rows, mean_resizing=False)
-    try:
-        scorer.model.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(f"{file} does not fit its config.json: {error}") from error
-    return scorer
-
-
-def _empty(folder: Path, dtype: torch.dtype | None, pooling: str) -> Scorer:
-    config = AutoConfig.from_pretrained(folder)
-    dtype = dtype or getattr(config, "dtype", None) or torch.float32
-    backbone = AutoModel.from_config(config, dtype=dtype, **no_pooler(config))
-    return on_drop_in(backbone, pooling)
+        scorer = load_for_training(
+            str(folder), dtype or "auto", seed=0, expect_head=True, trust_remote_code=trust_remote_code
+        )
+    return RewardScorer(scorer, tokenizer, device, _pad_of(scorer, tokenizer, its_form == "dschat"))

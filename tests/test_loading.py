@@ -1,16 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loading: whose weights a model has, when its head is a new one, and its dropout."""
 
+import inspect
 import json
+import shutil
 
 import models
 import pytest
+import tiny
 import torch
-from transformers import AutoModelForSequenceClassification
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification, FineGrainedFP8Config
 
 from reward_model.common.errors import UserError
+from reward_model.inference import load
 from reward_model.models import loading as ours
-from reward_model.models.loading import load_for_training, set_dropout
+from reward_model.models import saving
+from reward_model.models.loading import load_for_training
+from reward_model.models.saved_forms import set_dropout
 from reward_model.models.scorer import head_layer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -93,3 +100,201 @@ def test_dropout_flag_reaches_every_dropout():
         assert named
         assert set(named.values()) == {0.25}
         assert getattr(config, "layerdrop", 0.3) == 0.3
+
+
+# Heads of other trainers.
+
+
+def with_head(folder, weights, sharded=False):
+    """A causal model with more weights in its checkpoint; its own weights."""
+    models.write("llama", folder)
+    state = load_file(folder / "model.safetensors")
+    if sharded:
+        save_file(weights, folder / "model-00002-of-00002.safetensors", {"format": "pt"})
+        (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+        names = dict.fromkeys(state, "model-00001-of-00002.safetensors")
+        names |= dict.fromkeys(weights, "model-00002-of-00002.safetensors")
+        index = {"metadata": {"total_size": 0}, "weight_map": names}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    else:
+        save_file(state | weights, folder / "model.safetensors", {"format": "pt"})
+    return state
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("name", ["value_head.weight", "v_head.summary.weight", "reward_head.weight", "score.0.weight"])
+def test_the_head_of_another_trainer_is_read(name, sharded, tmp_path, capsys):
+    hidden = head_width(tmp_path / "plain")
+    weight = torch.arange(hidden, dtype=torch.float32).reshape(1, -1) / 100
+    with_head(tmp_path / "model", {name: weight, name.replace("weight", "bias"): torch.tensor([0.5])}, sharded)
+    scorer = load_for_training(str(tmp_path / "model"), torch.float32, seed=0, expect_head=True)
+    assert torch.equal(head_layer(scorer).weight, weight)
+    out = capsys.readouterr().out
+    assert f"score head: read from {name}" in out
+    assert f"{name.replace('weight', 'bias')} is not read: every score is 0.5 lower than with it" in out
+    assert "loaded head" in out
+
+
+def head_width(folder):
+    models.write("llama", folder)
+    return head_layer(load_for_training(str(folder), torch.float32, seed=0)).in_features
+
+
+def test_a_head_of_several_layers_stops_the_run(tmp_path, capsys):
+    hidden = head_width(tmp_path / "plain")
+    layers = {"score.0.weight": torch.zeros(hidden, hidden), "score.2.weight": torch.zeros(1, hidden)}
+    with_head(tmp_path / "model", layers)
+    with pytest.raises(
+        UserError, match=r"a head that is not one linear layer .*score\.0\.weight.*--new_head"
+    ) as caught:
+        load_for_training(str(tmp_path / "model"), torch.float32, seed=0)
+    assert "\n" not in str(caught.value)
+    scorer = load_for_training(str(tmp_path / "model"), torch.float32, seed=7, new_head=True)
+    plain = load_for_training(str(tmp_path / "plain"), torch.float32, seed=7)
+    assert torch.equal(head_layer(scorer).weight, head_layer(plain).weight)
+
+
+def test_a_trained_head_gives_way_to_a_new_one(tmp_path, capsys):
+    write_classifier("llama", tmp_path, 1)
+    drawn = [head_layer(load_for_training(str(tmp_path), torch.float32, 7, new_head=new)).weight for new in (1, 0)]
+    assert not torch.equal(*drawn)
+    assert drawn[0].std() < 0.05
+    write_classifier("bert", tmp_path / "bert", 1)
+    with pytest.raises(UserError, match="--new_head: an encoder's classification head stays as it is"):
+        load_for_training(str(tmp_path / "bert"), torch.float32, 7, new_head=True)
+
+
+def test_a_dropped_bias_and_other_weights_are_named_once_and_a_language_model_s_head_is_not(tmp_path, capsys):
+    written = write_classifier("llama", tmp_path / "one", 1)
+    more = {"score.bias": torch.tensor([-0.25]), "adapter.down": torch.zeros(2, 2), "lm_head.weight": torch.zeros(3, 2)}
+    save_file({**written, **more}, tmp_path / "one" / "model.safetensors", {"format": "pt"})
+    load_for_training(str(tmp_path / "one"), torch.float32, seed=0)
+    out = capsys.readouterr().out
+    assert "score.bias is not read: every score is -0.25 lower than with it" in out
+    assert f"{tmp_path / 'one'}: weights that are not read: adapter.down\n" in out
+    assert "lm_head" not in out
+
+
+# Checkpoints that are stored as something else.
+
+
+def test_fp8_weights_become_numbers_and_are_saved_as_such(tmp_path, capsys):
+    models.write("llama", tmp_path / "plain")
+    state = load_file(tmp_path / "plain" / "model.safetensors")
+    stored, block = {}, 16
+    for name, weight in state.items():
+        stored[name] = weight
+        if ".layers." in name and weight.dim() == 2:
+            rows, columns = (-(-size // block) for size in weight.shape)
+            scale = torch.full((rows, columns), 0.01)
+            stored[name] = (weight / 0.01).to(torch.float8_e4m3fn)
+            stored[f"{name}_scale_inv"] = scale
+            state[name] = stored[name].float() * 0.01
+    folder = tmp_path / "fp8"
+    shutil.copytree(tmp_path / "plain", folder)
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    quantized = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [block, block]}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantized}))
+    if "dequantize" not in inspect.signature(FineGrainedFP8Config.__init__).parameters:
+        with pytest.raises(UserError, match=r"is quantized .fp8., and cannot be trained"):
+            load_for_training(str(folder), torch.float32, seed=0)
+        return
+    scorer = load_for_training(str(folder), torch.float32, seed=0)
+    assert (
+        f"{folder} is quantized (fp8): its weights are loaded, trained and saved as numbers" in capsys.readouterr().out
+    )
+    for name, weight in scorer.unwrapped.state_dict().items():
+        if name in state:
+            assert torch.allclose(weight, state[name], atol=1e-6), name
+    saving.save(scorer, tiny.tokenizer(), tmp_path / "out")
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    assert {weight.dtype for weight in saved.values()} == {torch.float32}
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    for name, weight in scorer.unwrapped.state_dict().items():
+        assert torch.equal(saved[name], weight)
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "compressed-tensors"])
+def test_what_cannot_be_saved_as_evaluated_is_refused(method, tmp_path):
+    models.write("llama", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": method}}))
+    with pytest.raises(UserError, match=rf"is quantized .{method}., and cannot be trained and saved as"):
+        load_for_training(str(tmp_path), torch.float32, seed=0)
+
+
+def test_fp8_at_zero_3_is_refused(tmp_path, monkeypatch):
+    models.write("llama", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    monkeypatch.setattr(ours, "is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(UserError, match="start from the checkpoint before quantization"):
+        load_for_training(str(tmp_path), torch.float32, seed=0)
+
+
+CODE = {
+    "configuration_x.py": "from transformers import LlamaConfig\n\n\n"
+    "class XConfig(LlamaConfig):\n    model_type = 'x'\n",
+    "modeling_x.py": "from transformers import LlamaModel\n\nfrom .configuration_x import XConfig\n\n\n"
+    "class XModel(LlamaModel):\n    config_class = XConfig\n",
+}
+
+
+def test_code_of_the_model_s_own_runs_only_when_it_may(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked a question"))
+    models.write("llama", tmp_path / "model")
+    tiny.tokenizer(tmp_path / "model")
+    for name, text in CODE.items():
+        (tmp_path / "model" / name).write_text(text)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    auto = {"AutoConfig": "configuration_x.XConfig", "AutoModel": "modeling_x.XModel"}
+    changed = config | {"model_type": "x", "auto_map": auto, "architectures": ["XModel"]}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(changed))
+    state = load_file(tmp_path / "model" / "model.safetensors")
+    state = {name.removeprefix("model."): weight for name, weight in state.items()}
+    save_file(state, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    for read in (load_for_training, lambda name, *_, **__: ours.read_config(name)):
+        with pytest.raises(UserError, match="code of its own, which runs only with --trust_remote_code"):
+            read(str(tmp_path / "model"), torch.float32, seed=0)
+    scorer = load_for_training(str(tmp_path / "model"), torch.float32, seed=0, trust_remote_code=True)
+    saving.save(scorer, tiny.tokenizer(), tmp_path / "out")
+    with pytest.raises(UserError, match="--trust_remote_code"):
+        load(tmp_path / "out")
+    again = load(tmp_path / "out", trust_remote_code=True)
+    ids = torch.tensor([[5, 6, 7]])
+    expected = scorer(ids, torch.ones_like(ids), torch.tensor([2])).item()
+    assert again.score_ids([[5, 6, 7]]) == pytest.approx([expected], abs=1e-6)
+
+
+# What a run saves is a start of another run.
+
+
+@pytest.mark.parametrize("save_format, pooling", [("dschat", None), ("hf", "mean"), ("hf", None)])
+def test_every_saved_form_is_a_start(save_format, pooling, tmp_path, capsys):
+    models.write("llama", tmp_path / "base")
+    scorer = load_for_training(str(tmp_path / "base"), torch.float32, seed=3, pooling=pooling)
+    tokenizer = tiny.tokenizer()
+    scorer.config.pad_token_id = tokenizer.pad_token_id
+    saving.save(scorer, tokenizer, tmp_path / "out", save_format)
+    again = load_for_training(str(tmp_path / "out"), torch.float32, seed=9)
+    assert "loaded head" in capsys.readouterr().out
+    ids = torch.tensor([[5, 6, 7]])
+    one, two = (each.eval()(ids, torch.ones_like(ids), torch.tensor([2])) for each in (scorer, again))
+    assert torch.allclose(one, two, atol=1e-6)
+    assert again.pooling == scorer.pooling
+    drawn = load_for_training(str(tmp_path / "out"), torch.float32, seed=3, new_head=True)
+    assert torch.equal(head_layer(drawn).weight, head_layer(scorer).weight)  # the seed of the first
+    if save_format == "dschat" or pooling:
+        with pytest.raises(UserError, match="was trained with"):
+            load_for_training(str(tmp_path / "out"), torch.float32, 0, pooling="last" if pooling else "mean")
+
+
+def test_an_adapter_is_no_model(tmp_path):
+    (tmp_path / "out" / "adapter").mkdir(parents=True)
+    (tmp_path / "out" / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/model"}')
+    with pytest.raises(UserError, match="adapter is a LoRA adapter of someone/model: merge it first"):
+        ours.read_config(str(tmp_path / "out" / "adapter"))
+    (tmp_path / "out" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=f"start from {tmp_path / 'out'}, where it is merged"):
+        ours.read_config(str(tmp_path / "out" / "adapter"))

@@ -112,7 +112,7 @@ def _tokenizer(config: RunConfig):
 
     if not Path(config.model.model_name_or_path).is_dir():
         return AnyTokenizer()
-    tokenizer = load_tokenizer(config.model.model_name_or_path)
+    tokenizer = load_tokenizer(config.model.model_name_or_path, trust_remote_code=config.model.trust_remote_code)
     if config.data.chat_template:
         give_template(tokenizer, config.data.chat_template)
     return tokenizer

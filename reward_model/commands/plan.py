@@ -195,7 +195,7 @@ def show(asked: PlanConfig, config: RunConfig) -> Generator[str, None, bool]:
     """The plan, line by line; whether anything fits."""
     cluster, pairs = cluster_of(asked), config.batches.per_device_train_batch_size
     name, dtype, per_node = config.model.model_name_or_path, config.engine.dtype, asked.gpus_per_node or 8
-    plan = Plan(build_on_meta(read_config(name), config.model, dtype), config)
+    plan = Plan(build_on_meta(read_config(name, config.model.trust_remote_code), config.model, dtype), config)
     counts = plan.counts
     yield (
         f"{name}: {counts.total / 1e9:,.2f} billion parameters, {counts.layers} layers of "

@@ -181,6 +181,10 @@ class ModelConfig(Group):
     _bounds: ClassVar[Bounds] = {"dropout": (0, 1, True), "lora_dim": NOT_NEGATIVE, "lora_alpha": POSITIVE}
 
     model_name_or_path: str = flag(metavar="MODEL", help="A pretrained model: a folder or a hub name. Required.")
+    trust_remote_code: bool = flag(
+        False, help="Run the code that a model from the hub or a folder brings. Look at it first."
+    )
+    new_head: bool = flag(False, help="Draw a new score head, whatever head the model has.")
     dropout: float | None = flag(
         None,
         metavar="PROBABILITY",

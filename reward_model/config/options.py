@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -148,9 +149,20 @@ def require_model_folder(name_or_path: str) -> None:
     if is_path and not Path(name_or_path).is_dir():
         raise UserError(f"--model_name_or_path {name_or_path}: no such folder")
     if Path(name_or_path).is_dir():
+        require_no_adapter(Path(name_or_path))
         for pattern in ("*.json", "*.safetensors", "*.bin", "*.model"):
             for file in Path(name_or_path).glob(pattern):
                 require_no_lfs_pointer(file)
+
+
+def require_no_adapter(folder: Path) -> None:
+    """Raises UserError for a LoRA adapter, which is no model; names what it belongs to."""
+    file = folder / "adapter_config.json"
+    if file.is_file() and not (folder / "config.json").is_file():
+        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path") or "its base model"
+        merged = folder.resolve().parent
+        where = f"start from {merged}, where it is merged" if (merged / "config.json").is_file() else "merge it first"
+        raise UserError(f"--model_name_or_path {folder} is a LoRA adapter of {base}: {where}")
 
 
 def explain_inherited(config: RunConfig) -> None:

@@ -36,7 +36,9 @@ class SpecialTokens:
     rows: int
 
 
-def load_tokenizer(name_or_path: str, add_eot_token: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name_or_path: str, add_eot_token: bool = False, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model; with ``add_eot_token``, ``<|endoftext|>`` is one token and ends every text.
 
     Raises:
@@ -45,7 +47,7 @@ def load_tokenizer(name_or_path: str, add_eot_token: bool = False) -> PreTrained
     if name_or_path.startswith((".", "/", "~")) and not os.path.isdir(name_or_path):
         raise UserError(f"{name_or_path}: no such folder")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except Exception as error:  # Transformers raises OSError, ValueError, KeyError and the tokenizers' own
         raise UserError(f"no tokenizer in {name_or_path}: {first_line(error)}") from error
     if add_eot_token:

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -17,15 +18,16 @@ from transformers import (
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from reward_model.common.errors import UserError, first_line
+from reward_model.common.errors import UserError
 from reward_model.common.logging import logger
 from reward_model.config.options import require_model_folder
+from reward_model.models.heads import adopt_head, heads_among, read_weights, say_bias, unread
+from reward_model.models.saved_forms import form_of, load_form, no_pooler, on_drop_in, pooling_of, set_dropout, why_not
 from reward_model.models.scorer import (
     Scorer,
     init_head,
     multiply_in_float32,
 )
-from reward_model.reward_model import RewardModel
 
 
 def load_for_training(
@@ -35,26 +37,64 @@ def load_for_training(
     pooling: str | None = None,
     dropout: float | None = None,
     expect_head: bool = False,
+    trust_remote_code: bool = False,
+    new_head: bool = False,
 ) -> Scorer:
-    """A pretrained model with a score head, new or its own.
+    """A pretrained model with a score head, new or its own, in any form that a run saves.
 
     Args:
-        pooling: ``last``, ``mean`` or None: last for a decoder, an encoder's own head.
+        dtype: of the weights; ``auto``: as saved.
+        pooling: ``last``, ``mean`` or None: last for a decoder, an encoder's own head, and what a form of ours says.
         dropout: for every dropout that the model's config names; None: as configured.
         seed: of a new head, N(0, 1/(h+1)²) as in OpenRLHF: the first scores lie near 0 and the first loss near log 2.
         expect_head: a model without a head of its own is an error.
+        trust_remote_code: run the code that the model brings.
+        new_head: draw a new head, whatever head there is.
 
     Raises:
-        UserError: no model there, or weights missing.
+        UserError: no model there, weights missing, or a head that cannot be read.
     """
+    form = form_of(Path(name_or_path)) if Path(name_or_path).is_dir() else None
+    if form:
+        scorer = _load_own(name_or_path, form, dtype, pooling, dropout, trust_remote_code)
+        has_head = True
+    else:
+        scorer, has_head = _load_pretrained(name_or_path, dtype, pooling, dropout, trust_remote_code, new_head)
+    if not has_head and expect_head:
+        raise UserError(f"{name_or_path} has no trained score head")
+    draws = (new_head or not has_head) and scorer.pooling != "classifier"
+    if new_head and not draws:
+        raise UserError("--new_head: an encoder's classification head stays as it is; --pooling mean has a new one")
+    if draws:
+        init_head(scorer, seed)
+    head = "new" if draws or not has_head else "loaded"
+    logger.info(f"model: {type(scorer.unwrapped).__name__}, pooling {scorer.pooling}, {head} head")
+    return scorer
+
+
+def _load_own(name_or_path: str, form, dtype, pooling, dropout, trust_remote_code: bool) -> Scorer:
+    its_pooling = pooling_of(Path(name_or_path), form)
+    if pooling not in (None, its_pooling):
+        raise UserError(f"--pooling {pooling}: {name_or_path} was trained with {its_pooling}; leave the flag out")
+    return load_form(Path(name_or_path), form, None if dtype == "auto" else dtype, trust_remote_code, dropout)
+
+
+def _load_pretrained(
+    name_or_path: str, dtype, pooling: str | None, dropout: float | None, trust_remote_code: bool, new_head: bool
+) -> tuple[Scorer, bool]:
+    """A model as Transformers stores it, and whether it has a trained score head."""
     try:
-        config = AutoConfig.from_pretrained(name_or_path, num_labels=1)
+        config = AutoConfig.from_pretrained(name_or_path, num_labels=1, trust_remote_code=trust_remote_code)
         labels = _labels_of_head(PretrainedConfig.get_config_dict(name_or_path)[0])
     except Exception as error:  # OSError, ValueError, KeyError: missing, unreachable, unknown architecture
-        raise UserError(f"no model in {name_or_path}: {first_line(error)}") from error
+        raise UserError(f"no model in {name_or_path}: {why_not(error)}") from error
     if dropout is not None:
         set_dropout(config, dropout)
-    has_class = type(config) in AutoModelForSequenceClassification._model_mapping
+    options: dict[str, Any] = whole_numbers(name_or_path, config) | {"trust_remote_code": trust_remote_code}
+    auto_map = getattr(config, "auto_map", None) or {}
+    has_class = type(config) in AutoModelForSequenceClassification._model_mapping or (
+        "AutoModelForSequenceClassification" in auto_map
+    )
     if labels != 1 and pooling != "mean" and is_deepspeed_zero3_enabled():
         raise UserError(
             f"{name_or_path} is a classifier of {labels} labels: Transformers cannot put a new head on it at "
@@ -64,34 +104,40 @@ def load_for_training(
         # never where it is not needed: under ZeRO 3 every weight has the shape (0,) when Transformers 4.56 and 4.57
         # compare, so that they drop the whole checkpoint
         ignore = {"ignore_mismatched_sizes": True} if labels != 1 else {}
-        model, missing = _from_pretrained(AutoModelForSequenceClassification, name_or_path, config, dtype, **ignore)
+        model, missing, beyond = _from_pretrained(
+            AutoModelForSequenceClassification, name_or_path, config, dtype, **options, **ignore
+        )
         prefix = model.base_model_prefix + "."
         absent = [name for name in missing if name.startswith(prefix) and ".pooler." not in name]
-        new_head = any(not name.startswith(prefix) for name in missing)
+        has_head = all(name.startswith(prefix) for name in missing)
         is_decoder = isinstance(getattr(model, "score", None), nn.Linear)
         if pooling == "last" and not is_decoder:
             raise UserError(f"--pooling last: {type(model).__name__} has a head of its own; leave the flag out")
         scorer = Scorer(model, "last" if is_decoder else "classifier")
         multiply_in_float32(model)
     else:
-        backbone, absent = _from_pretrained(AutoModel, name_or_path, config, dtype, **no_pooler(config))
+        backbone, absent, beyond = _from_pretrained(
+            AutoModel, name_or_path, config, dtype, **options, **no_pooler(config)
+        )
         scorer = on_drop_in(backbone, pooling or "last")
-        new_head = True
+        has_head = False
     if absent:
         raise UserError(f"{name_or_path} lacks {len(absent)} of the model's weights, {absent[0]} the first of them")
-    if new_head and expect_head:
-        raise UserError(f"{name_or_path} has no trained score head")
-    if new_head and scorer.pooling != "classifier":
-        init_head(scorer, seed)
-    logger.info(
-        f"model: {type(scorer.unwrapped).__name__}, pooling {scorer.pooling}, {'new' if new_head else 'loaded'} head"
-    )
-    return scorer
+    return scorer, has_head if new_head else _read_beyond(scorer, name_or_path, unread(beyond), has_head)
 
 
-def on_drop_in(backbone: nn.Module, pooling: str) -> Scorer:
-    """A model without a head under the drop-in's; its pad rule stays unused, since lengths say where a text ends."""
-    return Scorer(RewardModel(backbone, SimpleNamespace(pad_token_id=None)), pooling)
+def _read_beyond(scorer: Scorer, name_or_path: str, names: list[str], has_head: bool) -> bool:
+    """Take a score head from the weights that the model does not read, and name the others; whether there is a head."""
+    heads = heads_among(names)
+    if has_head:
+        say_bias(read_weights(name_or_path, [name for name in heads if name.endswith(".bias")]) if heads else {})
+        names = [name for name in names if name not in heads or not name.endswith(".bias")]
+    elif scorer.pooling == "last" and adopt_head(scorer, name_or_path, names):
+        has_head, names = True, [name for name in names if name not in heads]
+    if names:
+        others = f" and {len(names) - 3} others" if len(names) > 3 else ""
+        logger.warning(f"{name_or_path}: weights that are not read: {', '.join(names[:3])}{others}")
+    return has_head
 
 
 def _labels_of_head(config: dict) -> int:
@@ -101,48 +147,79 @@ def _labels_of_head(config: dict) -> int:
     return len(config.get("id2label") or ()) or config.get("num_labels") or 2  # 2 is the default, not written down
 
 
-def _from_pretrained(auto_class, name_or_path: str, config, dtype: torch.dtype, **kwargs):
+def _from_pretrained(
+    auto_class, name_or_path: str, config, dtype: torch.dtype, **kwargs
+) -> tuple[nn.Module, list[str], list[str]]:
+    """A model, the names of its weights that the checkpoint lacks, and those of the checkpoint that it lacks."""
     try:
         model, info = auto_class.from_pretrained(
             name_or_path, config=config, dtype=dtype, output_loading_info=True, **kwargs
         )
     except Exception as error:
-        raise UserError(f"cannot load the weights of {name_or_path}: {first_line(error)}") from error
+        raise UserError(f"cannot load the weights of {name_or_path}: {why_not(error)}") from error
+    _forget_quantization(model)
     # of another shape: names in Transformers 4, a name and two shapes in 5
     mismatched = {entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]}
-    return model, sorted(set(info["missing_keys"]) | mismatched)
+    return model, sorted(set(info["missing_keys"]) | mismatched), sorted(info["unexpected_keys"])
 
 
-def no_pooler(config) -> dict:
-    """AutoModel gives BERT's kind a pooling layer that a mean over tokens leaves unused."""
-    model_class = AutoModel._model_mapping[type(config)]
-    model_class = model_class[0] if isinstance(model_class, (list, tuple)) else model_class
-    takes_it = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
-    return {"add_pooling_layer": False} if takes_it else {}
+QUANTIZED = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}  # that Transformers can write out as numbers
 
 
-def set_dropout(config: PretrainedConfig, dropout: float) -> None:
-    """Write one probability to every dropout that a config names (layerdrop, which skips layers, is another thing)."""
-    for name, value in list(config.to_dict().items()):
-        is_dropout = "drop" in name or name.endswith("_pdrop")
-        if is_dropout and "layerdrop" not in name and isinstance(value, (int, float)) and not isinstance(value, bool):
-            setattr(config, name, dropout)
+def whole_numbers(name_or_path: str, config) -> dict[str, Any]:
+    """What makes Transformers load a quantized checkpoint as numbers that can be trained and saved.
+
+    Returns:
+        Arguments of ``from_pretrained``; none for a checkpoint that is not quantized.
+
+    Raises:
+        UserError: a quantization that cannot be undone.
+    """
+    stored = getattr(config, "quantization_config", None)
+    if not stored:
+        return {}
+    method = str(stored["quant_method"] if isinstance(stored, dict) else stored.quant_method)
+    method = method.rpartition(".")[2].lower()
+    kind: Any = getattr(transformers, QUANTIZED.get(method, ""), None)
+    can = kind is not None and "dequantize" in inspect.signature(kind.__init__).parameters
+    if not can or is_deepspeed_zero3_enabled():
+        at = " at ZeRO stage 3" if can else ""
+        raise UserError(
+            f"{name_or_path} is quantized ({method}), and cannot be trained and saved as it is evaluated{at}: start "
+            "from the checkpoint before quantization"
+        )
+    logger.warning(f"{name_or_path} is quantized ({method}): its weights are loaded, trained and saved as numbers")
+    return {"quantization_config": kind(dequantize=True)}
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def read_config(name_or_path: str):
-    """Raises UserError where there is no model."""
+def _forget_quantization(model: nn.Module) -> None:
+    """Transformers 5 would quantize again when it saves a model, with the steps by which it undid that."""
+    steps = getattr(model, "_weight_conversions", None) or []
+    kept = [
+        each
+        for each in steps
+        if not any("Dequantize" in type(step).__name__ for step in getattr(each, "operations", None) or [])
+    ]
+    if len(kept) < len(steps):
+        model._weight_conversions = kept or None
+
+
+def read_config(name_or_path: str, trust_remote_code: bool = False):
+    """Raises UserError where there is no model, or one that cannot be trained."""
     require_model_folder(name_or_path)
     try:
-        return AutoConfig.from_pretrained(name_or_path)
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except Exception as error:  # OSError, ValueError, KeyError: missing, unreachable, unknown architecture
         place = "" if Path(name_or_path).is_dir() else "no such folder here, and from the hub: "
-        raise UserError(f"--model_name_or_path {name_or_path}: {place}{first_line(error)}") from error
+        raise UserError(f"--model_name_or_path {name_or_path}: {place}{why_not(error)}") from error
+    return config
 
 
-def is_reward_model(config) -> bool:
-    """Whether a config says that its model has been trained to give one score."""
-    names = config.architectures or []
-    return config.num_labels == 1 and any(name.endswith(("Classification", "RewardModel")) for name in names)
+def is_reward_model(name_or_path: str, config) -> bool:
+    """Whether a model has been trained to give one score, by its config and its form."""
+    if Path(name_or_path).is_dir() and form_of(Path(name_or_path)):
+        return True
+    return config.num_labels == 1 and any(name.endswith("Classification") for name in config.architectures or [])

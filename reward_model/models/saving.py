@@ -22,6 +22,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.dynamic_module_utils import custom_object_save
 
 from reward_model.common.errors import UserError
 from reward_model.common.logging import logger
@@ -141,6 +142,8 @@ def _save_for_loading(scorer: Scorer, state: dict[str, torch.Tensor], folder: Pa
         return
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
+    if getattr(scorer.backbone, "_auto_class", None):  # it came with code of its own
+        custom_object_save(scorer.backbone, folder, config=config)
     config.save_pretrained(folder)
     (folder / OWN_CONFIG).write_text(json.dumps({"pooling": scorer.pooling}) + "\n")
     save_torch_state_dict(state, folder, filename_pattern=OWN_WEIGHTS)

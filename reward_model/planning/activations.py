@@ -19,8 +19,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from reward_model.common.errors import UserError, first_line
 from reward_model.config.groups import ModelConfig
-from reward_model.models.loading import DTYPES, no_pooler, on_drop_in, set_dropout
+from reward_model.models.loading import DTYPES
 from reward_model.models.lora import add_lora
+from reward_model.models.saved_forms import no_pooler, on_drop_in, set_dropout
 from reward_model.models.scorer import Scorer, head_layer
 from reward_model.planning.model_states import Counts
 from reward_model.reward_model import ValueHead
@@ -97,9 +98,12 @@ def build_on_meta(config: PretrainedConfig, options: ModelConfig, dtype: str) ->
         set_dropout(config, options.dropout)
     has_class = options.pooling != "mean" and type(config) in AutoModelForSequenceClassification._model_mapping
     auto_class, others = (AutoModelForSequenceClassification, {}) if has_class else (AutoModel, no_pooler(config))
+    others |= {"trust_remote_code": options.trust_remote_code}
     try:
         with torch.device("meta"):
-            model = auto_class.from_config(config, dtype=DTYPES[dtype], **others)
+            model = auto_class.from_config(
+                config, dtype=DTYPES[dtype], trust_remote_code=options.trust_remote_code, **others
+            )
             if has_class:
                 is_decoder = isinstance(getattr(model, "score", None), nn.Linear)
                 scorer = Scorer(model, "last" if is_decoder else "classifier")

@@ -52,7 +52,7 @@ def load_data(
         UserError: unreadable or unusable data, or texts longer than the model's positions.
     """
     data, seed, normalize = settings.data, settings.training.seed, settings.output.normalize_scores
-    tokenizer = load_tokenizer(settings.model.model_name_or_path, data.add_eot_token)
+    tokenizer = load_tokenizer(settings.model.model_name_or_path, data.add_eot_token, settings.model.trust_remote_code)
     if data.chat_template:
         give_template(tokenizer, data.chat_template)
     if data.chat and not tokenizer.chat_template:

@@ -31,7 +31,13 @@ def build_scorer(settings: Settings, rows: int) -> Scorer:
     """The model as the run wants it, with an embedding of at least ``rows`` rows."""
     model, engine, output = settings.model, settings.engine, settings.output
     scorer = load_for_training(
-        model.model_name_or_path, DTYPES[engine.dtype], settings.training.seed, model.pooling, model.dropout
+        model.model_name_or_path,
+        DTYPES[engine.dtype],
+        settings.training.seed,
+        model.pooling,
+        model.dropout,
+        trust_remote_code=model.trust_remote_code,
+        new_head=model.new_head,
     )
     if settings.loss.level == "token" and scorer.pooling != "last":
         raise UserError("--loss_level token: this model has no score per token; leave the flag out")

@@ -29,14 +29,15 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
     folder = Path(question["folder"])
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    trust = question.get("trust_remote_code", False)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     texts = [
         tokenizer.apply_chat_template(each["messages"], tokenize=False) if each["messages"] else each["text"]
         for each in question["written"]
     ]
     return {
-        "scores": {form: _scores(folder, form, question["ids"], tokenizer) for form in question["forms"]},
+        "scores": {form: _scores(folder, form, question["ids"], tokenizer, trust) for form in question["forms"]},
         "texts": texts,
         "ids": [
             tokenizer(text, add_special_tokens=not each["templated"], verbose=False)["input_ids"]
@@ -46,22 +47,24 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _scores(folder: Path, form: str, ids: list[list[int]], tokenizer) -> list[float]:
+def _scores(folder: Path, form: str, ids: list[list[int]], tokenizer, trust: bool) -> list[float]:
     from reward_model.models.saving import OWN_CONFIG
 
     if form == "hf" and not (folder / OWN_CONFIG).is_file():
-        return _by_transformers(folder, ids, tokenizer)
+        return _by_transformers(folder, ids, tokenizer, trust)
     from reward_model.inference import load
 
-    reward = load(folder, form="dschat" if form == "dschat" else "hf")
+    reward = load(folder, form="dschat" if form == "dschat" else "hf", trust_remote_code=trust)
     return [score + reward.mean for score in reward.score_ids(ids, BATCH)]
 
 
-def _by_transformers(folder: Path, ids: list[list[int]], tokenizer) -> list[float]:
+def _by_transformers(folder: Path, ids: list[list[int]], tokenizer, trust: bool) -> list[float]:
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    model, info = AutoModelForSequenceClassification.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        folder, dtype="auto", output_loading_info=True, trust_remote_code=trust
+    )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             raise ValueError(

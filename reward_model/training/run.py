@@ -70,7 +70,7 @@ def run(config: RunConfig) -> TrainResult:
         refuse_used_folder(folder)
     context = distributed.start(config.engine.local_rank, config.engine.offload, config.output.debug)
     explain_inherited(config)
-    model_config = read_config(config.model.model_name_or_path)
+    model_config = read_config(config.model.model_name_or_path, config.model.trust_remote_code)
     text = model_config.get_text_config()
     default_dtype = distributed.default_dtype()
     if config.engine.dtype != "auto":
@@ -80,7 +80,8 @@ def run(config: RunConfig) -> TrainResult:
     distributed.require_zero(settings.deepspeed.zero, settings.engine.nvme_path)
     set_seed(settings.training.seed)
     objective = Objective(settings.loss)
-    data = load_data(settings, text, objective, context, is_reward_model(model_config))
+    is_trained = is_reward_model(config.model.model_name_or_path, model_config) and not config.model.new_head
+    data = load_data(settings, text, objective, context, is_trained)
     trainer = prepare(settings, context, objective, data, folder)
     trainer.train()
     keep_scale(trainer, data.reference)
@@ -218,7 +219,9 @@ def save(trainer: Trainer, data: Data, folder: Path) -> None:
     if is_writer:
         pictures.draw(folder / "metrics.jsonl", folder / "report.png", trainer.last.scores)
         forms = ("hf", "dschat") if save_format == "both" else (save_format,)
-        problem = verify.check(folder, forms, expected, data.tokenizer, data.special)
+        problem = verify.check(
+            folder, forms, expected, data.tokenizer, data.special, trainer.settings.model.trust_remote_code
+        )
         if problem:
             kept = verify.set_aside(folder, names)
             problem = f"what was saved is not what was evaluated, and lies in {kept}: {problem}"

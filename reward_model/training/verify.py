@@ -198,12 +198,14 @@ def check(
     expected: Expected,
     tokenizer: PreTrainedTokenizerBase,
     special: SpecialTokens,
+    trust_remote_code: bool = False,
 ) -> str:
     """Ask a saved model in a process of its own; says how it went, unless something differs.
 
     Args:
         forms: The forms that were saved, ``hf``, ``dschat`` or both.
         tokenizer: Of the training.
+        trust_remote_code: The model brings code of its own, which may run.
 
     Returns:
         What differs, in a line; empty: nothing does, or it could not be found out, which is said.
@@ -220,6 +222,7 @@ def check(
         "ids": expected.ids,
         "written": [asdict(each) for each in expected.written],
         "settings": list(expected.settings),
+        "trust_remote_code": trust_remote_code,
     }
     answer = ask(question)
     if why := answer.get("not_verified"):

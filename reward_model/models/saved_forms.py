@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading the forms of a saved model that are not Transformers' own: ours, and DeepSpeed-Chat's."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
+
+import torch
+from huggingface_hub import load_torch_model
+from torch import nn
+from transformers import AutoConfig, AutoModel, PretrainedConfig
+
+from reward_model.common.errors import UserError, first_line
+from reward_model.models.saving import DSCHAT_WEIGHTS, OWN_CONFIG, OWN_WEIGHTS
+from reward_model.models.scorer import Scorer, embedding_name, embedding_rows
+from reward_model.reward_model import RewardModel
+
+Form = Literal["own", "dschat"]
+BACKBONE = "rwtransformer."
+
+
+def form_of(folder: Path, wanted: str | None = None) -> Form | None:
+    """Which of these forms a folder holds; None: neither, or Transformers' beside it.
+
+    Args:
+        wanted: ``hf`` or ``dschat`` of a folder that holds two; None: ``dschat`` only where there is nothing else.
+    """
+    has_own = (folder / OWN_CONFIG).is_file()
+    has_other = has_own or any(folder.glob("*.safetensors"))
+    if (folder / DSCHAT_WEIGHTS).is_file() and (wanted == "dschat" or (wanted is None and not has_other)):
+        return "dschat" if any(name.startswith(BACKBONE) for name in _dschat_state(folder)) else None
+    return "own" if has_own else None
+
+
+def pooling_of(folder: Path, form: Form) -> str:
+    """Where a model in one of these forms scores a text."""
+    return json.loads((folder / OWN_CONFIG).read_text())["pooling"] if form == "own" else "last"
+
+
+def load_form(
+    folder: Path,
+    form: Form,
+    dtype: torch.dtype | None,
+    trust_remote_code: bool = False,
+    dropout: float | None = None,
+) -> Scorer:
+    """A model in one of these forms, with the head that it was trained with.
+
+    Args:
+        dtype: of the weights; None: as saved.
+        dropout: for every dropout that the config names; None: as configured.
+
+    Raises:
+        UserError: the weights do not fit the config.
+    """
+    with _whole_weights():
+        scorer = _empty(folder, dtype, pooling_of(folder, form), trust_remote_code, dropout)
+        if form == "own":
+            load_torch_model(scorer.model, folder, strict=True, filename_pattern=OWN_WEIGHTS)
+            return scorer
+        state = _dschat_state(folder)
+        embedding = state.get(f"{BACKBONE}{embedding_name(scorer)}")
+        rows = embedding_rows(scorer) if embedding is None else len(embedding)
+        if rows != embedding_rows(scorer):
+            scorer.model.rwtransformer.resize_token_embeddings(rows, mean_resizing=False)
+    try:
+        scorer.model.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"{folder / DSCHAT_WEIGHTS} does not fit its config.json: {error}") from error
+    return scorer
+
+
+def _dschat_state(folder: Path) -> dict[str, torch.Tensor]:
+    file = folder / DSCHAT_WEIGHTS
+    # mapped: host memory holds the model once
+    state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    # before October 2023 upstream spelt it otherwise
+    return {name.replace("rwtranrsformer.", BACKBONE, 1): weight for name, weight in state.items()}
+
+
+@contextmanager
+def _whole_weights() -> Iterator[None]:
+    """Under ZeRO 3 Transformers makes partitioned weights, into which no file can be read; DeepSpeed does it later."""
+    from transformers.integrations import deepspeed
+
+    config = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = config
+
+
+def _empty(folder: Path, dtype: torch.dtype | None, pooling: str, trust: bool, dropout: float | None) -> Scorer:
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+    except Exception as error:  # OSError, ValueError, KeyError
+        raise UserError(f"no model in {folder}: {why_not(error)}") from error
+    if dropout is not None:
+        set_dropout(config, dropout)
+    dtype = dtype or getattr(config, "dtype", None) or torch.float32
+    options = no_pooler(config)
+    backbone = AutoModel.from_config(config, dtype=dtype, trust_remote_code=trust, **options)
+    return on_drop_in(backbone, pooling)
+
+
+def on_drop_in(backbone: nn.Module, pooling: str) -> Scorer:
+    """A model without a head under the drop-in's; its pad rule stays unused, since lengths say where a text ends."""
+    return Scorer(RewardModel(backbone, SimpleNamespace(pad_token_id=None)), pooling)
+
+
+def no_pooler(config) -> dict:
+    """AutoModel gives BERT's kind a pooling layer that a mean over tokens leaves unused."""
+    model_class = AutoModel._model_mapping.get(type(config), None)
+    model_class = model_class[0] if isinstance(model_class, (list, tuple)) else model_class
+    takes_it = model_class and "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
+    return {"add_pooling_layer": False} if takes_it else {}
+
+
+def set_dropout(config: PretrainedConfig, dropout: float) -> None:
+    """Write one probability to every dropout that a config names (layerdrop, which skips layers, is another thing)."""
+    for name, value in list(config.to_dict().items()):
+        is_dropout = "drop" in name or name.endswith("_pdrop")
+        if is_dropout and "layerdrop" not in name and isinstance(value, (int, float)) and not isinstance(value, bool):
+            setattr(config, name, dropout)
+
+
+def why_not(error: Exception) -> str:
+    """An error of Transformers in a line that says what to do."""
+    if "trust_remote_code" in str(error) or "custom code" in str(error):
+        return "it brings code of its own, which runs only with --trust_remote_code; look at it first"
+    return first_line(error)
