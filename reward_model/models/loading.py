@@ -119,11 +119,23 @@ def _load_pretrained(
         backbone, absent, beyond = _from_pretrained(
             AutoModel, name_or_path, config, dtype, **options, **no_pooler(config)
         )
-        scorer = on_drop_in(backbone, pooling or "last")
+        scorer = on_drop_in(text_part(backbone), pooling or "last")
         has_head = False
     if absent:
         raise UserError(f"{name_or_path} lacks {len(absent)} of the model's weights, {absent[0]} the first of them")
     return scorer, has_head if new_head else _read_beyond(scorer, name_or_path, unread(beyond), has_head)
+
+
+def text_part(backbone: nn.Module) -> nn.Module:
+    """What of a model gives hidden states: AutoModel makes Llama 4 with its language head, and a tower for images."""
+    if backbone.get_output_embeddings() is None:
+        return backbone
+    part = backbone.get_decoder()
+    part = getattr(part, "model", part) if part.get_output_embeddings() is not None else part
+    if part is backbone:
+        raise UserError(f"{type(backbone).__name__} gives no hidden states that could be scored")
+    logger.info(f"of {type(backbone).__name__} the text part, {type(part).__name__}, is trained and saved")
+    return part
 
 
 def _read_beyond(scorer: Scorer, name_or_path: str, names: list[str], has_head: bool) -> bool:

@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from reward_model.common.errors import UserError
 from reward_model.common.logging import logger
+from reward_model.common.words import counted
 from reward_model.models.scorer import (
     Scorer,
     count,
@@ -28,15 +29,14 @@ def add_lora(scorer: Scorer, dim: int, alpha: float, module_name: str | None) ->
     from peft import LoraConfig, get_peft_model
 
     model = scorer.unwrapped
+    if isinstance(model, RewardModel):
+        model.base_model_prefix = "rwtransformer"  # PEFT asks every model with a config for it
     inside = next(name for name, module in model.named_modules() if module is scorer.backbone)
-    linear = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and name.startswith(inside + ".")
-    ]
+    linear, odd = linear_layers(model, inside)
     targets = [name for name in linear if (module_name or "") in name]
     if not targets:
-        raise UserError(f"--lora_module_name {module_name}: in no layer's name; the layers are named like {linear[0]}")
+        near = f"; the layers are named like {linear[0]}" if linear else ""
+        raise UserError(f"--lora_module_name {module_name}: in no layer's name{near}")
     heads = [name for name, child in model.named_children() if name != inside and any(True for _ in child.parameters())]
     config = LoraConfig(
         r=dim,
@@ -54,7 +54,37 @@ def add_lora(scorer: Scorer, dim: int, alpha: float, module_name: str | None) ->
     logger.info(
         f"LoRA: {len(targets)} layers, dimension {dim}; the base is frozen, {trained:,} of {total:,} parameters train"
     )
+    say_without_adapter(scorer, odd, total)
     return scorer
+
+
+def linear_layers(model: nn.Module, inside: str) -> tuple[list[str], list[str]]:
+    """Names of the linear layers of a part of a model, and of those with a forward pass of their own.
+
+    An adapter adds to what a linear layer gives. A router that gives several things takes none.
+    """
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and name.startswith(inside + ".")
+    }
+    odd = [name for name, module in layers.items() if type(module).forward not in (nn.Linear.forward, Conv1D.forward)]
+    return [name for name in layers if name not in odd], odd
+
+
+def say_without_adapter(scorer: Scorer, odd: list[str], total: int) -> None:
+    """Say which weights that a user would expect to be adapted are not."""
+    if odd:
+        kind = type(scorer.unwrapped.get_submodule(odd[0])).__name__
+        logger.warning(f"LoRA: {counted(len(odd), 'layer')} of the class {kind} get no adapter, {odd[0]} the first")
+    stacked = [p for name, p in scorer.backbone.named_parameters() if "expert" in name and _dimensions(p) == 3]
+    if stacked:
+        share = sum(map(count, stacked)) / total
+        logger.warning(f"LoRA: the experts' weights, {share:.0%} of the model, are frozen and get no adapter")
+
+
+def _dimensions(parameter: nn.Parameter) -> int:
+    return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def merge_lora(scorer: Scorer, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
