@@ -183,6 +183,9 @@ def test_lora_is_merged_and_its_adapter_saved(family, tmp_path):
         torch.testing.assert_close(score(load(tmp_path / "out").scorer, batch), expected, atol=1e-4, rtol=1e-4)
         return
     torch.testing.assert_close(transformers_scores(tmp_path / "out", batch), expected, atol=1e-4, rtol=1e-4)
+    card = (tmp_path / "out" / "adapter" / "README.md").read_text()
+    assert "More Information Needed" not in card
+    assert f"base_model: {scorer.model.peft_config['default'].base_model_name_or_path}\n" in card
     with_adapter = PeftModel.from_pretrained(
         AutoModelForSequenceClassification.from_pretrained(base), tmp_path / "out" / "adapter"
     )

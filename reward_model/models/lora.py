@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -85,6 +87,43 @@ def say_without_adapter(scorer: Scorer, odd: list[str], total: int) -> None:
 
 def _dimensions(parameter: nn.Parameter) -> int:
     return len(getattr(parameter, "ds_shape", parameter.shape))
+
+
+CARD = """\
+---
+base_model: {base}
+library_name: peft
+pipeline_tag: text-classification
+tags:
+- lora
+- reward-model
+---
+
+# LoRA adapter of a reward model
+
+The adapter has dimension {dim} and scale {scale:g}, and belongs to {base}. The folder above this one holds the same model
+with the adapter merged, which Transformers loads by itself.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+
+base = AutoModelForSequenceClassification.from_pretrained("{base}", num_labels=1)
+model = PeftModel.from_pretrained(base, "adapter")
+```
+"""
+OWN_CARD = CARD[: CARD.index("```python")] + (
+    "It was trained on a model that Transformers has no class for: load the folder above with "
+    "`reward_model.inference.load`.\n"
+)
+
+
+def write_card(scorer: Scorer, folder: Path) -> None:
+    """Fill in the README.md that PEFT leaves open in an adapter's folder."""
+    config = scorer.model.peft_config["default"]
+    card = OWN_CARD if isinstance(scorer.unwrapped, RewardModel) else CARD
+    base, scale = config.base_model_name_or_path, config.lora_alpha / config.r
+    (folder / "README.md").write_text(card.format(base=base, dim=config.r, scale=scale), encoding="utf-8")
 
 
 def merge_lora(scorer: Scorer, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every text model that Transformers has, small: made, trained for a step, saved and loaded again.
+
+python tests/helpers/architectures.py [TYPE …]      a line for each; without types, all, and writes tests/architectures.md
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import sys
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import tiny
+import torch
+import transformers
+from transformers import AutoModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from reward_model.common.errors import UserError
+from reward_model.inference import load
+from reward_model.models import saving
+from reward_model.models.forward import ForwardPass
+from reward_model.models.loading import load_for_training
+from reward_model.models.lora import add_lora
+from reward_model.models.shared_prefix import SEPARATE
+
+SIZES = {  # what configurations call their sizes
+    **dict.fromkeys(("vocab_size", "n_vocab", "n_words", "vocab_size_per_layer_input"), 320),
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "embedding_size", "model_dim", "n_embed"), 32),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_layers", "decoder_layers"), 2),
+    **dict.fromkeys(("num_decoder_layers", "num_encoder_layers"), 2),
+    **dict.fromkeys(("num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads"), 4),
+    **dict.fromkeys(("decoder_attention_heads", "attention_heads"), 4),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "multi_query_group_num"), 2),
+    **dict.fromkeys(("head_dim", "d_kv", "kv_channels", "qk_nope_head_dim", "v_head_dim", "attention_head_size"), 8),
+    **dict.fromkeys(("qk_rope_head_dim", "qk_head_dim"), 8),
+    **dict.fromkeys(("intermediate_size", "n_inner", "d_ff", "ffn_dim", "hidden_dim", "encoder_ffn_dim"), 48),
+    **dict.fromkeys(("decoder_ffn_dim", "ffn_hidden_size", "intermediate_size_mlp", "dense_intermediate_size"), 48),
+    **dict.fromkeys(("moe_intermediate_size", "expert_ffn_hidden_size", "shared_expert_intermediate_size"), 16),
+    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts"), 2),
+    **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "num_shared_experts"), 1),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "max_sequence_length"), 128),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "mamba_d_state", "state_size", "lora_rank_decay"), 16),
+    **dict.fromkeys(("sliding_window", "attention_window_size", "local_attention"), 64),
+    **dict.fromkeys(("first_k_dense_replace", "num_dense_layers", "num_dense_layers"), 1),
+    **dict.fromkeys(("hidden_size_per_layer_input", "laurel_rank"), 8),
+    "word_embed_proj_dim": 32, "pad_token_id": 1, "bos_token_id": None, "eos_token_id": 0,
+}  # fmt: skip
+NOT_TEXT = ("vision", "audio", "image", "speech", "video", "clip", "whisper", "wav2vec", "hubert", "detr", "vit", "sam")
+LIMIT = 30_000_000  # parameters of what is still called small
+
+
+@dataclass
+class Outcome:
+    """What became of a model type. line: what a user would be told; empty: it works."""
+
+    kind: str
+    form: str = ""
+    sharing: str = ""
+    plain: str = ""
+    lora: str = ""
+
+    def row(self) -> str:
+        return f"| {self.kind} | {self.form} | {self.sharing} | {self.plain} | {self.lora} |"
+
+
+def shrink(config):
+    """A configuration and those inside it with small sizes under whichever names they have."""
+    for part in vars(config).copy().values():
+        if isinstance(part, transformers.PretrainedConfig):
+            shrink(part)
+    layers = config.num_hidden_layers if hasattr(config, "num_hidden_layers") else 0
+    for name, size in SIZES.items():
+        if name in config.attribute_map or (hasattr(config, name) and getattr(config, name) is not None):
+            with contextlib.suppress(Exception):
+                setattr(config, name, size)
+    if getattr(config, "is_encoder_decoder", False):
+        config.decoder_start_token_id = 1
+    for name, value in list(vars(config).items()):  # one entry a layer
+        if isinstance(value, list) and layers > 2 and len(value) == layers:
+            setattr(config, name, value[:1] + value[-1:])
+    return config
+
+
+def make(kind: str, folder: Path):
+    """A small model of a type in a folder, with a tokenizer; None: none could be made."""
+    config = shrink(CONFIG_MAPPING[kind]())
+    torch.manual_seed(0)
+    model = AutoModel.from_config(config, dtype=torch.float32)
+    if sum(p.numel() for p in model.parameters()) > LIMIT:
+        return None
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(2)
+    model.save_pretrained(folder)
+    tiny.tokenizer(folder)
+    return model
+
+
+def try_out(folder: Path, out: Path, lora: int) -> tuple[str, str]:
+    """Train a step, save, load again: the form that was saved, and how prompts are shared.
+
+    Raises:
+        UserError: what a user would be told.
+        AssertionError: scores that are not those of the trained model.
+    """
+    scorer = load_for_training(str(folder), torch.float32, seed=0)
+    tokenizer = tiny.tokenizer()
+    for part in (scorer.config, scorer.config.get_text_config()):
+        part.pad_token_id = tokenizer.pad_token_id
+    if lora:
+        add_lora(scorer, lora, lora, None)
+    forward = ForwardPass(scorer, scorer, torch.float32, torch.device("cpu"), tokenizer.pad_token_id)
+    said = forward.choose_attention(40)
+    forward.use(SEPARATE)
+    texts = [[*range(5, 5 + length), 0] for length in (6, 9)]
+    ids = torch.tensor([texts[0] + [1] * 3, texts[1]])
+    mask = torch.tensor([[1] * 7 + [0] * 3, [1] * 10])
+    optimizer = torch.optim.AdamW([p for p in scorer.parameters() if p.requires_grad], lr=1e-3)
+    scores = scorer.train()(ids, mask, torch.tensor([6, 19]))
+    (scores[0] - scores[1]).square().backward()
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in scorer.parameters()), "no gradient"
+    optimizer.step()
+    trained = scorer.eval()(ids, mask, torch.tensor([6, 19])).detach()
+    assert torch.isfinite(trained).all(), "scores are not finite"
+    single = torch.cat([scorer(torch.tensor([t]), torch.ones(1, len(t)), torch.tensor([len(t) - 1])) for t in texts])
+    assert torch.allclose(trained, single, atol=1e-4), f"pads change a score by {(trained - single).abs().max():.2g}"
+    saving.save(scorer, tokenizer, out)
+    again = torch.tensor(load(out).score_ids(texts))
+    assert torch.allclose(trained, again, atol=1e-4), f"saved scores differ by {(trained - again).abs().max():.2g}"
+    form = "own" if (out / saving.OWN_CONFIG).is_file() else "Transformers'"
+    return form, "yes" if said.startswith("prompts are shared") else "no"
+
+
+def outcome(kind: str) -> Outcome | None:
+    """What becomes of a type; None: it is no text model that could be made small."""
+    with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        folder, found = Path(place, "model"), Outcome(kind)
+        try:
+            if make(kind, folder) is None:
+                return None
+        except Exception:  # whatever a configuration of other sizes than its own raises
+            return None
+        for name, lora in (("plain", 0), ("lora", 4)):
+            try:
+                found.form, found.sharing = try_out(folder, Path(place, name), lora)
+                setattr(found, name, "works")
+            except UserError as error:
+                setattr(found, name, str(error).replace(place, "").replace("|", "/"))
+            except Exception as error:  # a traceback, as a user would see one
+                line = (str(error).splitlines() or [""])[0][:120].replace("|", "/").replace(place, "")
+                setattr(found, name, f"TRACEBACK {type(error).__name__}: {line}")
+    return found
+
+
+def text_types() -> list[str]:
+    names = transformers.models.auto.modeling_auto.MODEL_MAPPING_NAMES
+    return [kind for kind in sorted(names) if not any(word in kind for word in NOT_TEXT)]
+
+
+def main(kinds: list[str]) -> None:
+    logging.disable(logging.WARNING)
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as place:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{place}/store", rank=0, world_size=1)
+    found, unmade = [], []
+    for kind in kinds or text_types():
+        result = outcome(copy.copy(kind))
+        if result is None:
+            unmade.append(kind)
+        else:
+            found.append(result)
+            print(result.row(), flush=True)
+    print("not made small:", ", ".join(unmade))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
