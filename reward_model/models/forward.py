@@ -14,7 +14,11 @@ import numpy as np
 import torch
 
 from reward_model.batching.batch import Batch
+from reward_model.batching.collate import collate
 from reward_model.batching.layout import Layout
+from reward_model.common.errors import UserError, first_line
+from reward_model.common.logging import logger
+from reward_model.data.comparisons import Comparison
 from reward_model.models import shared_prefix
 from reward_model.models.scorer import Scorer, embedding_rows
 from reward_model.models.shared_prefix import SEPARATE, AttentionBackend
@@ -85,6 +89,31 @@ class ForwardPass:
         if isinstance(found, tuple):
             found, self.thresholds = found
         return found
+
+    @torch.no_grad()
+    def require_scores(self) -> None:
+        """Score two short texts, together and alone, and say it if pads change a score; all ranks call it.
+
+        Raises:
+            UserError: the model cannot score a text.
+        """
+        name = type(self.scorer.backbone).__name__
+        self.module.eval()
+        try:
+            ids = np.random.default_rng(0).integers(embedding_rows(self.scorer), size=12).tolist()
+            texts = [Comparison([], [ids[:4]]), Comparison([], [ids[4:]])]
+            together, *alone = (self._scores_of(rows) for rows in (texts, texts[:1], texts[1:]))
+        except (torch.OutOfMemoryError, torch.distributed.DistError):
+            raise
+        except Exception as error:  # in whatever manner a model that is not made for this refuses
+            raise UserError(f"{name} cannot score a text: {first_line(error)}") from error
+        apart = (together - torch.cat(alone)).abs().max().item()
+        if apart > 10 * shared_prefix.TOLERANCES[self.dtype] * together.abs().max().item():
+            logger.warning(f"{name}: pads change a score by {apart:.1g}, so that it depends on the rest of its batch")
+
+    def _scores_of(self, rows: list[Comparison]) -> torch.Tensor:
+        batch = collate(rows, self.layout).to(self.device)
+        return self(batch, batch.tokens.ends).float()
 
     @torch.no_grad()
     def choose_attention(self, longest: int) -> str:

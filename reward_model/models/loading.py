@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from reward_model.common.errors import UserError
+from reward_model.common.errors import UserError, first_line
 from reward_model.common.logging import logger
 from reward_model.config.options import require_model_folder
 from reward_model.models.heads import adopt_head, heads_among, read_weights, say_bias, unread
@@ -90,6 +90,7 @@ def _load_pretrained(
         raise UserError(f"no model in {name_or_path}: {why_not(error)}") from error
     if dropout is not None:
         set_dropout(config, dropout)
+    require_text_model(name_or_path, config)
     options: dict[str, Any] = whole_numbers(name_or_path, config) | {"trust_remote_code": trust_remote_code}
     auto_map = getattr(config, "auto_map", None) or {}
     has_class = type(config) in AutoModelForSequenceClassification._model_mapping or (
@@ -126,15 +127,30 @@ def _load_pretrained(
     return scorer, has_head if new_head else _read_beyond(scorer, name_or_path, unread(beyond), has_head)
 
 
+def require_text_model(name_or_path: str, config) -> None:
+    """Raises UserError for a model whose input is not token ids."""
+    kind = AutoModel._model_mapping.get(type(config), None)
+    kind = kind[0] if isinstance(kind, (list, tuple)) else kind
+    takes = getattr(kind, "main_input_name", "input_ids")
+    if takes != "input_ids":
+        raise UserError(f"{name_or_path}: {kind.__name__} reads {takes}, and no text")
+
+
 def text_part(backbone: nn.Module) -> nn.Module:
     """What of a model gives hidden states: AutoModel makes Llama 4 with its language head, and a tower for images."""
-    if backbone.get_output_embeddings() is None:
-        return backbone
-    part = backbone.get_decoder()
-    part = getattr(part, "model", part) if part.get_output_embeddings() is not None else part
+    name = type(backbone).__name__
+    try:
+        if not isinstance(backbone.get_input_embeddings(), nn.Module):
+            raise UserError(f"{name} has no embedding of tokens: it is no text model")
+        if backbone.get_output_embeddings() is None:
+            return backbone
+        part = backbone.get_decoder()
+        part = getattr(part, "model", part) if part.get_output_embeddings() is not None else part
+    except (NotImplementedError, AttributeError) as error:
+        raise UserError(f"{name} gives no hidden states that could be scored: {first_line(error)}") from error
     if part is backbone:
-        raise UserError(f"{type(backbone).__name__} gives no hidden states that could be scored")
-    logger.info(f"of {type(backbone).__name__} the text part, {type(part).__name__}, is trained and saved")
+        raise UserError(f"{name} gives no hidden states that could be scored")
+    logger.info(f"of {name} the text part, {type(part).__name__}, is trained and saved")
     return part
 
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,10 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from reward_model.common.errors import UserError
 from reward_model.common.logging import logger
 from reward_model.common.words import counted
-from reward_model.models.scorer import (
-    Scorer,
-    count,
-)
+from reward_model.models.scorer import Scorer, count, gathered
 from reward_model.reward_model import RewardModel
 
 
@@ -37,8 +36,9 @@ def add_lora(scorer: Scorer, dim: int, alpha: float, module_name: str | None) ->
     linear, odd = linear_layers(model, inside)
     targets = [name for name in linear if (module_name or "") in name]
     if not targets:
-        near = f"; the layers are named like {linear[0]}" if linear else ""
-        raise UserError(f"--lora_module_name {module_name}: in no layer's name{near}")
+        if not linear:
+            raise UserError(f"--lora_dim {dim}: {type(model).__name__} has no linear layer that an adapter fits")
+        raise UserError(f"--lora_module_name {module_name}: in no layer's name; the layers are named like {linear[0]}")
     heads = [name for name, child in model.named_children() if name != inside and any(True for _ in child.parameters())]
     config = LoraConfig(
         r=dim,
@@ -49,8 +49,9 @@ def add_lora(scorer: Scorer, dim: int, alpha: float, module_name: str | None) ->
         fan_in_fan_out=isinstance(model.get_submodule(targets[0]), Conv1D),
         task_type=None if isinstance(model, RewardModel) else "SEQ_CLS",
     )
-    # adapters in the base's dtype: DeepSpeed refuses mixed ones under ZeRO 3
-    scorer.model = get_peft_model(model, config, autocast_adapter_dtype=False)
+    with _targets_as_named():
+        # adapters in the base's dtype: DeepSpeed refuses mixed ones under ZeRO 3
+        scorer.model = get_peft_model(model, config, autocast_adapter_dtype=False)
     trained = sum(count(p) for p in scorer.parameters() if p.requires_grad)
     total = sum(count(p) for p in scorer.parameters())
     logger.info(
@@ -58,6 +59,25 @@ def add_lora(scorer: Scorer, dim: int, alpha: float, module_name: str | None) ->
     )
     say_without_adapter(scorer, odd, total)
     return scorer
+
+
+@contextmanager
+def _targets_as_named() -> Iterator[None]:
+    """Keep PEFT from moving adapters from the linear layers of an MoE model, dense ones among them, to its experts.
+
+    It does so for adapters that were made with Transformers 4, whose experts had linear layers of these names.
+    """
+    try:
+        from peft.utils import transformers_weight_conversion as conversion  # Transformers 5 alone has it
+    except ImportError:
+        yield
+        return
+    convert = conversion.convert_peft_config_for_transformers
+    conversion.convert_peft_config_for_transformers = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        conversion.convert_peft_config_for_transformers = convert
 
 
 def linear_layers(model: nn.Module, inside: str) -> tuple[list[str], list[str]]:
@@ -70,8 +90,23 @@ def linear_layers(model: nn.Module, inside: str) -> tuple[list[str], list[str]]:
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, Conv1D)) and name.startswith(inside + ".")
     }
-    odd = [name for name, module in layers.items() if type(module).forward not in (nn.Linear.forward, Conv1D.forward)]
+    odd = [name for name, module in layers.items() if not _gives_one_tensor(module)]
+    if getattr(model.config.get_text_config(), "model_type", None) in MAMBA:
+        odd += [name for name in layers if name.endswith(".out_proj")]
     return [name for name in layers if name not in odd], odd
+
+
+@torch.no_grad()
+def _gives_one_tensor(layer: nn.Module) -> bool:
+    """Whether a linear layer, whatever its class has made of it, gives what a linear layer gives."""
+    if type(layer).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    with gathered(list(layer.parameters())):
+        try:
+            given = layer(layer.weight.new_zeros(1, layer.in_features))
+        except Exception:  # it takes something else
+            return False
+    return isinstance(given, torch.Tensor) and given.shape == (1, layer.out_features)
 
 
 def say_without_adapter(scorer: Scorer, odd: list[str], total: int) -> None:
@@ -89,6 +124,7 @@ def _dimensions(parameter: nn.Parameter) -> int:
     return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
+MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")  # whose kernels read out_proj's weight: PEFT
 CARD = """\
 ---
 base_model: {base}
@@ -101,8 +137,8 @@ tags:
 
 # LoRA adapter of a reward model
 
-The adapter has dimension {dim} and scale {scale:g}, and belongs to {base}. The folder above this one holds the same model
-with the adapter merged, which Transformers loads by itself.
+The adapter has dimension {dim} and scale {scale:g}, and belongs to {base}. The folder above this one holds the same
+model with the adapter merged, which Transformers loads by itself.
 
 ```python
 from peft import PeftModel

@@ -112,8 +112,15 @@ def _empty(folder: Path, dtype: torch.dtype | None, pooling: str, trust: bool, d
 
 
 def on_drop_in(backbone: nn.Module, pooling: str) -> Scorer:
-    """A model without a head under the drop-in's; its pad rule stays unused, since lengths say where a text ends."""
-    return Scorer(RewardModel(backbone, SimpleNamespace(pad_token_id=None)), pooling)
+    """A model without a head under the drop-in's; its pad rule stays unused, since lengths say where a text ends.
+
+    Raises:
+        UserError: the model does not say how wide its hidden states are.
+    """
+    try:
+        return Scorer(RewardModel(backbone, SimpleNamespace(pad_token_id=None)), pooling)
+    except ValueError as error:  # its config names no hidden size
+        raise UserError(str(error)) from error
 
 
 def no_pooler(config) -> dict:

@@ -123,6 +123,7 @@ def prepare(
     rows = data.train, data.evaluation
     trainer = Trainer(settings, context, engine, forward, objective, planner, records, rows, groups, steps)
     logger.info(described(trainer))
+    forward.require_scores()
     logger.info(forward.choose_attention(data.longest))
     for line in planner.advice(groups[0], forward.layout.kind):
         logger.warning(line)
