@@ -101,9 +101,7 @@ def build_on_meta(config: PretrainedConfig, options: ModelConfig, dtype: str) ->
     others |= {"trust_remote_code": options.trust_remote_code}
     try:
         with torch.device("meta"):
-            model = auto_class.from_config(
-                config, dtype=DTYPES[dtype], trust_remote_code=options.trust_remote_code, **others
-            )
+            model = auto_class.from_config(config, dtype=DTYPES[dtype], **others)
             if has_class:
                 is_decoder = isinstance(getattr(model, "score", None), nn.Linear)
                 scorer = Scorer(model, "last" if is_decoder else "classifier")
