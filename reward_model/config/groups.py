@@ -206,7 +206,9 @@ class ModelConfig(Group):
         None, metavar="ALPHA", help="LoRA's updates are scaled by alpha / dimension. Default: the dimension, scale 1."
     )
     lora_module_name: str | None = flag(
-        None, metavar="TEXT", help="Put adapters only on layers whose name contains this. Default: every linear layer."
+        None,
+        metavar="TEXT",
+        help="Put adapters only on layers whose name contains this. Default: every linear layer of the backbone.",
     )
     only_optimize_lora: bool = flag(False, help="Upstream's flag, without effect: with LoRA the base is always frozen.")
     num_padding_at_beginning: int = flag(

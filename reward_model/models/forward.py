@@ -91,8 +91,11 @@ class ForwardPass:
         return found
 
     @torch.no_grad()
-    def require_scores(self) -> None:
+    def require_scores(self, end: int) -> None:
         """Score two short texts, together and alone, and say it if pads change a score; all ranks call it.
+
+        Args:
+            end: id that ends a text.
 
         Raises:
             UserError: the model cannot score a text.
@@ -101,7 +104,7 @@ class ForwardPass:
         self.module.eval()
         try:
             ids = np.random.default_rng(0).integers(embedding_rows(self.scorer), size=12).tolist()
-            texts = [Comparison([], [ids[:4]]), Comparison([], [ids[4:]])]
+            texts = [Comparison([], [[*part, end]]) for part in (ids[:4], ids[4:])]
             together, *alone = (self._scores_of(rows) for rows in (texts, texts[:1], texts[1:]))
         except (torch.OutOfMemoryError, torch.distributed.DistError):
             raise

@@ -123,7 +123,7 @@ def prepare(
     rows = data.train, data.evaluation
     trainer = Trainer(settings, context, engine, forward, objective, planner, records, rows, groups, steps)
     logger.info(described(trainer))
-    forward.require_scores()
+    forward.require_scores(data.special.end)
     logger.info(forward.choose_attention(data.longest))
     for line in planner.advice(groups[0], forward.layout.kind):
         logger.warning(line)
