@@ -62,4 +62,4 @@ def test_the_table_is_whole():
     assert len(rows) > 150
     assert "TRACEBACK" not in text
     works = sum(plain == lora == "works" for _, plain, lora in rows)
-    assert f"{works} of them work, with LoRA, too" in text
+    assert f"\n{works} of them work, with LoRA, too" in text

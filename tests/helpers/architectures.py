@@ -81,7 +81,7 @@ def sizes_of(config) -> dict:
     for name, value in have.items():
         if isinstance(value, transformers.PretrainedConfig):
             found[name] = sizes_of(value)
-        elif name in SIZES and value is not None:
+        elif name in SIZES and (value is not None or name in ("num_experts_per_tok", "sliding_window")):
             found[name] = SIZES[name]
     found |= {
         alias: SIZES[alias] for alias, name in config.attribute_map.items() if alias in SIZES and name not in found
@@ -93,8 +93,9 @@ def sizes_of(config) -> dict:
     rope = have.get("rope_parameters")
     if "kv_lora_rank" in found and "num_key_value_heads" in found:  # latent attention has a key for each head
         found["num_key_value_heads"] = found["num_attention_heads"]
-    if isinstance(rope, dict) and ("mrope_section" in rope or "glm" in config.model_type):
-        found["rope_parameters"] = rope | {"mrope_section": [2, 1, 1]}
+    if isinstance(rope, dict) and any(word in config.model_type for word in ("glm", "_vl", "qwen2_5_omni")):
+        half = [1, 1, 0] if "glm4v_moe" in config.model_type else [2, 1, 1]  # of the dimensions that are rotated
+        found["rope_parameters"] = rope | {"mrope_section": half}
     if getattr(config, "is_encoder_decoder", False):
         found["decoder_start_token_id"] = 1
     return found | {"pad_token_id": 1, "bos_token_id": None, "eos_token_id": 0}
@@ -183,10 +184,11 @@ def text_types() -> list[str]:
 
 HEADER = """# Architectures
 
-Every type of model in `AutoModel` of Transformers {version} whose configuration could be made small, apart from those
-for images, sound and video alone: made with random weights, trained for a step on two texts of different lengths, saved,
-loaded by `reward_model.inference.load`, and scored again (differences up to 1e-4 pass). {count} types, and {works} of
-them work, with LoRA, too. `python tests/helpers/architectures.py --write` made this table; torch {torch}, on a CPU.
+Every type of model in `AutoModel` of Transformers {version} that reads text and that could be made small: made with
+random weights, trained for a step on two texts of different lengths, saved, loaded by
+`reward_model.inference.load`, and scored again (differences up to 1e-4 pass). There are {count} types, and
+{works} of them work, with LoRA, too. A few of the others are refused for sizes that the small configuration gave them.
+`python tests/helpers/architectures.py --write` made this table; torch {torch}, on a CPU.
 
 - form: `Transformers'`, which `AutoModelForSequenceClassification` loads, or our `own` where Transformers has no class.
 - shared: whether answers share their prompt's tokens in a row.
@@ -199,11 +201,13 @@ them work, with LoRA, too. `python tests/helpers/architectures.py --write` made 
 
 def table(found: list[Outcome], unmade: list[str]) -> str:
     """The page of all outcomes: those that work first."""
+    other_input = [each for each in found if each.plain.endswith("and no text")]
     works = [each for each in found if each.plain == each.lora == "works"]
-    others = [each for each in found if each not in works]
+    others = [each for each in found if each not in works and each not in other_input]
     head = HEADER.format(version=transformers.__version__, torch=torch.__version__, count=len(found), works=len(works))
     rows = "".join(each.row() + "\n" for each in (*works, *others))
-    return f"{head}{rows}\nNo small model of these could be made here: {', '.join(unmade)}.\n"
+    no_text = f"Refused because they read images, sound or numbers: {', '.join(each.kind for each in other_input)}."
+    return f"{head}{rows}\n{no_text}\n\nNo small model of these could be made here: {', '.join(unmade)}.\n"
 
 
 def main(words: list[str]) -> None:
