@@ -47,12 +47,9 @@ def test_what_cannot_be_scored_is_refused_in_a_line(kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", architectures.text_types())
-def test_every_architecture_works_or_says_why_not(kind):
-    found = architectures.outcome(kind)
-    if found is None:
-        pytest.skip("no small model of this type could be made")
-    assert "TRACEBACK" not in found.plain + found.lora
+def test_every_architecture_works_or_says_why_not():
+    found = filter(None, map(architectures.outcome, architectures.text_types()))
+    assert [each.row() for each in found if "TRACEBACK" in each.plain + each.lora] == []
 
 
 def test_the_table_is_whole():

@@ -3,8 +3,11 @@
 
 import itertools
 import math
+import os
+import warnings
 from collections import Counter
 from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -509,6 +512,34 @@ def test_to_moves_every_tensor_and_keeps_the_rest():
         assert tensor.device.type == "meta"
         assert tensor.shape == tensors(batch)[name].shape
     assert_same(batch.to(torch.device("cpu")), batch)
+
+
+@kinds
+@pytest.mark.parametrize("seed", range(5))
+def test_a_packed_batch_is_the_same_batch_in_one_tensor(kind, seed):
+    batch = collate(random_mixture(seed, 12), Layout(kind, PAD), weight=0.25)
+    packed = batch.packed()
+    assert packed.buffer.dtype == torch.int64
+    again = packed.to(torch.device("cpu"))
+    assert again.weight == 0.25
+    assert_same(again, batch)
+    for name, tensor in tensors(again).items():
+        assert tensor.dtype == tensors(batch)[name].dtype
+        assert tensor.data_ptr() % 16 == packed.buffer.data_ptr() % 16 or not tensor.numel()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="no /proc")
+def test_the_loader_of_a_gpu_opens_few_files():
+    """At ulimit -n 1024, 27 tensors a batch end a run whose accumulation is 16."""
+    rows = rows_of_prompts(0)
+    plan = [[MicroBatch(np.array([i % 8]), 1 / 32) for i in range(32)] for _ in range(6)]
+    before, most = len(os.listdir("/proc/self/fd")), 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # there is no GPU to pin memory for
+        for step in loader(PlannedBatches(rows, plan, Layout("packed", PAD)), on_gpu=True):
+            most = max(most, len(os.listdir("/proc/self/fd")) - before)
+            assert [batch.to(torch.device("cpu")).weight for batch in step] == [1 / 32] * 32
+    assert most < 32 * 8
 
 
 @kinds

@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """What DeepSpeed needs of a machine before it can start, and the dtype of a device."""
 
+import contextlib
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from torch.utils import cpp_extension
 
 from reward_model.common import distributed
 from reward_model.common.distributed import link_from_a_path_with_spaces
+from reward_model.common.errors import UserError
 
 
 @pytest.mark.parametrize("cache", ["cache", "a cache"])
@@ -43,3 +49,32 @@ def test_default_dtype_follows_the_device(monkeypatch):
     for device, dtype in expected.items():
         monkeypatch.setattr(accelerators, "get_accelerator", lambda device=device: Device(*device))
         assert distributed.default_dtype() == dtype
+
+
+@pytest.mark.parametrize("listed, environment, refused", [
+    ("GPU 0: H100 (UUID: x)\nGPU 1: H100 (UUID: y)\n", {}, True),
+    ("GPU 0: H100 (UUID: x)\n", {"CUDA_VISIBLE_DEVICES": ""}, False),
+    ("GPU 0: H100 (UUID: x)\n", {"DS_ACCELERATOR": "cpu"}, False),
+    ("No devices were found\n", {}, False),
+])  # fmt: skip
+def test_gpus_that_torch_does_not_see_stop_the_run(listed, environment, refused, tmp_path, monkeypatch):
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '{listed}'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    for name in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (environment | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    message = r"nvidia-smi lists 2 GPUs and torch \S+ sees none: .*CUDA_VISIBLE_DEVICES= trains"
+    with pytest.raises(UserError, match=message) if refused else contextlib.nullcontext():
+        distributed.require_no_unseen_gpu()
+
+
+def test_the_soft_limit_of_open_files_rises():
+    code = (
+        "import resource, reward_model.common.distributed as d; _, hard = resource.getrlimit(resource.RLIMIT_NOFILE);"
+    )
+    code += "resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard)); d.allow_open_files(900);"
+    code += "print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "900\n"

@@ -34,10 +34,6 @@ class TensorFields:
         """The same values on a device. The copy may still be under way when this returns."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pin_memory(self: Self) -> Self:
-        """The same values in page-locked memory, from which a GPU can copy while the CPU goes on."""
-        return self._map(torch.Tensor.pin_memory)
-
     def _map(self: Self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
         def changed(value):
             if isinstance(value, TensorFields):
@@ -250,6 +246,66 @@ class Batch(TensorFields):
     lists: Lists
     points: Points
     weight: float = 1.0
+
+    def packed(self) -> PackedBatch:
+        """The same batch in one tensor."""
+        parts = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "weight"}
+        tensors = {(name, f.name): getattr(part, f.name) for name, part in parts.items() for f in fields(part)}
+        places, size = {}, 0
+        for key, tensor in tensors.items():
+            places[key] = _Place(size, tensor.dtype, tuple(tensor.shape))
+            size += ALIGNMENT * -(-tensor.numel() * tensor.element_size() // (8 * ALIGNMENT))
+        buffer = torch.zeros(size, dtype=torch.int64)
+        for key, tensor in tensors.items():
+            places[key].of(buffer).copy_(tensor)
+        return PackedBatch(buffer, places, self.weight)
+
+
+ALIGNMENT = 2  # of 8 bytes: kernels read 16 at once
+
+
+class _Place(NamedTuple):
+    """Where a tensor lies in a buffer of int64."""
+
+    start: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def of(self, buffer: torch.Tensor) -> torch.Tensor:
+        """The tensor, a view of the buffer."""
+        count = math.prod(self.shape)
+        words = -(-count * self.dtype.itemsize // 8)
+        return buffer[self.start : self.start + words].view(self.dtype)[:count].view(self.shape)
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """A batch in one tensor: one open file between processes and one copy to a device, where a batch has 27.
+
+    buffer: the bytes of all tensors, int64. places: part and field → where its tensor lies. weight: of the batch.
+    """
+
+    buffer: torch.Tensor
+    places: dict[tuple[str, str], _Place]
+    weight: float
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device. The copy may still be under way when this returns."""
+        buffer = self.buffer.to(device, non_blocking=True)
+        found: dict[str, dict[str, torch.Tensor]] = {}
+        for (part, name), place in self.places.items():
+            found.setdefault(part, {})[name] = place.of(buffer)
+        return Batch(
+            tokens=Tokens(**found["tokens"]),
+            pairs=Pairs(**found["pairs"]),
+            lists=Lists(**found["lists"]),
+            points=Points(**found["points"]),
+            weight=self.weight,
+        )
+
+    def pin_memory(self) -> PackedBatch:
+        """The same in page-locked memory, from which a GPU can copy while the CPU goes on."""
+        return replace(self, buffer=self.buffer.pin_memory())
 
 
 def _integers(values: list) -> torch.Tensor:

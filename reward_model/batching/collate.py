@@ -9,7 +9,7 @@ import numpy as np
 from torch import Generator
 from torch.utils.data import DataLoader
 
-from reward_model.batching.batch import Batch, Lists, Pairs, Points, Tokens
+from reward_model.batching.batch import Batch, Lists, PackedBatch, Pairs, Points, Tokens
 from reward_model.batching.layout import Layout
 from reward_model.batching.merging import merge, place
 from reward_model.batching.plan import MicroBatch
@@ -79,8 +79,22 @@ class PlannedBatches(Sequence[list[Batch]]):
         ]
 
 
+class _Packed(Sequence[list[PackedBatch]]):
+    """The same batches, packed, for processes that hand them to another."""
+
+    def __init__(self, batches: PlannedBatches):
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, i: int) -> list[PackedBatch]:  # type: ignore[override]  # no slices
+        return [batch.packed() for batch in self.batches[i]]
+
+
 def loader(batches: PlannedBatches, on_gpu: bool) -> DataLoader:
-    """Load the items in order. Beside a GPU, separate processes prepare them ahead of time."""
-    options = {"num_workers": WORKERS, "pin_memory": True} if on_gpu else {}
+    """Load the items in order. Beside a GPU, separate processes prepare them ahead of time, and pack them."""
     own = Generator()  # without it, the loader would draw from the random numbers that dropout takes
-    return DataLoader(batches, batch_size=None, generator=own, **options)
+    if not on_gpu:
+        return DataLoader(batches, batch_size=None, generator=own)
+    return DataLoader(_Packed(batches), batch_size=None, generator=own, num_workers=WORKERS, pin_memory=True)

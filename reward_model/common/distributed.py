@@ -6,8 +6,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
 import socket
+import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -20,6 +22,7 @@ import torch
 
 from reward_model.common.errors import UserError
 from reward_model.common.logging import hushed, logger
+from reward_model.common.words import counted
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,21 @@ def prepare_environment() -> None:
     # compiled ops fit one environment's torch: keep them in it
     if os.access(sys.prefix, os.W_OK):
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "var" / "torch_extensions"))
+    allow_open_files()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if os.environ["RANK"] != "0":
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def allow_open_files(wanted: int = 65_536) -> None:
+    """Raise this process's soft limit of open files, which is 1,024 on many machines, as far as it may go."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def release_shared_memory() -> None:
@@ -93,6 +107,8 @@ def start(local_rank: int = -1, offload: bool = False, debug: bool = False) -> D
 
         accelerator = get_accelerator()
     on_cpu = accelerator.device_name() == "cpu"
+    if on_cpu:
+        require_no_unseen_gpu()
     if on_cpu or offload:
         _require_compiler()
         link_from_a_path_with_spaces()
@@ -177,6 +193,25 @@ def link_from_a_path_with_spaces() -> None:
     with suppress(FileExistsError):  # of an earlier run, or of another rank
         link.symlink_to(target)
     cpp_extension.TORCH_LIB_PATH = str(link)
+
+
+def require_no_unseen_gpu() -> None:
+    """Raises UserError where the driver lists GPUs that torch cannot use: the run would be on the CPU in silence.
+
+    ``CUDA_VISIBLE_DEVICES=`` or ``DS_ACCELERATOR=cpu`` says that this is meant.
+    """
+    meant = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1") or os.environ.get("DS_ACCELERATOR") == "cpu"
+    if meant or torch.cuda.is_available() or not (program := shutil.which("nvidia-smi")):
+        return
+    listed = subprocess.run([program, "-L"], capture_output=True, text=True).stdout
+    count = len(re.findall(r"^GPU ", listed, re.MULTILINE))
+    if not count:
+        return
+    built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built without CUDA"
+    raise UserError(
+        f"nvidia-smi lists {counted(count, 'GPU')} and torch {torch.__version__} sees none: it {built}. "
+        "bash training_scripts/setup.sh says which build fits the driver; CUDA_VISIBLE_DEVICES= trains on the CPU"
+    )
 
 
 def _has_compiled_ops() -> bool:

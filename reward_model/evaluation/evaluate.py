@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from reward_model.batching.batch import Batch
+from reward_model.batching.batch import Batch, PackedBatch
 from reward_model.common.distributed import DistributedContext, gather_rows
 from reward_model.common.progress import progress
 from reward_model.common.words import counted
@@ -22,6 +22,7 @@ from reward_model.evaluation.metrics import pair_metrics, point_metrics
 from reward_model.models.forward import ForwardPass
 from reward_model.objectives.objective import Objective
 
+Loaded = list[Batch] | list[PackedBatch]  # as a loader gives the batches of a step
 Read = Callable[[Batch, torch.Tensor], list[torch.Tensor]]
 
 
@@ -38,7 +39,7 @@ class Evaluation:
 
 @torch.no_grad()
 def score_batches(
-    forward: ForwardPass, batches: Iterable[list[Batch]], context: DistributedContext, read: Read
+    forward: ForwardPass, batches: Iterable[Loaded], context: DistributedContext, read: Read
 ) -> list[np.ndarray]:
     """Score batches on all ranks, each row once, and join what ``read`` takes from each batch.
 
@@ -51,15 +52,18 @@ def score_batches(
     """
     forward.module.eval()
     found = []
-    for (batch,) in progress(batches, desc="evaluating", unit="batch", leave=False, disable=not context.is_first):
-        batch = batch.to(forward.device)
+    for (loaded,) in progress(batches, desc="evaluating", unit="batch", leave=False, disable=not context.is_first):
+        batch = loaded.to(forward.device)
         tables = read(batch, forward(batch, batch.tokens.ends))
         found.append([table if batch.weight else table[:0] for table in tables])
     return [gather_rows(torch.cat(parts)).cpu().numpy() for parts in zip(*found)]
 
 
 def evaluate(
-    forward: ForwardPass, objective: Objective, batches: Iterable[list[Batch]], context: DistributedContext
+    forward: ForwardPass,
+    objective: Objective,
+    batches: Iterable[Loaded],
+    context: DistributedContext,
 ) -> Evaluation | None:
     """Metrics of the whole set, however many ranks share it; None: a score is not finite."""
 

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from reward_model.batching.batch import Batch
 from reward_model.common.distributed import DistributedContext
-from reward_model.evaluation.evaluate import score_batches
+from reward_model.evaluation.evaluate import Loaded, score_batches
 from reward_model.models.forward import ForwardPass
 from reward_model.models.scorer import Scorer, divide_head, gathered
 
@@ -25,7 +24,7 @@ class Spread:
     std: float
 
 
-def measure(forward: ForwardPass, batches: Iterable[list[Batch]], context: DistributedContext) -> Spread:
+def measure(forward: ForwardPass, batches: Iterable[Loaded], context: DistributedContext) -> Spread:
     """The spread of the scores of all responses of all rows."""
     (scores,) = score_batches(forward, batches, context, lambda batch, scores: [scores[batch.points.responses]])
     scores = scores.astype(np.float64)
@@ -33,7 +32,7 @@ def measure(forward: ForwardPass, batches: Iterable[list[Batch]], context: Distr
 
 
 def normalize(
-    forward: ForwardPass, batches: Callable[[], Iterable[list[Batch]]], context: DistributedContext
+    forward: ForwardPass, batches: Callable[[], Iterable[Loaded]], context: DistributedContext
 ) -> tuple[Spread, Spread]:
     """Give the scores of reference rows standard deviation 1, and write mean and divisor to the config.
 

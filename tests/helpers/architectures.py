@@ -204,7 +204,9 @@ def table(found: list[Outcome], unmade: list[str]) -> str:
     other_input = [each for each in found if each.plain.endswith("and no text")]
     works = [each for each in found if each.plain == each.lora == "works"]
     others = [each for each in found if each not in works and each not in other_input]
-    head = HEADER.format(version=transformers.__version__, torch=torch.__version__, count=len(found), works=len(works))
+    head = HEADER.format(
+        version=transformers.__version__, torch=torch.__version__, count=len(works) + len(others), works=len(works)
+    )
     rows = "".join(each.row() + "\n" for each in (*works, *others))
     no_text = f"Refused because they read images, sound or numbers: {', '.join(each.kind for each in other_input)}."
     return f"{head}{rows}\n{no_text}\n\nNo small model of these could be made here: {', '.join(unmade)}.\n"

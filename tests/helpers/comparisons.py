@@ -28,7 +28,14 @@ def table(comparisons):
         row = {f.name: getattr(c, f.name) for f in fields(Comparison) if f.name in FEATURES}
         row |= {"text_hashes": [hash(text) for text in texts], "text_lengths": [len(text) for text in texts]}
         shared = (len(texts) - 1) * len(c.prompt)
-        row |= {"length": max(map(len, texts)), "tokens": sum(map(len, texts)) - shared, "cut": False, "problem": None}
+        row |= {
+            "length": max(map(len, texts)),
+            "tokens": sum(map(len, texts)) - shared,
+            "cut": False,
+            "is_plain": False,
+            "is_glued": False,
+            "problem": None,
+        }
         row["prompt_tokens"] = len(c.prompt) if c.prompt_tokens is None else c.prompt_tokens
         row["targets"] = c.targets or [math.nan] * len(texts)
         rows.append(row)
