@@ -12,6 +12,7 @@ from reward_model.batching.collate import collate
 from reward_model.batching.layout import Layout
 from reward_model.data.comparisons import Comparison
 from reward_model.models import shared_prefix as sharing
+from reward_model.models.forward import ForwardPass
 from reward_model.models.loading import load_for_training
 from reward_model.models.lora import add_lora
 from reward_model.models.shared_prefix import DENSE, ON_CPU, ON_CUDA, SEPARATE, disagreement
@@ -178,7 +179,7 @@ def checked(scorer, way, change=lambda tokens: tokens):
         return scorer(tokens.input_ids, mask, tokens.ends, positions, states=True)
 
     with torch.no_grad():
-        return disagreement(hidden, way, IDS, pad=0)
+        return disagreement(SimpleNamespace(states=hidden), way, IDS, pad=0)
 
 
 @pytest.mark.parametrize(("family", "way"), CASES, ids=NAMES)
@@ -242,7 +243,7 @@ class Stub:
     def __init__(self, **faults):
         self.faults = faults
 
-    def __call__(self, batch, way, training):
+    def states(self, batch, way, training):
         fault = self.faults.get(way.name)
         if isinstance(fault, Exception) and training:
             raise fault
@@ -251,12 +252,27 @@ class Stub:
             return states + 2e-6 * batch.tokens.input_ids[0, 9]  # the first response's first token
         return states * (fault if isinstance(fault, float) else 1.0)
 
+    def gradient(self, batch, way):
+        if self.faults.get(way.name) == "no room":
+            raise RuntimeError("out of resource: shared memory, Required: 147456\nmore")
+        return torch.ones(3, 2) * (1.5 if self.faults.get(way.name) == "gradient" else 1.0)
+
 
 @pytest.mark.parametrize(
     ("faults", "chosen", "said"),
     [
         ({}, "slices", "prompts are shared (slices attention)"),
-        ({"slices": 1.1}, "dense", "prompts are shared (dense attention)"),
+        (
+            {"slices": 1.1},
+            "dense",
+            "prompts are shared (dense attention; not slices: differs by 0.1 from separate rows)",
+        ),
+        (
+            {"slices": "no room"},
+            "dense",
+            "prompts are shared (dense attention; not slices: out of resource: shared memory, Required: 147456)",
+        ),
+        ({"slices": "gradient"}, "dense", "not slices: gradients differ by 0.5 from those of separate rows"),
         ({"slices": float("nan"), "dense": "leak"}, "separate", "slices: differs by nan from separate rows; dense: an"),
         ({"slices": ValueError("no\ndropout"), "dense": 0.5}, "separate", "slices: no; dense: differs by 0.5"),
     ],
@@ -271,6 +287,28 @@ def test_choose(faults, chosen, said, monkeypatch):
 def test_one_rank_that_refuses_decides_for_all(monkeypatch):
     monkeypatch.setattr(sharing, "first_text", lambda text: "out of memory")
     assert sharing.choose(ON_CPU, Stub(), torch.float32, IDS, pad=0)[0] is SEPARATE
+
+
+@pytest.mark.parametrize(("family", "way"), CASES, ids=NAMES)
+def test_gradients_of_the_check_are_those_of_separate_rows(family, way, scorer_of):
+    scorer = scorer_of(family)
+    forward = ForwardPass(scorer, scorer, torch.float32, torch.device("cpu"), 0)
+    with torch.no_grad():
+        apart = sharing.gradient_disagreement(forward, way, IDS, 0)
+        assert 0 <= apart < 1e-4
+    assert all(parameter.grad is None for parameter in scorer.parameters())
+
+
+def test_gradients_of_a_wrong_mask_differ(scorer_of, monkeypatch):
+    scorer = scorer_of("llama")
+    forward = ForwardPass(scorer, scorer, torch.float32, torch.device("cpu"), 0)
+    right = sharing.attention_mask
+
+    def leaky(tokens, backend, dtype):
+        return right(tokens if backend is SEPARATE else merged_responses(tokens), backend, dtype)
+
+    monkeypatch.setattr(sharing, "attention_mask", leaky)
+    assert sharing.gradient_disagreement(forward, DENSE, IDS, 0) > 0.01
 
 
 def config(**values):

@@ -137,13 +137,44 @@ class ForwardPass:
             backends = shared_prefix.ON_CUDA if on_gpu else shared_prefix.ON_CPU
             ids = np.random.default_rng(0).integers(embedding_rows(self.scorer), size=60).tolist()
             with torch.random.fork_rng([self.device] if on_gpu else []):
-                chosen, said = shared_prefix.choose(backends, self._small_states, self.dtype, ids, self.pad)
+                chosen, said = shared_prefix.choose(backends, self, self.dtype, ids, self.pad)
         self.use(chosen)
         return said
 
-    def _small_states(self, batch: Batch, attention: AttentionBackend, training: bool) -> torch.Tensor:
-        """The hidden state at each response's end, (n, h)."""
-        self.use(attention)
+    def states(self, batch: Batch, backend: AttentionBackend, training: bool) -> torch.Tensor:
+        """The hidden state at each response's end, (n, h), by a backend."""
+        self.use(backend)
         self.module.train(training)
         batch = batch.to(self.device)
         return self(batch, batch.tokens.ends, states=True)
+
+    @torch.enable_grad()
+    def gradient(self, batch: Batch, backend: AttentionBackend) -> torch.Tensor:
+        """Of a sum of the states at the ends, with fixed weights: by what the embedding gives for each token, (t, h).
+
+        A token that stands at several places has the sum of their gradients, however many rows repeat it. No weight
+        gets a gradient, so that nothing of DeepSpeed's takes this for a step.
+        """
+        given: list[torch.Tensor] = []
+
+        def catch(module, inputs, output: torch.Tensor) -> torch.Tensor:
+            given.append(output.detach().requires_grad_())
+            return given[-1]
+
+        self.use(backend)
+        batch = batch.to(self.device)
+        hook = self.scorer.backbone.get_input_embeddings().register_forward_hook(catch)
+        engine, self.module = self.module, self.scorer  # the engine allows no backward pass but its own
+        self.module.eval()
+        try:
+            found = self(batch, batch.tokens.ends, states=True)
+        finally:
+            hook.remove()
+            self.module = engine
+        weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(0)).to(self.device)
+        (gradient,) = torch.autograd.grad((found.float() * weights).sum(), given)
+        is_text = batch.tokens.attention_mask.bool()
+        tokens, place = torch.unique(batch.tokens.input_ids[is_text], return_inverse=True)
+        return gradient.new_zeros(len(tokens), gradient.shape[-1], dtype=torch.float32).index_add_(
+            0, place, gradient[is_text].float()
+        )

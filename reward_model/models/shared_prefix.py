@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -168,48 +169,70 @@ def window(config: PretrainedConfig) -> float:
     return min([getattr(config, name, None) or math.inf for name in used], default=math.inf)
 
 
-# a batch, and whether in training → states at the responses' ends (n, h)
-Hidden = Callable[[Batch, AttentionBackend, bool], torch.Tensor]
+class Probe(Protocol):
+    """Runs a model on a small batch by a backend."""
+
+    def states(self, batch: Batch, backend: AttentionBackend, training: bool) -> torch.Tensor:
+        """The hidden state at each response's end, (n, h)."""
+
+    def gradient(self, batch: Batch, backend: AttentionBackend) -> torch.Tensor:
+        """Of a sum of these states with fixed weights, by what the embedding gives for each token: (tokens, h)."""
 
 
 def choose(
-    backends: Sequence[AttentionBackend], hidden: Hidden, dtype: torch.dtype, ids: Sequence[int], pad: int
+    backends: Sequence[AttentionBackend], probe: Probe, dtype: torch.dtype, ids: Sequence[int], pad: int
 ) -> tuple[AttentionBackend, str]:
-    """The first of some backends by which the model gives the states of separate rows, on every rank; else SEPARATE.
+    """The first of some backends by which the model gives what separate rows give, on every rank; else SEPARATE.
 
     Args:
-        hidden, ids, pad: of :func:`disagreement`. dtype: the model's.
+        probe, ids, pad: of :func:`disagreement`. dtype: the model's.
 
     Returns:
-        The backend, and a line that says which and why.
+        The backend, and a line that says which, and why none of those before it.
     """
-    faults = []
+    faults: list[str] = []
     for backend in backends:
-        fault = first_text(_fault(backend, hidden, TOLERANCES[dtype], ids, pad))
+        fault = first_text(_fault(backend, probe, TOLERANCES[dtype], ids, pad))
         if not fault:
-            return backend, f"prompts are shared ({backend.name} attention)"
+            because = f"; not {', not '.join(faults)}" if faults else ""
+            return backend, f"prompts are shared ({backend.name} attention{because})"
         faults.append(f"{backend.name}: {fault}")
     return SEPARATE, f"prompts are not shared, each answer has a row of its own ({'; '.join(faults)})"
 
 
-def _fault(backend: AttentionBackend, hidden: Hidden, tolerance: float, ids: Sequence[int], pad: int) -> str:
+def _fault(backend: AttentionBackend, probe: Probe, tolerance: float, ids: Sequence[int], pad: int) -> str:
     try:
-        difference, leak = disagreement(hidden, backend, ids, pad)
-        disagreement(hidden, backend, ids, pad, training=True)  # some models refuse only there, for their dropout
-    except Exception as error:  # in whatever manner a model refuses
+        difference, leak = disagreement(probe, backend, ids, pad)
+        disagreement(probe, backend, ids, pad, training=True)  # some models refuse only there, for their dropout
+        gradients = gradient_disagreement(probe, backend, ids, pad)  # and some GPUs have no room for the backward pass
+    except Exception as error:  # in whatever manner a model refuses, out of memory among them
         return first_line(error) or type(error).__name__
     if not difference <= tolerance:
         return f"differs by {difference:.1g} from separate rows"
+    if not gradients <= 2 * tolerance:
+        return f"gradients differ by {gradients:.1g} from those of separate rows"
     return "" if leak <= LEAK else f"an answer moves another's score by {leak:.1g}"
 
 
+def _small_comparisons(ids: list[int], first: list[int]) -> list[Comparison]:
+    return [
+        Comparison(ids[:9], [first, ids[16:28], ids[28:33]], better=[0, 1], worse=[1, 2], margin=[0.0, 0.0]),
+        Comparison(ids[33:37], [ids[37:40], ids[40:49]], better=[0], worse=[1], margin=[0.0]),
+    ]
+
+
+def _small_batch(ids: list[int], first: list[int], backend: AttentionBackend, pad: int) -> Batch:
+    layout = Layout(backend.layout, pad, multiple=backend.multiple)
+    return collate(_small_comparisons(ids, first), layout)
+
+
 def disagreement(
-    hidden: Hidden, backend: AttentionBackend, ids: Sequence[int], pad: int, training: bool = False
+    probe: Probe, backend: AttentionBackend, ids: Sequence[int], pad: int, training: bool = False
 ) -> tuple[float, float]:
     """How far a backend is from separate rows, on two small comparisons.
 
     Args:
-        hidden: runs the model, in training or not.
+        probe: runs the model, in training or not.
         ids: ordinary tokens, 60 or more, to make texts of.
 
     Returns:
@@ -218,15 +241,8 @@ def disagreement(
     """
     ids = list(ids)
 
-    def comparisons(first: list[int]) -> list[Comparison]:
-        return [
-            Comparison(ids[:9], [first, ids[16:28], ids[28:33]], better=[0, 1], worse=[1, 2], margin=[0.0, 0.0]),
-            Comparison(ids[33:37], [ids[37:40], ids[40:49]], better=[0], worse=[1], margin=[0.0]),
-        ]
-
     def states(first: list[int], chosen: AttentionBackend) -> torch.Tensor:
-        layout = Layout(chosen.layout, pad, multiple=chosen.multiple)
-        return hidden(collate(comparisons(first), layout), chosen, training).double()
+        return probe.states(_small_batch(ids, first, chosen, pad), chosen, training).double()
 
     separate, together = states(ids[9:16], SEPARATE), states(ids[9:16], backend)
     changed = states(ids[50:57], backend)[1:]  # all but the response that is another one now
@@ -234,3 +250,16 @@ def disagreement(
     return float(((together - separate).norm(dim=1) / size).max()), float(
         ((changed - together[1:]).norm(dim=1) / size[1:]).max()
     )
+
+
+def gradient_disagreement(probe: Probe, backend: AttentionBackend, ids: Sequence[int], pad: int) -> float:
+    """How far the gradients of a backend are from those of separate rows, relative to their size.
+
+    Args:
+        probe, ids: of :func:`disagreement`.
+    """
+    ids = list(ids)
+    separate, together = (
+        probe.gradient(_small_batch(ids, ids[9:16], chosen, pad), chosen).double() for chosen in (SEPARATE, backend)
+    )
+    return float((together - separate).norm() / separate.norm())
