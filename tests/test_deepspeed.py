@@ -313,6 +313,19 @@ def test_float16_at_stage_0_becomes_stage_1_and_says_so(write, caplog, monkeypat
     assert "using stage 1" in caplog.text
 
 
+def test_bfloat16_at_stage_0_becomes_stage_1_on_gpus_and_says_so(caplog, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    decided = set_up_deepspeed(options("--dtype bf16"), "bf16", 1, 64, on_gpu=True)
+    assert decided.zero["stage"] == decided.zero_stage == 1
+    assert "bfloat16 at ZeRO stage 0" in caplog.text
+    assert set_up_deepspeed(options("--dtype fp32"), "bf16", 1, 64, on_gpu=True).zero_stage == 0
+
+
+def test_the_timer_that_waits_for_the_gpu_is_off_unless_the_file_has_it(write):
+    assert setup("").config["timers"] == {"throughput": {"enabled": False}}
+    assert setup(write({"timers": {"throughput": {"enabled": True}}})).config["timers"]["throughput"]["enabled"] is True
+
+
 @pytest.mark.parametrize("line", ["--dtype fp16 --zero_stage 2", "--dtype bf16", "--dtype fp32"])
 def test_no_other_stage_or_dtype_is_changed(line, caplog, monkeypatch):
     monkeypatch.setenv("RANK", "0")

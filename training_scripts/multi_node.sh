@@ -50,7 +50,8 @@ exported() {
     case $name in
       PYTHON | *_TOKEN | *_KEY | *SECRET* | *PASSWORD*) ;;
       NCCL_* | GLOO_* | UCX_* | TORCH_* | PYTORCH_* | PYTHON* | HF_* | TRANSFORMERS_* | TOKENIZERS_* | TRITON_* | \
-        CUDA_HOME | CUDA_LAUNCH_BLOCKING | DS_ACCELERATOR | LD_LIBRARY_PATH | OMP_NUM_THREADS | PATH | XDG_CACHE_HOME)
+        TORCHINDUCTOR_* | DEEPSPEED_TIMEOUT | CC | CXX | CUDA_HOME | CUDA_LAUNCH_BLOCKING | DS_ACCELERATOR | \
+        LD_LIBRARY_PATH | OMP_NUM_THREADS | PATH | XDG_CACHE_HOME)
         printf '%s=%s\n' "$name" "${!name}" ;;
     esac
   done < <(compgen -e)

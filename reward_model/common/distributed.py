@@ -13,6 +13,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -254,9 +255,32 @@ def require_dtype(dtype: str) -> None:
         )
 
 
-def sum_over_ranks(tensor: torch.Tensor) -> torch.distributed.Work | None:
-    """Begin to sum a tensor in place over all ranks; wait for what is returned before reading it."""
-    return torch.distributed.all_reduce(tensor, async_op=True)
+def sum_for_later(tensor: torch.Tensor) -> Callable[[], list[float]]:
+    """Begin to sum a tensor in place over all ranks; what is returned gives the sums, on every rank.
+
+    On a GPU they are copied to the host as soon as they are there, so that reading them a step later waits for nothing
+    that was queued since.
+    """
+    work = torch.distributed.all_reduce(tensor, async_op=True)
+    assert work is not None  # this process is of the group
+    if tensor.device.type != "cuda":
+
+        def read() -> list[float]:
+            work.wait()
+            return tensor.tolist()
+
+        return read
+    work.wait()  # the stream does, not this process
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def read_copy() -> list[float]:
+        copied.synchronize()
+        return host.tolist()
+
+    return read_copy
 
 
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:

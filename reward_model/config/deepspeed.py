@@ -46,7 +46,7 @@ class DeepSpeedSetup:
 
 
 def set_up_deepspeed(
-    config: RunConfig, dtype: Dtype, world_size: int, hidden_size: int, vocab_size: int = 0
+    config: RunConfig, dtype: Dtype, world_size: int, hidden_size: int, vocab_size: int = 0, on_gpu: bool = False
 ) -> DeepSpeedSetup:
     """Read the ZeRO file that the flags choose, and fill it in.
 
@@ -58,6 +58,7 @@ def set_up_deepspeed(
         hidden_size: h of the model, from which ZeRO's bucket sizes follow as in Transformers' integration: h² elements
             to reduce at once, 0.9·h² to fetch ahead, 10·h to keep on every rank.
         vocab_size: rows of the embedding, most often the largest weight: an NVMe buffer holds a rank's part of it.
+        on_gpu: the run is on GPUs.
 
     Raises:
         UserError: no such file, not JSON, a contradiction, an "auto" that nothing fills.
@@ -84,10 +85,17 @@ def set_up_deepspeed(
         logger.warning(
             "float16 at ZeRO stage 0 divides gradients by the loss scale in DeepSpeed 0.18.3 to 0.19.8: using stage 1"
         )
+    if dtype == "bf16" and stage == 0 and on_gpu:
+        # one wait for every parameter tensor: some 290 a step for a model of 8 billion
+        stage = zero["stage"] = 1
+        logger.warning("bfloat16 at ZeRO stage 0 waits for the GPU at each tensor in DeepSpeed: using stage 1")
     _set_batch_size(content, micro_batch, accumulation, world_size, path)
     _set_sizes(zero, world_size, hidden_size, path)
     _set_nvme(config.engine.nvme_path, zero, world_size, hidden_size, vocab_size, path)
     content.setdefault("steps_per_print", 2**31 - 1)  # our own log says more
+    content.setdefault(
+        "timers", {"throughput": {"enabled": False}}
+    )  # DeepSpeed's waits for the GPU twice a micro-batch
     if config.output.enable_tensorboard:
         _set_tensorboard(content, config.output.tensorboard_folder, path)
     _refuse_auto(content, path)

@@ -58,18 +58,26 @@ class Settings:
         return json.dumps(values | {"given": sorted(self.given), "versions": versions}, indent=2) + "\n"
 
 
-def resolve(config: RunConfig, default_dtype: Dtype, world_size: int, hidden_size: int, vocab_size: int) -> Settings:
+def resolve(
+    config: RunConfig,
+    default_dtype: Dtype,
+    world_size: int,
+    hidden_size: int,
+    vocab_size: int,
+    on_gpu: bool = False,
+) -> Settings:
     """Decide what the machine, the model and the DeepSpeed file leave open.
 
     Args:
         default_dtype: what ``--dtype auto`` means on this machine.
         world_size: the number of processes.
         hidden_size, vocab_size: of the model.
+        on_gpu: the run is on GPUs.
 
     Raises:
         UserError: the DeepSpeed file cannot be used, or contradicts a flag.
     """
-    setup = set_up_deepspeed(config, default_dtype, world_size, hidden_size, vocab_size)
+    setup = set_up_deepspeed(config, default_dtype, world_size, hidden_size, vocab_size, on_gpu)
     return Settings(
         model=config.model,
         data=config.data,

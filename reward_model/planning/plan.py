@@ -88,8 +88,8 @@ class Plan:
             for setting in SETTINGS:
                 if setting.plus and (cluster.gpus <= cluster.per_node or cluster.gpus & (cluster.gpus - 1)):
                     continue  # its gain is between nodes, and DeepSpeed's 8-bit blocks want a power of two
-                if setting.stage == 0 and self.config.engine.dtype == "fp16":
-                    continue  # ds_config takes stage 1 for it
+                if setting.stage == 0 and self.config.engine.dtype != "fp32":
+                    continue  # on GPUs a run takes stage 1 for it
                 zero = self.zero(setting, cluster.gpus)
                 states = model_states(self.counts, setting, cluster, self.width, zero, accumulation > 1)
                 gpu = CONTEXT + (1 + FRAGMENTS) * states.peak(size)

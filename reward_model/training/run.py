@@ -75,7 +75,8 @@ def run(config: RunConfig) -> TrainResult:
     default_dtype = distributed.default_dtype()
     if config.engine.dtype != "auto":
         distributed.require_dtype(config.engine.dtype)
-    settings = resolve(config, default_dtype, context.world_size, text.hidden_size, text.vocab_size)
+    on_gpu = context.device.type == "cuda"
+    settings = resolve(config, default_dtype, context.world_size, text.hidden_size, text.vocab_size, on_gpu)
     distributed.require_dtype(settings.engine.dtype)
     distributed.require_zero(settings.deepspeed.zero, settings.engine.nvme_path)
     set_seed(settings.training.seed)

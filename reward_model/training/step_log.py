@@ -46,10 +46,10 @@ class StepLog:
 
     def end_step(self, step: int, epoch: float, learning_rate: float, grad_norm) -> None:
         """Begin to add up the ranks, and report the step before."""
-        work = distributed.sum_over_ranks(self.sums)
+        read = distributed.sum_for_later(self.sums)
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
-        ended = (step, epoch, seconds, self.sums, work, learning_rate, grad_norm)
+        ended = (step, epoch, seconds, read, learning_rate, grad_norm)
         self.flush()
         self.pending = ended
         self.sums = self._zeros()
@@ -62,10 +62,9 @@ class StepLog:
         """
         if self.pending is None:
             return
-        step, epoch, seconds, sums, work, learning_rate, grad_norm = self.pending
+        step, epoch, seconds, read, learning_rate, grad_norm = self.pending
         self.pending = None
-        work.wait()
-        loss, pairs, correct, chosen, rejected, tokens, computed, passes, rows = sums.tolist()
+        loss, pairs, correct, chosen, rejected, tokens, computed, passes, rows = read()
         if not math.isfinite(loss):
             raise UserError(f"step {step}: the loss is {loss}; lower --learning_rate, or take --dtype bf16")
         values = {
