@@ -9,6 +9,7 @@ import models
 import pytest
 import tiny
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, FineGrainedFP8Config
 
@@ -122,7 +123,12 @@ def with_head(folder, weights, sharded=False):
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-@pytest.mark.parametrize("name", ["value_head.weight", "v_head.summary.weight", "reward_head.weight", "score.0.weight"])
+@pytest.mark.parametrize(
+    "name",
+    ["value_head.weight", "v_head.summary.weight", "reward_head.weight", "score.0.weight", "rm_head.weight",
+     "regression_layer.weight", "classifier.weight", "model.critic_head.weight", "last.weight", "lm_head.weight",
+     "head.weight"],
+)  # fmt: skip
 def test_the_head_of_another_trainer_is_read(name, sharded, tmp_path, capsys):
     hidden = head_width(tmp_path / "plain")
     weight = torch.arange(hidden, dtype=torch.float32).reshape(1, -1) / 100
@@ -152,6 +158,68 @@ def test_a_head_of_several_layers_stops_the_run(tmp_path, capsys):
     scorer = load_for_training(str(tmp_path / "model"), torch.float32, seed=7, new_head=True)
     plain = load_for_training(str(tmp_path / "plain"), torch.float32, seed=7)
     assert torch.equal(head_layer(scorer).weight, head_layer(plain).weight)
+
+
+def test_a_head_in_a_file_beside_the_model_is_read(tmp_path, capsys):
+    """LLaMA-Factory's form."""
+    weight = torch.arange(head_width(tmp_path / "plain"), dtype=torch.float32)[None] / 100
+    head = {"v_head.summary.weight": weight, "v_head.summary.bias": torch.zeros(1)}
+    for kind in ("safetensors", "bin"):
+        folder = tmp_path / kind
+        models.write("llama", folder)
+        if kind == "bin":
+            torch.save(head, folder / "value_head.bin")
+        else:
+            save_file(head, folder / "value_head.safetensors", {"format": "pt"})
+        scorer = load_for_training(str(folder), torch.float32, seed=0, expect_head=True)
+        assert torch.equal(head_layer(scorer).weight, weight)
+        assert "score head: read from v_head.summary.weight" in capsys.readouterr().out
+
+
+def test_the_head_of_another_encoder_is_never_replaced_in_silence(tmp_path, capsys):
+    models.write("bert", tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    save_file(state | {"reward_head.weight": torch.ones(1, 32)}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"that BertForSequenceClassification does not read \(reward_head.*--new_head"):
+        load_for_training(str(tmp_path), torch.float32, seed=0)
+    load_for_training(str(tmp_path), torch.float32, seed=0, new_head=True)
+    out = capsys.readouterr().out
+    assert "new head" in out
+    assert "weights that are not read: reward_head.weight\n" in out
+
+
+@pytest.mark.parametrize("extra", [{}, {"new_head": True}])
+def test_a_head_of_more_rows_than_the_config_says(extra, tmp_path):
+    state = with_head(tmp_path, {"score.weight": torch.ones(5, 32)})
+    if not extra:
+        with pytest.raises(UserError, match=r"of other sizes than its config.json says; .*--new_head draws a new one"):
+            load_for_training(str(tmp_path), torch.float32, seed=0)
+        return
+    scorer = load_for_training(str(tmp_path), torch.float32, seed=0, **extra)
+    assert head_layer(scorer).weight.shape == (1, 32)
+    for name, weight in scorer.unwrapped.state_dict().items():
+        assert name == "score.weight" or torch.equal(weight, state[name])
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config_class", "sizes"),
+    [
+        ("LlamaForCausalLM", "LlamaConfig", models.GROUPED),
+        ("GPT2LMHeadModel", "GPT2Config", models.GPT2),
+        ("RwkvForCausalLM", "RwkvConfig", {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2}),
+        ("BertForPreTraining", "BertConfig", models.SIZES),
+        ("ElectraForPreTraining", "ElectraConfig", models.SIZES | {"embedding_size": 32}),
+        ("ModernBertForMaskedLM", "ModernBertConfig", models.SIZES),
+        ("DebertaV2ForMaskedLM", "DebertaV2Config", models.SIZES),
+    ],
+)
+def test_a_language_model_s_own_head_needs_no_line(model_class, config_class, sizes, tmp_path, capsys):
+    config = getattr(transformers, config_class)(**sizes, pad_token_id=1, bos_token_id=0, eos_token_id=0)
+    getattr(transformers, model_class)(config).save_pretrained(tmp_path)
+    load_for_training(str(tmp_path), torch.float32, seed=0)
+    out = capsys.readouterr().out
+    assert "not read" not in out
+    assert "new head" in out
 
 
 def test_a_trained_head_gives_way_to_a_new_one(tmp_path, capsys):
@@ -222,6 +290,13 @@ def test_what_cannot_be_saved_as_evaluated_is_refused(method, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": method}}))
     with pytest.raises(UserError, match=rf"is quantized .{method}., and cannot be trained and saved as"):
         load_for_training(str(tmp_path), torch.float32, seed=0)
+
+
+def test_quantized_weights_that_the_config_is_silent_about_are_refused(tmp_path):
+    with_head(tmp_path, {"model.layers.0.mlp.up_proj.weight_scale": torch.ones(1)})
+    for extra in ({}, {"new_head": True}):
+        with pytest.raises(UserError, match=r"is quantized, though its config.json does not say how .*up_proj"):
+            load_for_training(str(tmp_path), torch.float32, seed=0, **extra)
 
 
 def test_fp8_at_zero_3_is_refused(tmp_path, monkeypatch):

@@ -20,11 +20,13 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from reward_model.common.errors import UserError, first_line
 from reward_model.common.logging import logger
+from reward_model.common.words import counted
 from reward_model.config.options import require_model_folder
-from reward_model.models.heads import adopt_head, heads_among, read_weights, say_bias, unread
+from reward_model.models.heads import adopt_head, heads_among, read_weights, require_numbers, say_bias, unread
 from reward_model.models.saved_forms import form_of, load_form, no_pooler, on_drop_in, pooling_of, set_dropout, why_not
 from reward_model.models.scorer import (
     Scorer,
+    head_layer,
     init_head,
     multiply_in_float32,
 )
@@ -63,7 +65,7 @@ def load_for_training(
     if not has_head and expect_head:
         raise UserError(f"{name_or_path} has no trained score head")
     draws = (new_head or not has_head) and scorer.pooling != "classifier"
-    if new_head and not draws:
+    if new_head and has_head and not draws:
         raise UserError("--new_head: an encoder's classification head stays as it is; --pooling mean has a new one")
     if draws:
         init_head(scorer, seed)
@@ -101,10 +103,11 @@ def _load_pretrained(
             f"{name_or_path} is a classifier of {labels} labels: Transformers cannot put a new head on it at "
             "ZeRO stage 3; take --zero_stage 2, or --pooling mean"
         )
+    may_differ = new_head and not is_deepspeed_zero3_enabled()  # a head that config.json does not speak of
     if pooling != "mean" and has_class:
         # never where it is not needed: under ZeRO 3 every weight has the shape (0,) when Transformers 4.56 and 4.57
         # compare, so that they drop the whole checkpoint
-        ignore = {"ignore_mismatched_sizes": True} if labels != 1 else {}
+        ignore = {"ignore_mismatched_sizes": True} if labels != 1 or may_differ else {}
         model, missing, beyond = _from_pretrained(
             AutoModelForSequenceClassification, name_or_path, config, dtype, **options, **ignore
         )
@@ -122,9 +125,12 @@ def _load_pretrained(
         )
         scorer = on_drop_in(text_part(backbone), pooling or "last")
         has_head = False
+    if "quantization_config" not in options:
+        require_numbers(name_or_path, beyond)
     if absent:
         raise UserError(f"{name_or_path} lacks {len(absent)} of the model's weights, {absent[0]} the first of them")
-    return scorer, has_head if new_head else _read_beyond(scorer, name_or_path, unread(beyond), has_head)
+    takes_head = not new_head and (scorer.pooling == "last" or (scorer.pooling == "classifier" and labels == 1))
+    return scorer, _read_beyond(scorer, name_or_path, beyond, has_head, takes_head)
 
 
 def require_text_model(name_or_path: str, config) -> None:
@@ -154,16 +160,19 @@ def text_part(backbone: nn.Module) -> nn.Module:
     return part
 
 
-def _read_beyond(scorer: Scorer, name_or_path: str, names: list[str], has_head: bool) -> bool:
+def _read_beyond(scorer: Scorer, name_or_path: str, beyond: list[str], has_head: bool, takes_head: bool) -> bool:
     """Take a score head from the weights that the model does not read, and name the others; whether there is a head."""
-    heads = heads_among(names)
+    width = head_layer(scorer).in_features
+    shapes = unread(name_or_path, beyond, scorer.config.get_text_config().vocab_size, width)
+    heads = heads_among(shapes, width) if takes_head else []
     if has_head:
-        say_bias(read_weights(name_or_path, [name for name in heads if name.endswith(".bias")]) if heads else {})
-        names = [name for name in names if name not in heads or not name.endswith(".bias")]
-    elif scorer.pooling == "last" and adopt_head(scorer, name_or_path, names):
-        has_head, names = True, [name for name in names if name not in heads]
-    if names:
-        others = f" and {len(names) - 3} others" if len(names) > 3 else ""
+        heads = [name for name in heads if name == "score.bias"]
+        say_bias(read_weights(name_or_path, heads))
+    elif heads:
+        adopt_head(scorer, name_or_path, heads)
+        has_head = True
+    if names := [name for name in shapes if name not in heads]:
+        others = f" and {counted(len(names) - 3, 'other')}" if len(names) > 3 else ""
         logger.warning(f"{name_or_path}: weights that are not read: {', '.join(names[:3])}{others}")
     return has_head
 
@@ -184,6 +193,11 @@ def _from_pretrained(
             name_or_path, config=config, dtype=dtype, output_loading_info=True, **kwargs
         )
     except Exception as error:
+        if "ignore_mismatched_sizes" in str(error):
+            raise UserError(
+                f"{name_or_path} has weights of other sizes than its config.json says; if they are the score head's, "
+                "--new_head draws a new one"
+            ) from error
         raise UserError(f"cannot load the weights of {name_or_path}: {why_not(error)}") from error
     _forget_quantization(model)
     # of another shape: names in Transformers 4, a name and two shapes in 5
