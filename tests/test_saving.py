@@ -206,6 +206,8 @@ def test_an_adapter_beside_experts_is_whole_or_is_not_written(kind, tmp_path, ca
 
     if kind not in architectures.text_types():
         pytest.skip(f"this Transformers has no {kind}")
+    if kind == "deepseek_v3":  # for which architectures.py has no sizes of Transformers 4
+        pytest.importorskip("transformers.conversion_mapping")
     architectures.make(kind, tmp_path / "base")
     scorer, tokenizer = load_for_training(str(tmp_path / "base"), torch.float32, seed=3), tiny.tokenizer()
     for config in (scorer.config, scorer.config.get_text_config()):
@@ -213,7 +215,8 @@ def test_an_adapter_beside_experts_is_whole_or_is_not_written(kind, tmp_path, ca
     checkpoint.save(scorer, tokenizer, tmp_path / "start")
     add_lora(scorer, dim=4, alpha=4, module_name=None)
     said = capsys.readouterr().out
-    assert lora.stacked_weights(scorer.backbone) == {} or "of the model, are frozen and get no adapter" in said
+    stacked = any("expert" in name for name in lora.stacked_weights(scorer.backbone))  # not so in Transformers 4
+    assert stacked == ("LoRA: the experts' weights, " in said)
     torch.manual_seed(5)
     with torch.no_grad():
         for parameter in scorer.parameters():

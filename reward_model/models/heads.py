@@ -134,20 +134,27 @@ def read_weights(name_or_path: str, names: Iterable[str]) -> dict[str, torch.Ten
 
 
 def shapes_of(name_or_path: str, names: Iterable[str]) -> Shapes:
-    """The shapes of some weights of a checkpoint, and of those that lie beside it; (), where no file has one."""
-    found: Shapes = dict.fromkeys(names, ())
+    """The shapes of some weights of a checkpoint, and of those that lie beside it; (), where no file has one.
+
+    Transformers 4 puts the model's prefix before names of a checkpoint that has none; here they are as in the file.
+    """
+    names = set(names)
+    found: Shapes = {}
     for path in _weight_files(name_or_path):
-        is_beside = path.name in BESIDE
-        if not (is_beside or found):
+        if not (names or path.name in BESIDE):
             continue
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                there = [name for name in file.keys() if is_beside or name in found]  # noqa: SIM118
-                found |= {name: tuple(file.get_slice(name).get_shape()) for name in there}
-        else:
-            state = _mapped(path)
-            found |= {name: tuple(tensor.shape) for name, tensor in state.items() if is_beside or name in found}
-    return found
+        there = _shapes_in(path)
+        wanted = there if path.name in BESIDE else {*names, *(name.partition(".")[2] for name in names)}
+        found |= {name: shape for name, shape in there.items() if name in wanted}
+    absent = [name for name in names if name not in found and name.partition(".")[2] not in found]
+    return found | dict.fromkeys(absent, ())
+
+
+def _shapes_in(path: Path) -> Shapes:
+    if path.suffix != ".safetensors":
+        return {name: tuple(tensor.shape) for name, tensor in _mapped(path).items()}
+    with safe_open(path, "pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
 def _mapped(path: Path) -> dict[str, torch.Tensor]:

@@ -193,7 +193,7 @@ def _from_pretrained(
             name_or_path, config=config, dtype=dtype, output_loading_info=True, **kwargs
         )
     except Exception as error:
-        if "ignore_mismatched_sizes" in str(error):
+        if "ignore_mismatched_sizes" in str(error) or "size mismatch" in str(error):  # Transformers 5 and 4
             raise UserError(
                 f"{name_or_path} has weights of other sizes than its config.json says; if they are the score head's, "
                 "--new_head draws a new one"
