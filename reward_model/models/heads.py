@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from torch import nn
 from transformers.utils import cached_file
 
 from reward_model.common.errors import UserError
@@ -50,6 +51,27 @@ def unread(name_or_path: str, names: Iterable[str], vocabulary: int, width: int)
         if not of_language or shape in ((1, width), (1,)):  # some trainers score with a language head of one row
             found[name] = shape
     return found
+
+
+def not_read(name_or_path: str, own: Iterable[str], width: int) -> list[str]:
+    """Score heads and scales of quantized weights in a checkpoint that a model has no weight for.
+
+    For ZeRO 3, at which Transformers 5 names no unread weights. Inside the layers it may store them otherwise than the
+    model has them, so that other unread weights are not told.
+
+    Args:
+        own: names of the model's weights.
+        width: of the hidden states.
+    """
+    known = {name for each in own for name in (each, _without_prefix(each))}
+    stored = {name: shape for path in _weight_files(name_or_path) for name, shape in _shapes_in(path).items()}
+    others = {name: shape for name, shape in stored.items() if not known & {name, _without_prefix(name)}}
+    return sorted({*heads_among(others, width), *filter(QUANTIZED.search, others)})
+
+
+def _without_prefix(name: str) -> str:
+    rest = name.partition(".")[2]
+    return rest if "." in rest else name
 
 
 def heads_among(shapes: Shapes, width: int) -> list[str]:
@@ -95,6 +117,21 @@ def adopt_head(scorer: Scorer, name_or_path: str, names: list[str]) -> None:
         layer.weight.copy_(weight.reshape(1, width))
     logger.info(f"score head: read from {name}")
     say_bias({each: tensor for each, tensor in tensors.items() if each != name})
+
+
+def adopt_output(scorer: Scorer, model: nn.Module) -> bool:
+    """Load the head of a reward model that brings its own class, if it is its only output; whether there is one."""
+    output, layer = model.get_output_embeddings(), head_layer(scorer)
+    shape = tuple(getattr(output.weight, "ds_shape", output.weight.shape))
+    if shape != (1, layer.in_features):
+        return False
+    with gathered([output.weight, layer.weight], modify=True), torch.no_grad():
+        layer.weight.copy_(output.weight)
+    logger.info(f"score head: that of {type(model).__name__}")
+    if getattr(output, "bias", None) is not None:
+        with gathered([output.bias]):
+            say_bias({f"the bias of {type(model).__name__}": output.bias.detach()})
+    return True
 
 
 def require_numbers(name_or_path: str, names: Iterable[str]) -> None:

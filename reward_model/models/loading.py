@@ -18,12 +18,21 @@ from transformers import (
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from reward_model.common.errors import UserError, first_line
+from reward_model.common.errors import UserError, first_line, why_not
 from reward_model.common.logging import logger
 from reward_model.common.words import counted
 from reward_model.config.options import require_model_folder
-from reward_model.models.heads import adopt_head, heads_among, read_weights, require_numbers, say_bias, unread
-from reward_model.models.saved_forms import form_of, load_form, no_pooler, on_drop_in, pooling_of, set_dropout, why_not
+from reward_model.models.heads import (
+    adopt_head,
+    adopt_output,
+    heads_among,
+    not_read,
+    read_weights,
+    require_numbers,
+    say_bias,
+    unread,
+)
+from reward_model.models.saved_forms import form_of, load_form, no_pooler, on_drop_in, pooling_of, set_dropout
 from reward_model.models.scorer import (
     Scorer,
     head_layer,
@@ -93,7 +102,10 @@ def _load_pretrained(
     if dropout is not None:
         set_dropout(config, dropout)
     require_text_model(name_or_path, config)
-    options: dict[str, Any] = whole_numbers(name_or_path, config) | {"trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = whole_numbers(name_or_path, config)
+    if options:
+        logger.warning(f"{name_or_path} is quantized: its weights are loaded, trained and saved as numbers")
+    options["trust_remote_code"] = trust_remote_code
     auto_map = getattr(config, "auto_map", None) or {}
     has_class = type(config) in AutoModelForSequenceClassification._model_mapping or (
         "AutoModelForSequenceClassification" in auto_map
@@ -124,7 +136,7 @@ def _load_pretrained(
             AutoModel, name_or_path, config, dtype, **options, **no_pooler(config)
         )
         scorer = on_drop_in(text_part(backbone), pooling or "last")
-        has_head = False
+        has_head = scorer.pooling == "last" and scorer.backbone is not backbone and adopt_output(scorer, backbone)
     if "quantization_config" not in options:
         require_numbers(name_or_path, beyond)
     if absent:
@@ -156,6 +168,8 @@ def text_part(backbone: nn.Module) -> nn.Module:
         raise UserError(f"{name} gives no hidden states that could be scored: {first_line(error)}") from error
     if part is backbone:
         raise UserError(f"{name} gives no hidden states that could be scored")
+    if getattr(backbone, "_auto_class", None) and type(part).__module__.startswith("transformers_modules"):
+        type(part).register_for_auto_class("AutoModel")  # so that what is saved brings its code
     logger.info(f"of {name} the text part, {type(part).__name__}, is trained and saved")
     return part
 
@@ -202,7 +216,11 @@ def _from_pretrained(
     _forget_quantization(model)
     # of another shape: names in Transformers 4, a name and two shapes in 5
     mismatched = {entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]}
-    return model, sorted(set(info["missing_keys"]) | mismatched), sorted(info["unexpected_keys"])
+    beyond = set(info["unexpected_keys"])
+    if is_deepspeed_zero3_enabled():
+        width = getattr(config.get_text_config(), "hidden_size", 0)
+        beyond.update(not_read(name_or_path, model.state_dict(), width))
+    return model, sorted(set(info["missing_keys"]) | mismatched), sorted(beyond)
 
 
 QUANTIZED = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}  # that Transformers can write out as numbers
@@ -230,7 +248,6 @@ def whole_numbers(name_or_path: str, config) -> dict[str, Any]:
             f"{name_or_path} is quantized ({method}), and cannot be trained and saved as it is evaluated{at}: start "
             "from the checkpoint before quantization"
         )
-    logger.warning(f"{name_or_path} is quantized ({method}): its weights are loaded, trained and saved as numbers")
     return {"quantization_config": kind(dequantize=True)}
 
 
@@ -257,6 +274,7 @@ def read_config(name_or_path: str, trust_remote_code: bool = False):
     except Exception as error:  # OSError, ValueError, KeyError: missing, unreachable, unknown architecture
         place = "" if Path(name_or_path).is_dir() else "no such folder here, and from the hub: "
         raise UserError(f"--model_name_or_path {name_or_path}: {place}{why_not(error)}") from error
+    whole_numbers(name_or_path, config)  # refuses before the data is read
     return config
 
 
