@@ -253,6 +253,14 @@ def test_a_language_model_s_own_head_needs_no_line(model_class, config_class, si
     assert "new head" in out
 
 
+def test_a_model_without_a_vocabulary_is_loaded(tmp_path, capsys):
+    """CANINE reads characters; that it cannot be scored here is found later."""
+    config = transformers.CanineConfig(**{name: size for name, size in models.SIZES.items() if name != "vocab_size"})
+    transformers.CanineModel(config).save_pretrained(tmp_path)
+    load_for_training(str(tmp_path), torch.float32, seed=0)
+    assert "new head" in capsys.readouterr().out
+
+
 def test_a_trained_head_gives_way_to_a_new_one(tmp_path, capsys):
     write_classifier("llama", tmp_path, 1)
     drawn = [head_layer(load_for_training(str(tmp_path), torch.float32, 7, new_head=new)).weight for new in (1, 0)]

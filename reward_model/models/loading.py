@@ -177,7 +177,7 @@ def text_part(backbone: nn.Module) -> nn.Module:
 def _read_beyond(scorer: Scorer, name_or_path: str, beyond: list[str], has_head: bool, takes_head: bool) -> bool:
     """Take a score head from the weights that the model does not read, and name the others; whether there is a head."""
     width = head_layer(scorer).in_features
-    shapes = unread(name_or_path, beyond, scorer.config.get_text_config().vocab_size, width)
+    shapes = unread(name_or_path, beyond, getattr(scorer.config.get_text_config(), "vocab_size", 0), width)
     heads = heads_among(shapes, width) if takes_head else []
     if has_head:
         heads = [name for name in heads if name == "score.bias"]
