@@ -9,10 +9,12 @@ import models
 import pytest
 import tiny
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, FineGrainedFP8Config
+from transformers import AutoModel, AutoModelForSequenceClassification, FineGrainedFP8Config
 
 from reward_model.common.errors import UserError
+from reward_model.data.tokenizer import load_tokenizer
 from reward_model.inference import load
 from reward_model.models import loading as ours
 from reward_model.models import saving
@@ -122,7 +124,12 @@ def with_head(folder, weights, sharded=False):
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-@pytest.mark.parametrize("name", ["value_head.weight", "v_head.summary.weight", "reward_head.weight", "score.0.weight"])
+@pytest.mark.parametrize(
+    "name",
+    ["value_head.weight", "v_head.summary.weight", "reward_head.weight", "score.0.weight", "rm_head.weight",
+     "regression_layer.weight", "classifier.weight", "model.critic_head.weight", "last.weight", "lm_head.weight",
+     "head.weight"],
+)  # fmt: skip
 def test_the_head_of_another_trainer_is_read(name, sharded, tmp_path, capsys):
     hidden = head_width(tmp_path / "plain")
     weight = torch.arange(hidden, dtype=torch.float32).reshape(1, -1) / 100
@@ -152,6 +159,106 @@ def test_a_head_of_several_layers_stops_the_run(tmp_path, capsys):
     scorer = load_for_training(str(tmp_path / "model"), torch.float32, seed=7, new_head=True)
     plain = load_for_training(str(tmp_path / "plain"), torch.float32, seed=7)
     assert torch.equal(head_layer(scorer).weight, head_layer(plain).weight)
+
+
+@pytest.mark.parametrize("family", ["llama", "cohere"])
+def test_zero_3_at_which_transformers_names_no_unread_weight(family, tmp_path, monkeypatch, capsys):
+    auto = AutoModel if family == "cohere" else AutoModelForSequenceClassification
+    plain = auto.from_pretrained
+
+    def from_pretrained(*arguments, **options):
+        loaded, info = plain(*arguments, **options)
+        return loaded, {**info, "unexpected_keys": set()}
+
+    monkeypatch.setattr(auto, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(ours, "is_deepspeed_zero3_enabled", lambda: True)
+    weight = torch.arange(32, dtype=torch.float32)[None] / 100
+    models.write(family, tmp_path)
+    file = tmp_path / "model.safetensors"
+    state = load_file(file)
+    load_for_training(str(tmp_path), torch.float32, seed=0)
+    assert "new head" in capsys.readouterr().out
+    for name in ("v_head", "last"):
+        save_file(state | {f"{name}.weight": weight, f"{name}.bias": torch.ones(1)}, file, {"format": "pt"})
+        scorer = load_for_training(str(tmp_path), torch.float32, seed=0, expect_head=True)
+        assert torch.equal(head_layer(scorer).weight, weight)
+        assert f"{name}.bias is not read: every score is 1 lower than with it" in capsys.readouterr().out
+    save_file(state | {"score.0.weight": torch.ones(32, 32), "score.2.weight": weight}, file, {"format": "pt"})
+    with pytest.raises(UserError, match="a head that is not one linear layer"):
+        load_for_training(str(tmp_path), torch.float32, seed=0)
+    save_file(state | {"model.layers.0.mlp.up_proj.weight_scale": weight}, file, {"format": "pt"})
+    with pytest.raises(UserError, match="is quantized, though"):
+        load_for_training(str(tmp_path), torch.float32, seed=0)
+
+
+def test_a_head_in_a_file_beside_the_model_is_read(tmp_path, capsys):
+    """LLaMA-Factory's form."""
+    weight = torch.arange(head_width(tmp_path / "plain"), dtype=torch.float32)[None] / 100
+    head = {"v_head.summary.weight": weight, "v_head.summary.bias": torch.zeros(1)}
+    for kind in ("safetensors", "bin"):
+        folder = tmp_path / kind
+        models.write("llama", folder)
+        if kind == "bin":
+            torch.save(head, folder / "value_head.bin")
+        else:
+            save_file(head, folder / "value_head.safetensors", {"format": "pt"})
+        scorer = load_for_training(str(folder), torch.float32, seed=0, expect_head=True)
+        assert torch.equal(head_layer(scorer).weight, weight)
+        assert "score head: read from v_head.summary.weight" in capsys.readouterr().out
+
+
+def test_the_head_of_another_encoder_is_never_replaced_in_silence(tmp_path, capsys):
+    models.write("bert", tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    save_file(state | {"reward_head.weight": torch.ones(1, 32)}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"that BertForSequenceClassification does not read \(reward_head.*--new_head"):
+        load_for_training(str(tmp_path), torch.float32, seed=0)
+    load_for_training(str(tmp_path), torch.float32, seed=0, new_head=True)
+    out = capsys.readouterr().out
+    assert "new head" in out
+    assert "weights that are not read: reward_head.weight\n" in out
+
+
+@pytest.mark.parametrize("extra", [{}, {"new_head": True}])
+def test_a_head_of_more_rows_than_the_config_says(extra, tmp_path):
+    state = with_head(tmp_path, {"score.weight": torch.ones(5, 32)})
+    if not extra:
+        with pytest.raises(UserError, match=r"of other sizes than its config.json says; .*--new_head draws a new one"):
+            load_for_training(str(tmp_path), torch.float32, seed=0)
+        return
+    scorer = load_for_training(str(tmp_path), torch.float32, seed=0, **extra)
+    assert head_layer(scorer).weight.shape == (1, 32)
+    for name, weight in scorer.unwrapped.state_dict().items():
+        assert name == "score.weight" or torch.equal(weight, state[name])
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config_class", "sizes"),
+    [
+        ("LlamaForCausalLM", "LlamaConfig", models.GROUPED),
+        ("GPT2LMHeadModel", "GPT2Config", models.GPT2),
+        ("RwkvForCausalLM", "RwkvConfig", {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2}),
+        ("BertForPreTraining", "BertConfig", models.SIZES),
+        ("ElectraForPreTraining", "ElectraConfig", models.SIZES | {"embedding_size": 32}),
+        ("ModernBertForMaskedLM", "ModernBertConfig", models.SIZES),
+        ("DebertaV2ForMaskedLM", "DebertaV2Config", models.SIZES),
+    ],
+)
+def test_a_language_model_s_own_head_needs_no_line(model_class, config_class, sizes, tmp_path, capsys):
+    config = getattr(transformers, config_class)(**sizes, pad_token_id=1, bos_token_id=0, eos_token_id=0)
+    getattr(transformers, model_class)(config).save_pretrained(tmp_path)
+    load_for_training(str(tmp_path), torch.float32, seed=0)
+    out = capsys.readouterr().out
+    assert "not read" not in out
+    assert "new head" in out
+
+
+def test_a_model_without_a_vocabulary_is_loaded(tmp_path, capsys):
+    """CANINE reads characters; that it cannot be scored here is found later."""
+    config = transformers.CanineConfig(**{name: size for name, size in models.SIZES.items() if name != "vocab_size"})
+    transformers.CanineModel(config).save_pretrained(tmp_path)
+    load_for_training(str(tmp_path), torch.float32, seed=0)
+    assert "new head" in capsys.readouterr().out
 
 
 def test_a_trained_head_gives_way_to_a_new_one(tmp_path, capsys):
@@ -201,9 +308,7 @@ def test_fp8_weights_become_numbers_and_are_saved_as_such(tmp_path, capsys):
             load_for_training(str(folder), torch.float32, seed=0)
         return
     scorer = load_for_training(str(folder), torch.float32, seed=0)
-    assert (
-        f"{folder} is quantized (fp8): its weights are loaded, trained and saved as numbers" in capsys.readouterr().out
-    )
+    assert f"{folder} is quantized: its weights are loaded, trained and saved as numbers" in capsys.readouterr().out
     for name, weight in scorer.unwrapped.state_dict().items():
         if name in state:
             assert torch.allclose(weight, state[name], atol=1e-6), name
@@ -220,8 +325,16 @@ def test_what_cannot_be_saved_as_evaluated_is_refused(method, tmp_path):
     models.write("llama", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": method}}))
-    with pytest.raises(UserError, match=rf"is quantized .{method}., and cannot be trained and saved as"):
-        load_for_training(str(tmp_path), torch.float32, seed=0)
+    for read in (lambda: load_for_training(str(tmp_path), torch.float32, 0), lambda: ours.read_config(str(tmp_path))):
+        with pytest.raises(UserError, match=rf"is quantized .{method}., and cannot be trained and saved as"):
+            read()
+
+
+def test_quantized_weights_that_the_config_is_silent_about_are_refused(tmp_path):
+    with_head(tmp_path, {"model.layers.0.mlp.up_proj.weight_scale": torch.ones(1)})
+    for extra in ({}, {"new_head": True}):
+        with pytest.raises(UserError, match=r"is quantized, though its config.json does not say how .*up_proj"):
+            load_for_training(str(tmp_path), torch.float32, seed=0, **extra)
 
 
 def test_fp8_at_zero_3_is_refused(tmp_path, monkeypatch):
@@ -265,6 +378,64 @@ def test_code_of_the_model_s_own_runs_only_when_it_may(tmp_path, monkeypatch):
     ids = torch.tensor([[5, 6, 7]])
     expected = scorer(ids, torch.ones_like(ids), torch.tensor([2])).item()
     assert again.score_ids([[5, 6, 7]]) == pytest.approx([expected], abs=1e-6)
+
+
+REWARD = """
+
+class XReward(LlamaPreTrainedModel):
+    config_class = XConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = XModel(config)
+        self.v_head = nn.Linear(config.hidden_size, 1, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self):
+        return self.v_head
+
+    def get_decoder(self):
+        return self.model
+"""
+
+
+def test_the_head_of_a_reward_model_s_own_class_is_taken(tmp_path, capsys):
+    """As InternLM2's reward models have it: AutoModel gives a class that scores."""
+    folder = tmp_path / "own_class"  # Transformers keeps code by the name of its folder
+    weight = torch.arange(32, dtype=torch.float32)[None] / 100
+    with_head(folder, {"v_head.weight": weight})
+    tiny.tokenizer(folder)
+    code = CODE["modeling_x.py"].replace("import LlamaModel", "import LlamaModel, LlamaPreTrainedModel")
+    (folder / "modeling_x.py").write_text("from torch import nn\n" + code + REWARD)
+    (folder / "configuration_x.py").write_text(CODE["configuration_x.py"])
+    config = json.loads((folder / "config.json").read_text())
+    auto = {"AutoConfig": "configuration_x.XConfig", "AutoModel": "modeling_x.XReward"}
+    changed = config | {"model_type": "x", "auto_map": auto, "architectures": ["XReward"]}
+    (folder / "config.json").write_text(json.dumps(changed))
+    scorer = load_for_training(str(folder), torch.float32, seed=0, expect_head=True, trust_remote_code=True).eval()
+    assert torch.equal(head_layer(scorer).weight, weight)
+    out = capsys.readouterr().out
+    assert "score head: that of XReward" in out
+    assert "loaded head" in out
+    saving.save(scorer, tiny.tokenizer(), tmp_path / "own_class_saved")
+    again = load(tmp_path / "own_class_saved", trust_remote_code=True)
+    ids = torch.tensor([[5, 6, 7]])
+    expected = scorer(ids, torch.ones_like(ids), torch.tensor([2])).item()
+    assert again.score_ids([[5, 6, 7]]) == pytest.approx([expected], abs=1e-6)
+
+
+def test_a_tokenizer_with_code_of_its_own_names_the_flag(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked a question"))
+    tiny.tokenizer(tmp_path)
+    (tmp_path / "tok_x.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\n\n\nclass XTokenizer(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "XTokenizer", "auto_map": {"AutoTokenizer": [None, "tok_x.XTokenizer"]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"no tokenizer in .* which runs only with --trust_remote_code"):
+        load_tokenizer(str(tmp_path))
+    assert type(load_tokenizer(str(tmp_path), trust_remote_code=True)).__name__ == "XTokenizer"
 
 
 # What a run saves is a start of another run.

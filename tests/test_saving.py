@@ -5,6 +5,7 @@ import json
 import os
 import stat
 
+import architectures
 import models
 import pytest
 import tiny
@@ -14,6 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from reward_model.common.errors import UserError
 from reward_model.config.options import refuse_used_folder
 from reward_model.inference import load
+from reward_model.models import lora
 from reward_model.models import saving as checkpoint
 from reward_model.models.loading import load_for_training
 from reward_model.models.lora import add_lora
@@ -191,6 +193,49 @@ def test_lora_is_merged_and_its_adapter_saved(family, tmp_path):
     )
     with torch.no_grad():
         found = with_adapter.eval()(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.squeeze(-1)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+EXPERTS = ("mixtral", "qwen3_moe", "qwen2_moe", "gpt_oss", "deepseek_v3")
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_an_adapter_beside_experts_is_whole_or_is_not_written(kind, tmp_path, capsys):
+    """PEFT takes names of dense layers for those of Transformers 4's experts, and moves their adapters."""
+    from peft import PeftModel
+
+    if kind not in architectures.text_types():
+        pytest.skip(f"this Transformers has no {kind}")
+    if kind == "deepseek_v3":  # for which architectures.py has no sizes of Transformers 4
+        pytest.importorskip("transformers.conversion_mapping")
+    architectures.make(kind, tmp_path / "base")
+    scorer, tokenizer = load_for_training(str(tmp_path / "base"), torch.float32, seed=3), tiny.tokenizer()
+    for config in (scorer.config, scorer.config.get_text_config()):
+        config.pad_token_id = tokenizer.pad_token_id
+    checkpoint.save(scorer, tokenizer, tmp_path / "start")
+    add_lora(scorer, dim=4, alpha=4, module_name=None)
+    said = capsys.readouterr().out
+    stacked = any("expert" in name for name in lora.stacked_weights(scorer.backbone))  # not so in Transformers 4
+    assert stacked == ("LoRA: the experts' weights, " in said)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in scorer.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    batch = models.batch(tokenizer)
+    expected = score(scorer.eval(), batch)
+    checkpoint.save(scorer, tokenizer, tmp_path / "out")
+    torch.testing.assert_close(score(load(tmp_path / "out").scorer, batch), expected, atol=1e-4, rtol=1e-4)
+    if not (tmp_path / "out" / "adapter").exists():
+        assert kind == "deepseek_v3"
+        assert (
+            "no adapter/ is written: PEFT, when it loads one, moves those of layers such as" in capsys.readouterr().out
+        )
+        return
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "start")
+    with_adapter = PeftModel.from_pretrained(base, tmp_path / "out" / "adapter").eval()
+    with torch.no_grad():
+        found = with_adapter(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.squeeze(-1)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 

@@ -6,8 +6,8 @@ import json
 import pytest
 import tiny
 
-from reward_model.common.errors import UserError
-from reward_model.data.tokenizer import choose_special_tokens, first_line, load_tokenizer
+from reward_model.common.errors import UserError, first_line
+from reward_model.data.tokenizer import choose_special_tokens, load_tokenizer
 
 KINDS = {
     "own pad": tiny.tokenizer,

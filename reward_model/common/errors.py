@@ -18,6 +18,13 @@ def first_line(error: BaseException) -> str:
     return lines[0].rstrip(":") if lines else type(error).__name__
 
 
+def why_not(error: BaseException) -> str:
+    """An error of Transformers in a line that says what to do."""
+    if "trust_remote_code" in str(error) or "custom code" in str(error):
+        return "it brings code of its own, which runs only with --trust_remote_code; look at it first"
+    return first_line(error)
+
+
 def require_no_lfs_pointer(path: Path) -> None:
     """Raises UserError for a file that a clone without Git LFS has left as a pointer."""
     with path.open("rb") as file:

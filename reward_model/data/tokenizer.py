@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from reward_model.common.errors import UserError, first_line
+from reward_model.common.errors import UserError, why_not
 from reward_model.common.logging import logger
 
 EOT_TOKEN = "<|endoftext|>"  # what upstream's --add_eot_token adds
@@ -49,7 +49,7 @@ def load_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except Exception as error:  # Transformers raises OSError, ValueError, KeyError and the tokenizers' own
-        raise UserError(f"no tokenizer in {name_or_path}: {first_line(error)}") from error
+        raise UserError(f"no tokenizer in {name_or_path}: {why_not(error)}") from error
     if add_eot_token:
         tokenizer.add_special_tokens({"eos_token": EOT_TOKEN})
     tokenizer.padding_side = "right"

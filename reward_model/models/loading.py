@@ -18,13 +18,24 @@ from transformers import (
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from reward_model.common.errors import UserError, first_line
+from reward_model.common.errors import UserError, first_line, why_not
 from reward_model.common.logging import logger
+from reward_model.common.words import counted
 from reward_model.config.options import require_model_folder
-from reward_model.models.heads import adopt_head, heads_among, read_weights, say_bias, unread
-from reward_model.models.saved_forms import form_of, load_form, no_pooler, on_drop_in, pooling_of, set_dropout, why_not
+from reward_model.models.heads import (
+    adopt_head,
+    adopt_output,
+    heads_among,
+    not_read,
+    read_weights,
+    require_numbers,
+    say_bias,
+    unread,
+)
+from reward_model.models.saved_forms import form_of, load_form, no_pooler, on_drop_in, pooling_of, set_dropout
 from reward_model.models.scorer import (
     Scorer,
+    head_layer,
     init_head,
     multiply_in_float32,
 )
@@ -63,7 +74,7 @@ def load_for_training(
     if not has_head and expect_head:
         raise UserError(f"{name_or_path} has no trained score head")
     draws = (new_head or not has_head) and scorer.pooling != "classifier"
-    if new_head and not draws:
+    if new_head and has_head and not draws:
         raise UserError("--new_head: an encoder's classification head stays as it is; --pooling mean has a new one")
     if draws:
         init_head(scorer, seed)
@@ -91,7 +102,10 @@ def _load_pretrained(
     if dropout is not None:
         set_dropout(config, dropout)
     require_text_model(name_or_path, config)
-    options: dict[str, Any] = whole_numbers(name_or_path, config) | {"trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = whole_numbers(name_or_path, config)
+    if options:
+        logger.warning(f"{name_or_path} is quantized: its weights are loaded, trained and saved as numbers")
+    options["trust_remote_code"] = trust_remote_code
     auto_map = getattr(config, "auto_map", None) or {}
     has_class = type(config) in AutoModelForSequenceClassification._model_mapping or (
         "AutoModelForSequenceClassification" in auto_map
@@ -101,10 +115,11 @@ def _load_pretrained(
             f"{name_or_path} is a classifier of {labels} labels: Transformers cannot put a new head on it at "
             "ZeRO stage 3; take --zero_stage 2, or --pooling mean"
         )
+    may_differ = new_head and not is_deepspeed_zero3_enabled()  # a head that config.json does not speak of
     if pooling != "mean" and has_class:
         # never where it is not needed: under ZeRO 3 every weight has the shape (0,) when Transformers 4.56 and 4.57
         # compare, so that they drop the whole checkpoint
-        ignore = {"ignore_mismatched_sizes": True} if labels != 1 else {}
+        ignore = {"ignore_mismatched_sizes": True} if labels != 1 or may_differ else {}
         model, missing, beyond = _from_pretrained(
             AutoModelForSequenceClassification, name_or_path, config, dtype, **options, **ignore
         )
@@ -121,10 +136,13 @@ def _load_pretrained(
             AutoModel, name_or_path, config, dtype, **options, **no_pooler(config)
         )
         scorer = on_drop_in(text_part(backbone), pooling or "last")
-        has_head = False
+        has_head = scorer.pooling == "last" and scorer.backbone is not backbone and adopt_output(scorer, backbone)
+    if "quantization_config" not in options:
+        require_numbers(name_or_path, beyond)
     if absent:
         raise UserError(f"{name_or_path} lacks {len(absent)} of the model's weights, {absent[0]} the first of them")
-    return scorer, has_head if new_head else _read_beyond(scorer, name_or_path, unread(beyond), has_head)
+    takes_head = not new_head and (scorer.pooling == "last" or (scorer.pooling == "classifier" and labels == 1))
+    return scorer, _read_beyond(scorer, name_or_path, beyond, has_head, takes_head)
 
 
 def require_text_model(name_or_path: str, config) -> None:
@@ -150,20 +168,25 @@ def text_part(backbone: nn.Module) -> nn.Module:
         raise UserError(f"{name} gives no hidden states that could be scored: {first_line(error)}") from error
     if part is backbone:
         raise UserError(f"{name} gives no hidden states that could be scored")
+    if getattr(backbone, "_auto_class", None) and type(part).__module__.startswith("transformers_modules"):
+        type(part).register_for_auto_class("AutoModel")  # so that what is saved brings its code
     logger.info(f"of {name} the text part, {type(part).__name__}, is trained and saved")
     return part
 
 
-def _read_beyond(scorer: Scorer, name_or_path: str, names: list[str], has_head: bool) -> bool:
+def _read_beyond(scorer: Scorer, name_or_path: str, beyond: list[str], has_head: bool, takes_head: bool) -> bool:
     """Take a score head from the weights that the model does not read, and name the others; whether there is a head."""
-    heads = heads_among(names)
+    width = head_layer(scorer).in_features
+    shapes = unread(name_or_path, beyond, getattr(scorer.config.get_text_config(), "vocab_size", 0), width)
+    heads = heads_among(shapes, width) if takes_head else []
     if has_head:
-        say_bias(read_weights(name_or_path, [name for name in heads if name.endswith(".bias")]) if heads else {})
-        names = [name for name in names if name not in heads or not name.endswith(".bias")]
-    elif scorer.pooling == "last" and adopt_head(scorer, name_or_path, names):
-        has_head, names = True, [name for name in names if name not in heads]
-    if names:
-        others = f" and {len(names) - 3} others" if len(names) > 3 else ""
+        heads = [name for name in heads if name == "score.bias"]
+        say_bias(read_weights(name_or_path, heads))
+    elif heads:
+        adopt_head(scorer, name_or_path, heads)
+        has_head = True
+    if names := [name for name in shapes if name not in heads]:
+        others = f" and {counted(len(names) - 3, 'other')}" if len(names) > 3 else ""
         logger.warning(f"{name_or_path}: weights that are not read: {', '.join(names[:3])}{others}")
     return has_head
 
@@ -184,11 +207,20 @@ def _from_pretrained(
             name_or_path, config=config, dtype=dtype, output_loading_info=True, **kwargs
         )
     except Exception as error:
+        if "ignore_mismatched_sizes" in str(error) or "size mismatch" in str(error):  # Transformers 5 and 4
+            raise UserError(
+                f"{name_or_path} has weights of other sizes than its config.json says; if they are the score head's, "
+                "--new_head draws a new one"
+            ) from error
         raise UserError(f"cannot load the weights of {name_or_path}: {why_not(error)}") from error
     _forget_quantization(model)
     # of another shape: names in Transformers 4, a name and two shapes in 5
     mismatched = {entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]}
-    return model, sorted(set(info["missing_keys"]) | mismatched), sorted(info["unexpected_keys"])
+    beyond = set(info["unexpected_keys"])
+    if is_deepspeed_zero3_enabled():
+        width = getattr(config.get_text_config(), "hidden_size", 0)
+        beyond.update(not_read(name_or_path, model.state_dict(), width))
+    return model, sorted(set(info["missing_keys"]) | mismatched), sorted(beyond)
 
 
 QUANTIZED = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}  # that Transformers can write out as numbers
@@ -216,7 +248,6 @@ def whole_numbers(name_or_path: str, config) -> dict[str, Any]:
             f"{name_or_path} is quantized ({method}), and cannot be trained and saved as it is evaluated{at}: start "
             "from the checkpoint before quantization"
         )
-    logger.warning(f"{name_or_path} is quantized ({method}): its weights are loaded, trained and saved as numbers")
     return {"quantization_config": kind(dequantize=True)}
 
 
@@ -243,6 +274,7 @@ def read_config(name_or_path: str, trust_remote_code: bool = False):
     except Exception as error:  # OSError, ValueError, KeyError: missing, unreachable, unknown architecture
         place = "" if Path(name_or_path).is_dir() else "no such folder here, and from the hub: "
         raise UserError(f"--model_name_or_path {name_or_path}: {place}{why_not(error)}") from error
+    whole_numbers(name_or_path, config)  # refuses before the data is read
     return config
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -114,10 +115,25 @@ def say_without_adapter(scorer: Scorer, odd: list[str], total: int) -> None:
     if odd:
         kind = type(scorer.unwrapped.get_submodule(odd[0])).__name__
         logger.warning(f"LoRA: {counted(len(odd), 'layer')} of the class {kind} get no adapter, {odd[0]} the first")
-    stacked = [p for name, p in scorer.backbone.named_parameters() if "expert" in name and _dimensions(p) == 3]
-    if stacked:
-        share = sum(map(count, stacked)) / total
-        logger.warning(f"LoRA: the experts' weights, {share:.0%} of the model, are frozen and get no adapter")
+    stacked = stacked_weights(scorer.backbone)
+    experts = [parameter for name, parameter in stacked.items() if "expert" in name]
+    share = sum(map(count, experts or stacked.values())) / total
+    what = "the experts' weights" if experts else f"{next(iter(stacked), '')} and its like"
+    if share >= 0.01:
+        logger.warning(f"LoRA: {what}, {share:.0%} of the model, are frozen and get no adapter")
+
+
+def stacked_weights(backbone: nn.Module) -> dict[str, nn.Parameter]:
+    """Matrices that lie outside linear layers, such as those of experts, and are no embeddings or convolutions."""
+    others = (nn.Linear, Conv1D, nn.Embedding, nn.modules.conv._ConvNd)
+    found = {}
+    for place, module in backbone.named_modules():
+        if isinstance(module, others) or hasattr(module, "base_layer") or ".lora_" in f".{place}.":
+            continue
+        for name, parameter in module.named_parameters(place, recurse=False):
+            if _dimensions(parameter) >= 2:
+                found[name] = parameter
+    return found
 
 
 def _dimensions(parameter: nn.Parameter) -> int:
@@ -152,6 +168,33 @@ OWN_CARD = CARD[: CARD.index("```python")] + (
     "It was trained on a model that Transformers has no class for: load the folder above with "
     "`reward_model.inference.load`.\n"
 )
+
+
+def save_adapter(scorer: Scorer, folder: Path, state: dict[str, torch.Tensor]) -> None:
+    """Write the adapter alone, unless PEFT would put parts of it elsewhere when it loads it, which is said."""
+    if moved := _moved_by_peft(scorer):
+        logger.warning(
+            f"no adapter/ is written: PEFT, when it loads one, moves those of layers such as {moved[0]} to the "
+            "experts; the saved model has them merged"
+        )
+        return
+    scorer.model.save_pretrained(folder, state_dict=state)
+    write_card(scorer, folder)
+
+
+def _moved_by_peft(scorer: Scorer) -> list[str]:
+    """Of the layers that have adapters those that PEFT takes for experts of Transformers 4 when it loads them."""
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+    except ImportError:
+        return []
+    config = copy.deepcopy(scorer.model.peft_config["default"])
+    before = sorted(config.target_modules)
+    try:
+        convert_peft_config_for_transformers(config, model=scorer.unwrapped, conversions=None)
+    except ValueError:  # it finds some of the layers that it would merge into one, and not all
+        return before[:1]
+    return [name for name in before if name not in config.target_modules]
 
 
 def write_card(scorer: Scorer, folder: Path) -> None:

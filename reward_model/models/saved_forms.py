@@ -17,7 +17,7 @@ from huggingface_hub import load_torch_model
 from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
-from reward_model.common.errors import UserError, first_line
+from reward_model.common.errors import UserError, why_not
 from reward_model.models.saving import DSCHAT_WEIGHTS, OWN_CONFIG, OWN_WEIGHTS
 from reward_model.models.scorer import Scorer, embedding_name, embedding_rows
 from reward_model.reward_model import RewardModel
@@ -137,10 +137,3 @@ def set_dropout(config: PretrainedConfig, dropout: float) -> None:
         is_dropout = "drop" in name or name.endswith("_pdrop")
         if is_dropout and "layerdrop" not in name and isinstance(value, (int, float)) and not isinstance(value, bool):
             setattr(config, name, dropout)
-
-
-def why_not(error: Exception) -> str:
-    """An error of Transformers in a line that says what to do."""
-    if "trust_remote_code" in str(error) or "custom code" in str(error):
-        return "it brings code of its own, which runs only with --trust_remote_code; look at it first"
-    return first_line(error)

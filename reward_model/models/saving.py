@@ -27,7 +27,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from reward_model.common.errors import UserError
 from reward_model.common.logging import logger
 from reward_model.models.for_transformers_4 import write_old_keys
-from reward_model.models.lora import merge_lora, write_card
+from reward_model.models.lora import merge_lora, save_adapter
 from reward_model.models.scorer import Scorer, embedding_name, gathered
 from reward_model.reward_model import RewardModel
 
@@ -78,8 +78,7 @@ def save(
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
         if hasattr(scorer.model, "peft_config"):
-            scorer.model.save_pretrained(staging / "adapter", state_dict=state)
-            write_card(scorer, staging / "adapter")
+            save_adapter(scorer, staging / "adapter", state)
             state = merge_lora(scorer, state)
         tokenizer.save_pretrained(staging)
         if save_format in ("hf", "both"):
