@@ -753,6 +753,15 @@ def test_a_weight_of_another_shape_is_named(shape, read, reward):
         assert word in str(caught.value)
 
 
+def test_a_vocabulary_that_was_cut_to_the_tokenizer_is_filled_up(read, reward):
+    state = reward.state_dict()
+    name = next(name for name in state if name.endswith(("embed_tokens.weight", "wte.weight")))
+    loaded = read(state | {name: state[name][:312]})
+    assert torch.equal(loaded[name][:312], state[name][:312])
+    assert loaded[name].shape == state[name].shape
+    assert not loaded[name][312:].any()
+
+
 def test_under_zero_3_a_weight_has_the_shape_it_stands_for(read, reward):
     state = {name: tensor.clone() for name, tensor in reward.state_dict().items()}
     for parameter in reward.parameters():

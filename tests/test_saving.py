@@ -127,6 +127,40 @@ def test_dschat_form_has_upstreams_keys_and_the_same_scores(family, tmp_path):
     torch.testing.assert_close(score(load(tmp_path / "out").scorer, batch), score(scorer, batch), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["llama", "cohere"])
+@pytest.mark.parametrize("form", ["dschat", "both"])
+def test_dschat_form_is_no_invitation_to_transformers(family, form, tmp_path, capsys):
+    """It would know no key of pytorch_model.bin, and take random weights."""
+    tokenizer = models.write(family, tmp_path / "base", vocab_size=512)
+    scorer = load_for_training(str(tmp_path / "base"), torch.float32, seed=0)
+    checkpoint.save(scorer, tokenizer, tmp_path / "out", form)
+    said = "Transformers will refuse this folder" in capsys.readouterr().out
+    batch = models.batch(tokenizer)
+    rows = torch.load(tmp_path / "out" / "pytorch_model.bin", weights_only=True)
+    assert all(len(rows[name]) == 320 for name in rows if name.endswith("embed_tokens.weight"))
+    if (family, form) == ("llama", "both"):
+        assert not said
+        assert AutoConfig.from_pretrained(tmp_path / "out").vocab_size == 512
+        assert transformers_scores(tmp_path / "out", batch) == pytest.approx(score(scorer, batch), abs=1e-5)
+        return
+    assert said
+    assert AutoConfig.from_pretrained(tmp_path / "out").vocab_size == (320 if form == "dschat" else 512)
+    for auto_class in (AutoModel, AutoModelForSequenceClassification):
+        with pytest.raises((OSError, ValueError), match=r"none-for-Transformers|Unrecognized configuration class"):
+            auto_class.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(
+        score(load(tmp_path / "out", form="dschat").scorer, batch), score(scorer, batch), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_dschat_form_of_ids_beyond_its_rows_is_refused(tmp_path, monkeypatch):
+    scorer, tokenizer = trained("llama", tmp_path / "base")
+    beyond = {"<|far|>": 400, **tokenizer.get_vocab()}
+    monkeypatch.setattr(tokenizer, "get_vocab", lambda: beyond)
+    with pytest.raises(UserError, match="keeps 320 rows for the tokenizer's 319 tokens, and the largest id is 400"):
+        checkpoint.require_dschat(scorer, tokenizer)
+
+
 def test_old_spelling_of_dschat_keys_loads(tmp_path):
     scorer, tokenizer = trained("llama", tmp_path / "base")
     checkpoint.save(scorer, tokenizer, tmp_path / "out", "dschat")

@@ -34,13 +34,25 @@ from reward_model.reward_model import RewardModel
 OWN_WEIGHTS = "reward_model{suffix}.safetensors"
 OWN_CONFIG = "reward_model.json"
 DSCHAT_WEIGHTS = "pytorch_model.bin"
+NOT_FOR_TRANSFORMERS = "none-for-Transformers-since-pytorch_model.bin-is-DeepSpeed-Chats.safetensors"  # in its error
 SCALE = ("score_mean", "score_std", "score_thresholds", "lowest_grade")  # fields of config.json
 
 
-def require_dschat(scorer: Scorer) -> None:
+def require_dschat(scorer: Scorer, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises UserError if a model cannot be saved for DeepSpeed-Chat."""
     if scorer.pooling != "last":
         raise UserError(f"--save_format dschat: step 3 scores the last token, this model's pooling is {scorer.pooling}")
+    largest, rows = max(tokenizer.get_vocab().values()), _dschat_rows(tokenizer)
+    if largest >= rows:
+        raise UserError(
+            f"--save_format dschat: step 3 keeps {rows} rows for the tokenizer's {len(tokenizer)} tokens, and the "
+            f"largest id is {largest}; take --save_format hf"
+        )
+
+
+def _dschat_rows(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Rows that upstream fits its embedding to."""
+    return 8 * -(-len(tokenizer) // 8)
 
 
 def require_space(folder: Path, need: int) -> None:
@@ -153,7 +165,7 @@ def _save_for_loading(scorer: Scorer, state: dict[str, torch.Tensor], folder: Pa
 
 
 def _save_dschat(scorer: Scorer, state: dict[str, torch.Tensor], tokenizer, folder: Path) -> None:
-    require_dschat(scorer)
+    require_dschat(scorer, tokenizer)
     model = scorer.unwrapped
     backbone = "rwtransformer." if isinstance(model, RewardModel) else model.base_model_prefix + "."
     head = "v_head.weight" if isinstance(model, RewardModel) else "score.weight"
@@ -163,14 +175,36 @@ def _save_dschat(scorer: Scorer, state: dict[str, torch.Tensor], tokenizer, fold
         if name.startswith(backbone)
     }
     renamed["v_head.weight"] = state[head]
-    _fit_vocabulary(scorer, renamed, 8 * -(-len(tokenizer) // 8))
+    rows = _dschat_rows(tokenizer)
+    _fit_vocabulary(scorer, renamed, rows)
     if not (folder / "config.json").exists():
-        model.config.save_pretrained(folder)
+        config = copy.deepcopy(model.config)
+        config.get_text_config().vocab_size = rows
+        config.save_pretrained(folder)
+    if not any(folder.glob("model*.safetensors")):
+        _keep_transformers_out(folder)
     torch.save(renamed, folder / DSCHAT_WEIGHTS)
 
 
+def _keep_transformers_out(folder: Path) -> None:
+    """Have Transformers' loaders fail on a folder that holds DeepSpeed-Chat's form alone.
+
+    They would find no key that they know in ``pytorch_model.bin``, and take random weights for all of them. This index
+    comes first in their search, and names a file that is not there; step 3 reads config and ``pytorch_model.bin`` only.
+    """
+    index = {"metadata": {"total_size": 0}, "weight_map": {"v_head.weight": NOT_FOR_TRANSFORMERS}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    logger.info(
+        f"{DSCHAT_WEIGHTS} is for DeepSpeed-Chat's step 3 and reward_model.inference.load; Transformers will refuse "
+        "this folder: --save_format both writes what it loads, too"
+    )
+
+
 def _fit_vocabulary(scorer: Scorer, state: dict[str, torch.Tensor], rows: int) -> None:
-    """Upstream fits its embedding to the tokenizer, in multiples of 8, before it loads: give it as many rows."""
+    """Upstream fits its embedding to the tokenizer, in multiples of 8, before it loads: give it as many rows.
+
+    Patched, it keeps a larger embedding, and fills up what it reads with rows that no token has.
+    """
     name = f"rwtransformer.{embedding_name(scorer)}"
     embedding = state[name]
     missing = max(0, rows - len(embedding))

@@ -12,7 +12,6 @@ from transformers import get_scheduler
 from reward_model.common.errors import UserError, first_line
 from reward_model.config.groups import TrainingConfig
 from reward_model.config.settings import Settings
-from reward_model.models import saving
 from reward_model.models.loading import DTYPES, load_for_training
 from reward_model.models.lora import add_lora
 from reward_model.models.scorer import Scorer, resize_embedding
@@ -29,7 +28,7 @@ def partition_while_loading(ds_config: dict[str, Any]):
 
 def build_scorer(settings: Settings, rows: int) -> Scorer:
     """The model as the run wants it, with an embedding of at least ``rows`` rows."""
-    model, engine, output = settings.model, settings.engine, settings.output
+    model, engine = settings.model, settings.engine
     scorer = load_for_training(
         model.model_name_or_path,
         DTYPES[engine.dtype],
@@ -41,8 +40,6 @@ def build_scorer(settings: Settings, rows: int) -> Scorer:
     )
     if settings.loss.level == "token" and scorer.pooling != "last":
         raise UserError("--loss_level token: this model has no score per token; leave the flag out")
-    if output.output_dir and output.save_format != "hf":
-        saving.require_dschat(scorer)
     resize_embedding(scorer, rows)
     if model.gradient_checkpointing:
         try:

@@ -103,6 +103,8 @@ def prepare(
     thresholds = objective.start_thresholds(data.train)
     partitioned = partition_while_loading(settings.deepspeed.config)
     scorer = build_scorer(settings, data.special.rows)
+    if folder and settings.output.save_format != "hf":
+        saving.require_dschat(scorer, data.tokenizer)
     set_pad(scorer, data.special)
     saving.forget_scale(scorer.config)
     dtype, seed = DTYPES[settings.engine.dtype], settings.training.seed

@@ -17,6 +17,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import patched
 import show_inf
 
+from reward_model.models import saving
+from reward_model.models.loading import load_for_training
+
 FAMILIES = ("opt", "llama", "gpt2", "gpt_neox", "bloom", "qwen2", "qwen3")
 LAYOUTS = ("package", "legacy")
 RW_EVAL = "step2_reward_model_finetuning/rw_eval.py"
@@ -111,6 +114,45 @@ def reloaded(tree, folder, family="opt"):
 def same_scores(seen, expected):
     """bfloat16 keeps 8 bits; batches of other sizes round differently."""
     assert seen == pytest.approx(expected, abs=1e-2)
+
+
+# Scores by step 3's own loading code of token ids that are padded on the right
+STEP_3 = """
+import json, sys, torch
+from transformers import AutoTokenizer
+from dschat.utils.model.model_utils import create_critic_model
+folder, ids = sys.argv[1], torch.tensor(json.loads(sys.argv[2]))
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = create_critic_model(folder, tokenizer, None, 0, rlhf_training=True).eval()
+mask = (ids != tokenizer.pad_token_id).long()
+with torch.no_grad():
+    print(json.dumps(model.forward_value(ids, mask, prompt_length=2)["chosen_end_scores"].tolist()))
+"""
+
+
+@pytest.mark.parametrize("patches", ["all", "the imports"])
+@pytest.mark.parametrize("form", ["dschat", "both"])
+@pytest.mark.parametrize("rows", [320, 512])
+def test_step_3_loads_what_the_trainer_saves(trees, tmp_path, patches, form, rows):
+    """Whether its embedding shrinks or not: Qwen 2.5 has 151,936 rows for 151,665 tokens."""
+    tree = trees()
+    if patches != "all":
+        folder = patched.export(patched.PINS["package"], tmp_path / "tree")
+        patched.git_apply(folder, patched.PATCHES / "0010-import-from-transformers-5.patch")
+        tree = patched.Tree(folder, "package", tree.data)
+    tokenizer = models.write("qwen2", tmp_path / "base", vocab_size=rows)
+    scorer = load_for_training(str(tmp_path / "base"), torch.float32, seed=0)
+    with torch.no_grad():
+        for parameter in scorer.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    saving.save(scorer, tokenizer, tmp_path / "out", form)
+    batch = models.batch(tokenizer)
+    at = torch.arange(len(batch.ends)) * batch.input_ids.shape[1] + batch.ends
+    with torch.no_grad():
+        expected = scorer.eval()(batch.input_ids, batch.attention_mask, at)
+    result = tree.python(STEP_3, tmp_path / "out", json.dumps(batch.input_ids.tolist()))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert json.loads(result.stdout.splitlines()[-1]) == pytest.approx(expected.tolist(), abs=1e-5)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -12,7 +12,8 @@ COMPUTED = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$|rotary_emb\.inv_
 def read_reward_checkpoint(path, model):
     """The state dict in ``path``, under the names of ``model``, and nothing that has no place there.
 
-    The backbone's prefix was ``rwtranrsformer`` until October 2023.
+    The backbone's prefix was ``rwtranrsformer`` until October 2023. An embedding that was cut to the tokenizer's
+    length, as step 2 did before it was patched, is filled up to the model's rows: no token has one of those.
 
     Raises:
         ValueError: a parameter of the model that the file lacks, or one of another shape. Loading then would leave
@@ -28,6 +29,7 @@ def read_reward_checkpoint(path, model):
             f"{path} lacks {len(missing)} of the model's {len(wanted)} weights, {missing[0]} among them; "
             f"it holds {len(state)}, such as {next(iter(state), 'none')}"
         )
+    _fill_up_vocabulary(state, wanted, model)
     wrong = [name for name, shape in wanted.items() if tuple(state[name].shape) != shape]
     if wrong:
         raise ValueError(
@@ -39,3 +41,11 @@ def read_reward_checkpoint(path, model):
     if unused:
         print(f"{path}: {len(unused)} tensors have no place in the model, {unused[0]} among them", flush=True)
     return {name: tensor for name, tensor in state.items() if name in known}
+
+
+def _fill_up_vocabulary(state, wanted, model):
+    embedding = model.rwtransformer.get_input_embeddings().weight
+    name = next(name for name, parameter in model.named_parameters() if parameter is embedding)
+    rows, width = wanted[name]
+    if state[name].dim() == 2 and len(state[name]) < rows and state[name].shape[1] == width:
+        state[name] = torch.cat([state[name], state[name].new_zeros(rows - len(state[name]), width)])
