@@ -10,6 +10,7 @@ import models
 import pytest
 import tiny
 import torch
+import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from reward_model.common.errors import UserError
@@ -365,6 +366,16 @@ def test_scoring_chats(tmp_path):
     told = tools('[{"name": "look"}]!' + text)["input_ids"]
     expected = scorer(torch.tensor([told]), torch.ones(1, len(told)), torch.tensor([len(told) - 1])).item()
     assert reward.score_chats([chat], tools=[{"name": "look"}], loud="!") == pytest.approx([expected], abs=1e-5)
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="Transformers 4 has no rope_parameters")
+def test_what_needs_transformers_5_is_told(tmp_path, capsys):
+    scorer, tokenizer = trained("llama", tmp_path / "base")
+    checkpoint.save(scorer, tokenizer, tmp_path / "out")
+    assert "Transformers 4" not in capsys.readouterr().out
+    scorer.config.rope_parameters = {"rope_type": "proportional", "rope_theta": 1e4}
+    checkpoint.save(scorer, tokenizer, tmp_path / "other")
+    assert "score with Transformers 5 only: Transformers 4 has no setting for" in capsys.readouterr().out
 
 
 def test_other_programs_read_the_raw_score(tmp_path):

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import models
 import pytest
@@ -241,6 +242,31 @@ def test_a_process_that_dies_is_told(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(verify.sys, "executable", "/bin/false")
     assert saved.check() == ""
     assert "not verified: the process that loads the model ended: exit status 1" in capsys.readouterr().out
+
+
+def rehearse(saved):
+    return verify.rehearse(saved.rows, saved.scorer.config, saved.tokenizer, saved.special)
+
+
+@pytest.mark.parametrize("make", [tiny.tokenizer, tiny.llama, tiny.chatml, tiny.bert])
+def test_a_tokenizer_that_can_be_saved_is_let_through(make, tmp_path):
+    assert rehearse(Saved(tmp_path, tokenizer=make())) == ""
+
+
+def test_a_tokenizer_that_cannot_be_saved_is_found_before_the_training(tmp_path, monkeypatch):
+    saved = Saved(tmp_path, tokenizer=tiny.llama())
+    backend = saved.tokenizer.backend_tokenizer.to_str()
+    save = type(saved.tokenizer).save_pretrained
+
+    def forgetful(self, folder):
+        save(self, folder)
+        content = json.loads(backend) | {"post_processor": None}
+        (Path(folder) / "tokenizer.json").write_text(json.dumps(content))
+
+    monkeypatch.setattr(type(saved.tokenizer), "save_pretrained", forgetful)
+    assert "the saved tokenizer gives text" in rehearse(saved)
+    monkeypatch.setattr(type(saved.tokenizer), "save_pretrained", lambda self, folder: 1 / 0)
+    assert rehearse(saved) == "config or tokenizer cannot be saved and loaded: ZeroDivisionError: division by zero"
 
 
 SPOILING = """

@@ -122,6 +122,10 @@ def _require_agreement(config: RunConfig) -> None:
     if loss.loss_level == "token" and config.model.pooling not in (None, "last"):
         pooling = config.model.pooling
         raise UserError(f"--loss_level token and --pooling {pooling}: only pooling last has a score per token")
+    if output.output_dir and output.save_format != "hf" and config.model.pooling not in (None, "last"):
+        raise UserError(
+            f"--save_format {output.save_format} and --pooling {config.model.pooling}: step 3 scores the last token"
+        )
     if output.normalize_scores and not output.output_dir:
         raise UserError("--normalize_scores without --output_dir: it changes what is saved")
     if output.normalize_scores not in (None, "train", "eval"):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ from reward_model.common.distributed import DistributedContext
 from reward_model.evaluation.evaluate import Loaded, score_batches
 from reward_model.models.forward import ForwardPass
 from reward_model.models.scorer import Scorer, divide_head, gathered
+
+MOST_TIES = 0.01  # of pairs; each is a pair that the model does not decide
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,7 @@ class Spread:
 def measure(forward: ForwardPass, batches: Iterable[Loaded], context: DistributedContext) -> Spread:
     """The spread of the scores of all responses of all rows."""
     (scores,) = score_batches(forward, batches, context, lambda batch, scores: [scores[batch.points.responses]])
-    scores = scores.astype(np.float64)
-    return Spread(len(scores), float(scores.mean()), float(scores.std()))
+    return spread_of(scores)
 
 
 def normalize(
@@ -52,6 +54,46 @@ def normalize(
     after = measure(forward, batches(), context)
     scorer.config.score_mean, scorer.config.score_std = after.mean, scale
     return before, after
+
+
+def spread_of(scores: np.ndarray) -> Spread:
+    """The spread of scores (n,); of none it is 0."""
+    scores = scores.astype(np.float64)
+    if not len(scores):
+        return Spread(0, 0.0, 0.0)
+    return Spread(len(scores), float(scores.mean()), float(scores.std()))
+
+
+def ties_in(dtype: torch.dtype, mean: float, std: float) -> float:
+    """The share of pairs of independent answers whose scores come out equal in a dtype.
+
+    Its numbers near the mean are q apart. The gap of two scores is normal with the variance 2·std², so that its density
+    at 0 is 1 / (2·√π·std), and a gap within ± q/2 is a tie: q / (2·√π·std) of them.
+
+    >>> round(ties_in(torch.bfloat16, mean=22.9, std=1.0), 3)  # numbers from 16 to 32 are 1/8 apart
+    0.035
+    """
+    size = max(abs(mean), std)
+    if not size or not std:
+        return 0.0
+    apart = torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(size))
+    return min(1.0, apart / (2 * math.sqrt(math.pi) * std))
+
+
+def doubt_mean(dtype: torch.dtype, mean: float, std: float) -> str:
+    """What is wrong with scores whose mean is far from zero, and what to do, in a line; empty: nothing.
+
+    Args:
+        dtype: of the saved model, in which Transformers multiplies the head. Our own scoring does so in float32.
+    """
+    ties = ties_in(dtype, mean, std)
+    if ties <= MOST_TIES:
+        return ""
+    return (
+        f"the mean of the scores, {mean:.4g}, is large beside their standard deviation, {std:.4g}: in "
+        f"{str(dtype).removeprefix('torch.')} Transformers gives {ties:.0%} of unrelated answers equal scores, and "
+        "more of like ones; train with --score_penalty center, or load the model in float32"
+    )
 
 
 def keep_thresholds(scorer: Scorer, lowest_grade: float, scale: float = 1.0) -> None:

@@ -11,8 +11,6 @@ import json
 import math
 from pathlib import Path
 
-from reward_model.common.logging import logger
-
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")  # that Transformers 4 computes
 # where Transformers 4 has a base of its own for sliding layers: model type → the keys of the two bases
 TWO_BASES = {
@@ -25,20 +23,21 @@ SLIDING_UNSCALED = ("olmo3",)  # one base for all layers, and a scaling that onl
 THREE_KEYS = ("phi3", "phi4_multimodal")  # of a longrope scaling; any other number of them is refused
 
 
-def write_old_keys(folder: Path) -> None:
+def write_old_keys(folder: Path) -> str:
     """Add the keys of Transformers 4 to ``config.json`` and ``tokenizer_config.json`` in a folder.
 
-    What 4 has no key for is said in one line: the model then needs Transformers 5.
+    Returns:
+        What Transformers 4 has no key for, so that the model needs 5; empty: nothing.
     """
     config_file, tokenizer_file = folder / "config.json", folder / "tokenizer_config.json"
     config = json.loads(config_file.read_text(encoding="utf-8"))
-    if lacking := add_rope_keys(config):
-        logger.warning(f"score with Transformers 5 only: Transformers 4 has no setting for {lacking}")
+    lacking = add_rope_keys(config)
     _write(config_file, config)
     if tokenizer_file.is_file() and (folder / "tokenizer.json").is_file():
         tokenizer = json.loads(tokenizer_file.read_text(encoding="utf-8"))
         add_tokenizer_keys(tokenizer)
         _write(tokenizer_file, tokenizer)
+    return lacking
 
 
 def _write(file: Path, content: dict) -> None:

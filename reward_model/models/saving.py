@@ -97,7 +97,8 @@ def save(
             _save_for_loading(scorer, state, staging)
         if save_format in ("dschat", "both"):
             _save_dschat(scorer, state, tokenizer, staging)
-        write_old_keys(staging)
+        if lacking := write_old_keys(staging):
+            logger.warning(f"score with Transformers 5 only: Transformers 4 has no setting for {lacking}")
         _share(staging)
         names = sorted(item.name for item in staging.iterdir())
         for name in names:

@@ -32,19 +32,26 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
     trust = question.get("trust_remote_code", False)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    texts = [
-        tokenizer.apply_chat_template(each["messages"], tokenize=False) if each["messages"] else each["text"]
-        for each in question["written"]
-    ]
+    texts, ids = encode(question["written"], tokenizer)
     return {
         "scores": {form: _scores(folder, form, question["ids"], tokenizer, trust) for form in question["forms"]},
         "texts": texts,
-        "ids": [
-            tokenizer(text, add_special_tokens=not each["templated"], verbose=False)["input_ids"]
-            for text, each in zip(texts, question["written"])
-        ],
+        "ids": ids,
         "settings": {name: config.get(name) for name in question["settings"]},
     }
+
+
+def encode(written: list[dict[str, Any]], tokenizer) -> tuple[list[str], list[list[int]]]:
+    """Texts, where there are messages as the chat template writes them, and their ids."""
+    texts = [
+        tokenizer.apply_chat_template(each["messages"], tokenize=False) if each["messages"] else each["text"]
+        for each in written
+    ]
+    ids = [
+        tokenizer(text, add_special_tokens=not each["templated"], verbose=False)["input_ids"]
+        for text, each in zip(texts, written)
+    ]
+    return texts, ids
 
 
 def _scores(folder: Path, form: str, ids: list[list[int]], tokenizer, trust: bool) -> list[float]:

@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import set_seed
 
@@ -103,15 +104,13 @@ def prepare(
     thresholds = objective.start_thresholds(data.train)
     partitioned = partition_while_loading(settings.deepspeed.config)
     scorer = build_scorer(settings, data.special.rows)
-    if folder and settings.output.save_format != "hf":
-        saving.require_dschat(scorer, data.tokenizer)
     set_pad(scorer, data.special)
     saving.forget_scale(scorer.config)
     dtype, seed = DTYPES[settings.engine.dtype], settings.training.seed
     if thresholds is not None:
         scorer.thresholds = Thresholds(thresholds, dtype)
     if folder:
-        open_folder(folder, context, scorer, settings)
+        open_folder(folder, context, scorer, settings, data)
     eval_batch = settings.evaluation.per_device_eval_batch_size
     planner = Planner(settings.batches, eval_batch, seed, context, objective.by_row)
     most = settings.evaluation.eval_iters * eval_batch * context.world_size
@@ -148,13 +147,16 @@ def set_pad(scorer: Scorer, special: SpecialTokens) -> None:
         part.pad_token_id = special.pad
 
 
-def open_folder(folder: Path, context: DistributedContext, scorer: Scorer, settings: Settings) -> None:
+def open_folder(folder: Path, context: DistributedContext, scorer: Scorer, settings: Settings, data: Data) -> None:
     """Make the output folder, and write ``run.json`` into it, while an error costs nothing yet.
 
     Raises:
-        UserError: it cannot be made, or there is no room for the model.
+        UserError: it cannot be made, there is no room for the model, or the model cannot be saved.
     """
     size = sum(count(p) for p in scorer.parameters()) * torch.finfo(DTYPES[settings.engine.dtype]).bits // 8
+    if settings.output.save_format != "hf":
+        saving.require_dschat(scorer, data.tokenizer)
+    problem = ""
     if context.is_first:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -164,7 +166,10 @@ def open_folder(folder: Path, context: DistributedContext, scorer: Scorer, setti
         versions = {"reward_model": reward_model.__version__, "python": platform.python_version()}
         versions |= {name: metadata.version(name) for name in PACKAGES}
         write_text(folder / "run.json", settings.to_json(versions))
-    torch.distributed.barrier()
+        trust = settings.model.trust_remote_code
+        problem = verify.rehearse(data.evaluation, scorer.config, data.tokenizer, data.special, trust)
+    if problem := distributed.first_text(problem):
+        raise UserError(f"the model could not be saved after the training: {problem}")
 
 
 def described(trainer: Trainer) -> str:
@@ -189,13 +194,14 @@ def described(trainer: Trainer) -> str:
 def keep_scale(trainer: Trainer, reference: Comparisons | None) -> None:
     """Write what scores mean to the config that is saved; with reference rows, give them standard deviation 1."""
     forward, planner, scale = trainer.forward, trainer.planner, 1.0
+    spread = score_scale.spread_of(np.concatenate([np.zeros(0), *trainer.last.scores.values()]))
     if reference is not None:
         groups = planner.evaluation_groups(reference, ROWS_TO_NORMALIZE_BY)
         plan = planner.evaluation(groups, forward.layout.kind)
         before, after = score_scale.normalize(
             forward, lambda: planner.load(reference, plan, forward.layout), trainer.context
         )
-        scale = forward.scorer.config.score_std
+        scale, spread = forward.scorer.config.score_std, after
         trainer.records.add(
             {"split": "normalize", "step": trainer.total_steps}
             | asdict(before)
@@ -205,6 +211,8 @@ def keep_scale(trainer: Trainer, reference: Comparisons | None) -> None:
             f"scores of {before.answers} answers had mean {before.mean:.4f} and standard deviation "
             f"{scale:.4f}; the saved head gives {after.std:.4f}, its mean {after.mean:.4f} is in config.json"
         )
+    if line := score_scale.doubt_mean(forward.dtype, spread.mean, spread.std):
+        logger.warning(line)
     score_scale.keep_thresholds(forward.scorer, trainer.objective.lowest_grade, scale)
 
 

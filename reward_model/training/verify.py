@@ -20,17 +20,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 import reward_model
 from reward_model.batching.collate import collate
+from reward_model.common.errors import first_line
 from reward_model.common.logging import logger
 from reward_model.data.comparisons import Comparison, Comparisons
 from reward_model.data.preprocessing import end_text, one_start
 from reward_model.data.tokenizer import SpecialTokens
+from reward_model.models.for_transformers_4 import write_old_keys
 from reward_model.models.forward import ForwardPass
 from reward_model.models.saving import DSCHAT_WEIGHTS, SCALE
 from reward_model.models.scorer import count, gathered, head_layer
+from reward_model.training import fresh_load
 
 MOST_TEXTS, LEAST_TEXTS, MOST_WRITTEN = 32, 2, 8
 BATCH = 2  # texts that the trainer scores at a time; any device that trains holds two
@@ -311,13 +314,8 @@ def difference(
     for name, value in expected.settings.items():
         if answer["settings"].get(name) != value:
             return f"{name} is {answer['settings'].get(name)} in config.json and was {value}"
-    for number, (each, text, ids) in enumerate(zip(expected.written, answer["texts"], answer["ids"]), 1):
-        if each.messages is not None and tokenizer.apply_chat_template(each.messages, tokenize=False) != each.text:
-            continue  # a template that writes the time has nothing to be compared with
-        if each.messages is not None and text != each.text:
-            return f"the saved chat template writes {_shown(text)}, and that of the training {_shown(each.text)}"
-        if not _same_text(_closed(ids, each.templated, special), each.ids):
-            return f"the saved tokenizer gives text {number} other ids than training had: {_shown(each.text)}"
+    if problem := _other_text(expected.written, answer["texts"], answer["ids"], tokenizer, special):
+        return problem
     for form, scores in answer["scores"].items():
         excess = np.abs(np.array(scores) - np.array(expected.scores)) - np.array(expected.tolerances)
         worst = int(np.argmax(np.where(np.isfinite(excess), excess, np.inf)))
@@ -327,6 +325,49 @@ def difference(
                 f"trained model {expected.scores[worst]:.5g} (rounding explains {expected.tolerances[worst]:.2g})"
             )
     return ""
+
+
+def _other_text(
+    written: Sequence[WrittenText],
+    texts: Sequence[str],
+    ids: Sequence[list[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    special: SpecialTokens,
+) -> str:
+    """The first text that a saved tokenizer writes or encodes otherwise than the training's; empty: none."""
+    for number, (each, text, found) in enumerate(zip(written, texts, ids), 1):
+        if each.messages is not None and tokenizer.apply_chat_template(each.messages, tokenize=False) != each.text:
+            continue  # a template that writes the time has nothing to be compared with
+        if each.messages is not None and text != each.text:
+            return f"the saved chat template writes {_shown(text)}, and that of the training {_shown(each.text)}"
+        if not _same_text(_closed(found, each.templated, special), each.ids):
+            return f"the saved tokenizer gives text {number} other ids than training had: {_shown(each.text)}"
+    return ""
+
+
+def rehearse(
+    rows: Comparisons | Sequence[Comparison],
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    special: SpecialTokens,
+    trust_remote_code: bool = False,
+) -> str:
+    """Save config and tokenizer before anything is trained, and load the tokenizer again.
+
+    Returns:
+        Why they cannot be saved, or what is otherwise afterwards, in a line; empty: nothing.
+    """
+    written = rewritten(choose_texts(rows, parameters=1)[: MOST_WRITTEN // 2], tokenizer, special)
+    with tempfile.TemporaryDirectory() as place:
+        try:
+            config.save_pretrained(place)
+            tokenizer.save_pretrained(place)
+            write_old_keys(Path(place))
+            again = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+            texts, ids = fresh_load.encode([asdict(each) for each in written], again)
+        except Exception as error:  # a tokenizer that has lost its vocabulary file, or whatever else its code raises
+            return f"config or tokenizer cannot be saved and loaded: {type(error).__name__}: {first_line(error)}"
+    return _other_text(written, texts, ids, tokenizer, special)
 
 
 def _same_text(ids: list[int], evaluated: list[int]) -> bool:
