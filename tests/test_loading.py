@@ -4,6 +4,8 @@
 import inspect
 import json
 import shutil
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import models
 import pytest
@@ -21,6 +23,7 @@ from reward_model.models import saving
 from reward_model.models.loading import load_for_training
 from reward_model.models.saved_forms import set_dropout
 from reward_model.models.scorer import head_layer
+from reward_model.training.data import require_positions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -469,3 +472,17 @@ def test_an_adapter_is_no_model(tmp_path):
     (tmp_path / "out" / "config.json").write_text("{}")
     with pytest.raises(UserError, match=f"start from {tmp_path / 'out'}, where it is merged"):
         ours.read_config(str(tmp_path / "out" / "adapter"))
+
+
+@pytest.mark.parametrize("positions, limit, says", [
+    (64, 10**30, "65 tokens, and the model's positions are 64: --max_seq_len 64"),
+    (64, 16, "65 tokens, and the model's positions are 64"),
+    (128, 16, "65 tokens, and its tokenizer's model_max_length is 16: --max_seq_len 16"),
+    (-1, 10**30, None),  # XLNet's: no limit
+    (None, 10**30, None),
+    (65, 65, None),
+])  # fmt: skip
+def test_a_text_that_is_too_long_names_the_limit(positions, limit, says):
+    config, tokenizer = SimpleNamespace(max_position_embeddings=positions), SimpleNamespace(model_max_length=limit)
+    with pytest.raises(UserError, match=says) if says else nullcontext():
+        require_positions(config, tokenizer, 65)

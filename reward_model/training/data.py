@@ -94,10 +94,10 @@ def load_data(
 
 
 def require_positions(config, tokenizer, longest: int) -> None:
-    """Raises UserError if the longest text has more tokens than the model has positions."""
-    # RoBERTa's kind numbers its positions from 2 and says so only in its tokenizer
-    positions = min(getattr(config, "max_position_embeddings", None) or math.inf, tokenizer.model_max_length)
-    if longest > positions:
-        raise UserError(
-            f"the longest text has {longest} tokens, the model {positions} positions: --max_seq_len {positions}"
-        )
+    """Raises UserError if the longest text has more tokens than the model or its tokenizer takes."""
+    positions = getattr(config, "max_position_embeddings", None) or math.inf
+    # RoBERTa's kind numbers its positions from 2 and says so only in its tokenizer; XLNet's -1 is no limit
+    limits = {"the model's positions are": positions, "its tokenizer's model_max_length is": tokenizer.model_max_length}
+    for whose, most in limits.items():
+        if 0 < most < longest:
+            raise UserError(f"the longest text has {longest} tokens, and {whose} {most}: --max_seq_len {most}")
