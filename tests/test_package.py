@@ -82,7 +82,9 @@ def test_plan_runs_where_there_is_no_checkout(command, demo):
 
 
 def test_check_runs_where_there_is_no_checkout(command, demo):
-    assert command("check", "--model_name_or_path", demo / "model", "--deepspeed_config", "zero3_nvme.json") == ""
+    flags = ["--model_name_or_path", demo / "model", "--data_path", demo / "data"]
+    said = command("check", *flags, "--deepspeed_config", "zero3_nvme.json")
+    assert said == "nothing found that would stop the run\n"
 
 
 def test_a_model_is_loaded_where_there_is_no_checkout(command, demo, tmp_path):

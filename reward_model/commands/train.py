@@ -54,6 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
         what = f"lost contact with another process, whose own message says why ({first_line(error)})"
         return fail(what, debug, wait=LAUNCHER_GRACE)
     except KeyboardInterrupt:
+        if os.environ["RANK"] != "0":  # the first rank says it
+            release_shared_memory()
+            os._exit(1)
         return fail("interrupted before the end of the run", debug)
     end()
     return 0
@@ -73,6 +76,7 @@ def fail(message: str, debug: bool, wait: float = 0.0) -> int:
         wait: seconds before leaving, so that a rank that is at fault ends first, and its exit status is the run's.
     """
     rank = os.environ["RANK"]
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if rank == "0" else signal.SIG_DFL)  # the end of a launcher's patience
     if debug:
         import traceback
 
