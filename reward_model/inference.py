@@ -18,12 +18,13 @@ from transformers import PreTrainedTokenizerBase
 from reward_model.batching.collate import collate
 from reward_model.common.errors import UserError
 from reward_model.common.logging import logger
+from reward_model.config.options import require_no_adapter
 from reward_model.data.chats import half_character, in_plain, is_chat, write
 from reward_model.data.comparisons import BadRow, Comparison
 from reward_model.data.preprocessing import end_text, one_start
 from reward_model.data.tokenizer import choose_special_tokens, load_tokenizer
 from reward_model.models.forward import ForwardPass
-from reward_model.models.loading import load_for_training
+from reward_model.models.loading import DTYPES, load_for_training
 from reward_model.models.saved_forms import form_of, load_form
 from reward_model.models.scorer import Scorer, embedding_rows
 from reward_model.objectives.losses import likeliest_grade
@@ -175,7 +176,7 @@ def _require_whole(texts: Sequence[str]) -> None:
 
 def load(
     folder: str | Path,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
     form: Literal["hf", "dschat"] | None = None,
     trust_remote_code: bool = False,
@@ -183,7 +184,7 @@ def load(
     """A model that the trainer saved, in whichever form it was saved.
 
     Args:
-        dtype: of the weights; None: as saved.
+        dtype: of the weights, a ``torch.dtype`` or ``fp32``, ``bf16`` or ``fp16``; None: as saved.
         form: of a folder that holds two; None: ``dschat`` only where there is nothing else.
         trust_remote_code: run the code that the model brings.
 
@@ -193,6 +194,12 @@ def load(
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
+    require_no_adapter(folder)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} holds no model: there is no config.json in it")
+    dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if isinstance(dtype, str):
+        raise UserError(f"dtype {dtype}: give one of {', '.join(DTYPES)}, or a torch.dtype")
     tokenizer = load_tokenizer(str(folder), trust_remote_code=trust_remote_code)
     its_form = form_of(folder, form)
     if its_form:

@@ -36,7 +36,7 @@ def test_rows_that_would_stop_the_run(tmp_path, capsys):
     assert capsys.readouterr().out == "nothing found that would stop the run\n"
     bad = write(tmp_path / "bad.jsonl", [PAIR, PAIR | {"chosen": ""}] * 2 + [PAIR] * 200)
     assert refusal("--data_path", good, bad) == (
-        f"{bad}, row 2: chosen is empty (2 of the first 100 rows cannot be used)"
+        f"{bad}, row 2: chosen is empty (2 of the first 100 rows cannot be used; --on_bad_row skip leaves them out)"
     )
     assert look("--data_path", bad, "--on_bad_row", "skip") == 0
     all_bad = write(tmp_path / "all.jsonl", [PAIR | {"chosen": ""}])

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows as published data sets have them, each read without a flag."""
 
+import csv
 import datetime
 import json
 
@@ -183,12 +184,18 @@ def texts_of(row, **kwargs):
     return read_row(layout.read(row), chatml(), **kwargs)
 
 
-@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+@pytest.mark.parametrize("form", ["jsonl", "parquet", "csv"])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_published_layout(name, form, tmp_path):
     row, whole, judged = LAYOUTS[name]
     path = tmp_path / f"rows.{form}"
-    if form == "parquet":
+    if form == "csv":  # objects as JSON, as other programs write them
+        cells = {key: json.dumps(value) if isinstance(value, (list, dict)) else value for key, value in row.items()}
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(row))
+            writer.writeheader()
+            writer.writerow(cells)
+    elif form == "parquet":
         datasets.Dataset.from_list([row]).to_parquet(path)
     else:
         path.write_text(json.dumps(row) + "\n")
@@ -227,6 +234,25 @@ def test_row_that_does_not_fit_its_layout(row, reason):
     layout = layout_of(list(first), first)
     with pytest.raises(BadRow, match=reason):
         read_row(layout.read(row), chatml())
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "better"), [("0", "1", "b"), ("1.0", "0.0", "a"), ("False", "False", None), (1, 0, "a")]
+)
+def test_flags_of_the_arena_may_be_text(a, b, better):
+    row = {"prompt": Q, "response_a": "a", "response_b": "b", "winner_model_a": a, "winner_model_b": b}
+    texts = texts_of(row)
+    assert [texts.whole[i] for i in texts.judged["better"]] == ([f"{Q}{better}"] if better else [])
+    for wrong in ({"winner_model_a": "1", "winner_model_b": "1"}, {"winner_model_a": "yes"}):
+        with pytest.raises(BadRow, match=r"winner_model_a (is yes|and winner_model_b are both set)"):
+            texts_of(row | wrong)
+
+
+def test_numbers_under_other_names_in_csv(tmp_path):
+    (tmp_path / "a.csv").write_text("request,answer,quality\nWho?,he,0.5\n")
+    names = {"prompt": "request", "response": "answer", "score": "quality"}
+    (source,), _ = read_sources(str(tmp_path / "a.csv"), seed=0, names=names)
+    assert read_row(source.read(source.rows[0]), None).judged["targets"] == [0.5]
 
 
 def test_whole_dialogues_need_no_question_beside_them():
@@ -334,7 +360,7 @@ def test_named_splits(saved, tmp_path, capsys):
         assert sizes() == [9, 5]
         assert "trained on train_prefs, train_sft together; --split names one of them" in capsys.readouterr().out
     for wrong in (("train_x",), ("train_prefs", "test_x")):
-        with pytest.raises(UserError, match=r"no (split named|file whose name begins with) t\w+_x"):
+        with pytest.raises(UserError, match=r"no (split named|file called) t\w+_x"):
             sizes(*wrong)
 
 

@@ -100,19 +100,21 @@ def test_a_row_with_what_one_of_the_losses_needs_lacks_nothing(flags, row):
 
 PREFERRED = "needs a preferred answer, and the row has"
 LISTS = "needs ranked lists, and the row has"
+SCORED = "; --loss bce learns from labels, --loss mse from scores"
+JUDGED = "; --loss logistic learns from pairs"
 LACKING = [
-    ("", SINGLE, f"--loss logistic {PREFERRED} one answer"),
-    ("", ranked(3.0), f"--loss logistic {PREFERRED} one answer"),
+    ("", SINGLE, f"--loss logistic {PREFERRED} one answer{SCORED}"),
+    ("", ranked(3.0), f"--loss logistic {PREFERRED} one answer{SCORED}"),
     ("--loss focal", unordered(2), f"--loss focal {PREFERRED} two answers and no order (scores or ranks)"),
     ("--loss hinge", unordered(12), f"--loss hinge {PREFERRED} 12 answers and no order (scores or ranks)"),
     ("", ranked(2.0, 2.0, 2.0), f"--loss logistic {PREFERRED} three answers that are all tied"),
-    ("--margin column", SINGLE, f"--loss logistic {PREFERRED} one answer"),
+    ("--margin column", SINGLE, f"--loss logistic {PREFERRED} one answer{SCORED}"),
     ("--loss plackett_luce", unordered(2), f"--loss plackett_luce {LISTS} two answers and no order (scores or ranks)"),
     ("--loss rank_list", ranked(ranks=[1, 1, 1, 1]), f"--loss rank_list {LISTS} four answers that are all tied"),
-    ("--loss best_of_k", SINGLE, f"--loss best_of_k {LISTS} one answer"),
+    ("--loss best_of_k", SINGLE, f"--loss best_of_k {LISTS} one answer{SCORED}"),
     ("--loss best_of_k", ranked(ranks=[1]), f"--loss best_of_k {LISTS} one answer"),
-    ("--loss mse", PAIR, f"--loss mse {NO_TARGET}"),
-    ("--loss ordinal", RANKED, f"--loss ordinal {NO_TARGET}"),
+    ("--loss mse", PAIR, f"--loss mse {NO_TARGET}{JUDGED}"),
+    ("--loss ordinal", RANKED, f"--loss ordinal {NO_TARGET}{JUDGED}"),
     ("--loss bce", single(), f"--loss bce {NO_TARGET}"),
     ("--loss logistic mse", single(), f"--loss logistic {PREFERRED} one answer and --loss mse {NO_TARGET}"),
     ("--loss bce rank_list", unordered(3),

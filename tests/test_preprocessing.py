@@ -433,7 +433,10 @@ def test_a_single_answer_has_a_score_or_a_label(row, target):
     assert set(map(tuple, judged.values())) == {()}
 
 
-FIELDS = "and needs prompt, chosen, rejected (or responses with scores or ranks, or response with a score or label)"
+FIELDS = (
+    "and needs prompt, chosen, rejected (or responses with scores or ranks, or response with a score or label); "
+    "--columns chosen=COLUMN names what has another name"
+)
 BAD_JUDGEMENTS = [
     (TEXT, {"chosen_score": "high"}, "chosen_score is text, not a number"),
     (TEXT, {"score_rejected": True}, "score_rejected is a truth value, not a number"),
@@ -803,7 +806,7 @@ def test_what_a_row_lacks_for_the_loss_is_said_after_what_is_wrong_with_it(tmp_p
     assert len(tokenize_rows(rows, tmp_path, missing=missing(""), on_bad_row="skip")) == 1
     out = capsys.readouterr().out
     assert "skipped 1 of 3 rows: chosen is empty\n" in out
-    assert "skipped 1 of 3 rows: --loss logistic needs a preferred answer, and the row has one answer\n" in out
+    assert "skipped 1 of 3 rows: --loss logistic needs a preferred answer, and the row has one answer;" in out
 
 
 def test_bad_list_and_answer_stop_or_are_counted(tmp_path, capsys):

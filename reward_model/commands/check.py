@@ -90,19 +90,25 @@ def _is_name(entry: str) -> bool:
 
 def _check_rows(source, tokenizer, missing, config: RunConfig) -> None:
     from reward_model.data.comparisons import Comparison
-    from reward_model.data.preprocessing import read_text, reason_of
+    from reward_model.data.preprocessing import is_glued, is_plain, joined_as_they_are, read_text, reason_of
 
+    plain = glued = 0
     problems: dict[int, str] = {}
     rows = source.rows.select(range(min(FIRST_ROWS, len(source.rows))))
     for number, row in zip(source.numbers, rows):
         text = read_text(source, row, tokenizer, config.data.chat)
         problem = text if isinstance(text, str) else reason_of(missing, Comparison([], [], **text.judged))
         problems |= {number: problem} if problem else {}
+        if not isinstance(text, str) and not isinstance(tokenizer, AnyTokenizer):
+            plain, glued = plain + is_plain(text, tokenizer), glued + is_glued(text)
     stops = config.data.on_bad_row == "stop" or len(problems) == len(rows)
     if problems and stops:
         number, problem = next(iter(problems.items()))
         count = f"{len(problems)} of the first {len(rows)} rows cannot be used"
+        count += "; --on_bad_row skip leaves them out" if len(problems) < len(rows) else ""
         raise UserError(f"{source.name}, row {number}: {problem} ({count})")
+    for line in joined_as_they_are(plain, glued, len(rows), bool(tokenizer.chat_template)):
+        logger.warning(f"{source.name}: {line}")
 
 
 def _tokenizer(config: RunConfig):

@@ -166,7 +166,7 @@ def require_no_adapter(folder: Path) -> None:
         base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path") or "its base model"
         merged = folder.resolve().parent
         where = f"start from {merged}, where it is merged" if (merged / "config.json").is_file() else "merge it first"
-        raise UserError(f"--model_name_or_path {folder} is a LoRA adapter of {base}: {where}")
+        raise UserError(f"{folder} is a LoRA adapter of {base}: {where}")
 
 
 def explain_inherited(config: RunConfig) -> None:

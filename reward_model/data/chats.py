@@ -2,7 +2,7 @@
 """Chat messages: the forms in which data sets write them, and the text that a chat template makes of them.
 
 A chat is what the tokenizer's own template gives, to the letter, and its score is read at its last token: so do
-Transformers' pipeline, TRL and vLLM.
+TRL and vLLM.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ROLES = {  # ShareGPT's names, and what others write there
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model", "function_call"), "assistant"),
     **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
 }
-WRITTEN_OUT = re.compile(r"\s*\[\s*\{\s*['\"](role|content|from|value)['\"]\s*:")  # the beginning of a list of messages
+WRITTEN_OUT = re.compile(r"\s*\[?\s*\{\s*['\"](role|content|from|value)['\"]\s*:")  # the beginning of messages
 SURROGATE = re.compile("[\ud800-\udfff]")
 TURN = re.compile(r"(?:^|\n\n)\s*(Human|Assistant):")  # Anthropic's marks
 ONE_TURN = re.compile(r"\s*Human: (?P<asked>.*?)\s*Assistant:\s*", re.DOTALL)  # upstream's prompts
@@ -49,6 +49,7 @@ def in_plain(name: str, value):
         except ValueError:
             how = "written out as text, as to_csv does it: save it as JSON or Parquet"
             raise BadRow(f"{name} is a list of messages that was {how}") from None
+        read = [read] if isinstance(read, dict) else read
         value = read if isinstance(read, list) and all(map(_is_message, read)) else value
     messages = [value] if isinstance(value, dict) else value
     if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):

@@ -20,7 +20,7 @@ import pyarrow.parquet
 
 from reward_model.common.errors import UserError, first_line, require_no_lfs_pointer
 from reward_model.data.comparisons import BadRow
-from reward_model.data.layouts import OWN, Layout
+from reward_model.data.layouts import OWN, Layout, number_of
 
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 NUMBERS = (  # columns that a CSV file writes as text
@@ -77,7 +77,10 @@ class Source:
         Raises:
             BadRow: it does not have what its layout says.
         """
-        return self.layout.read(self.named(row))
+        found = self.layout.read(self.named(row))
+        if loader_of(Path(self.name)) == "csv":  # whose numbers are text, under whichever name
+            found |= {name: number_of(found[name]) for name in NUMBERS if isinstance(found.get(name), str)}
+        return found
 
     def fields(self) -> list[str]:
         """The columns of the first row, under the names by which they are read."""
@@ -206,23 +209,11 @@ def _csv_rows(file) -> Iterator[dict]:
     try:
         for number, row in enumerate(reader, 1):
             beyond = [cell for cell in row.pop(None, None) or [] if cell.strip()]
-            row |= {name: _number(row[name]) for name in NUMBERS if name in row}
+            row |= {name: number_of(row[name]) for name in NUMBERS if name in row}
             row |= {BEYOND: beyond[0]} if beyond else {}
             yield {"json": json.dumps(row), "number": number}
     except csv.Error as error:
         raise UserError(f"row {number + 1} is not CSV: {error}") from error
-
-
-def _number(cell: str | None) -> float | str | None:
-    """A CSV cell that should hold a number, or the word true or false; empty: none."""
-    if not cell or not cell.strip():
-        return None
-    if cell.strip().lower() in ("true", "false"):
-        return float(cell.strip().lower() == "true")
-    try:
-        return float(cell)
-    except ValueError:
-        return cell
 
 
 def _parse(text: str, line: int | None):

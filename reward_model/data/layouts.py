@@ -66,7 +66,7 @@ class Layout:
         Raises:
             BadRow: a column does not hold what it has in this layout.
         """
-        given: dict = {name: row.get(column) for name, column in self.scores.items()}
+        given: dict = {name: _value(row, column) for name, column in self.scores.items()}
         for part in self.parts:
             given |= part.gives(row | given)
         return row | given
@@ -87,6 +87,28 @@ class Layout:
 
 
 OWN = Layout()
+
+
+def number_of(cell: str | None) -> float | str | None:
+    """A CSV cell that should hold a number, or the word true or false; empty: none.
+
+    >>> number_of("0.5"), number_of("True"), number_of(" "), number_of("better")
+    (0.5, 1.0, None, 'better')
+    """
+    if not cell or not cell.strip():
+        return None
+    if cell.strip().lower() in ("true", "false"):
+        return float(cell.strip().lower() == "true")
+    try:
+        return float(cell)
+    except ValueError:
+        return cell
+
+
+def _value(row: dict, name: str):
+    """A number that a column holds, also as text, as in CSV files."""
+    value = row.get(name)
+    return number_of(value) if isinstance(value, str) else value
 
 
 def layout_of(columns: list[str], first: dict, chat: bool = False) -> Layout:
@@ -167,7 +189,7 @@ def _chat_prompt(name: str, row: dict) -> dict:
 def _instruction(row: dict) -> dict:
     """Alpaca's: an instruction, an input that may be empty, and earlier turns as pairs of texts."""
     earlier: list[dict] = []
-    for pair in row.get("history") or []:
+    for pair in _parsed(row.get("history")) or []:
         if not isinstance(pair, list) or len(pair) != 2:
             raise BadRow("history is not a list of pairs of texts")
         earlier += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair)]
@@ -227,8 +249,10 @@ def _winner(first: str, second: str, row: dict) -> dict:
             raise BadRow(f"{column} is {row[column]}; it should be model_a, model_b or tie")
     else:
         column, said = "winner_model_a", "tie"
-        for name in "ab":
-            said = name if row.get(f"winner_model_{name}") else said
+        won = [name for name in "ab" if _flag(row, f"winner_model_{name}")]
+        if len(won) == 2:
+            raise BadRow("winner_model_a and winner_model_b are both set")
+        said = won[0] if won else "tie"
     answers = [in_plain(name, row.get(name)) for name in (first, second)]
     if "prompt" in row and all(isinstance(value, str) for value in (row["prompt"], *answers)):
         row, answers = _interleaved(row, answers)
@@ -237,6 +261,13 @@ def _winner(first: str, second: str, row: dict) -> dict:
         return asked | _tie(answers)
     better, worse = answers if said == "a" else answers[::-1]
     return asked | {"chosen": better, "rejected": worse}
+
+
+def _flag(row: dict, name: str) -> bool:
+    value = _value(row, name)
+    if value not in (0, 1, None):
+        raise BadRow(f"{name} is {value}; it should be 0 or 1")
+    return bool(value)
 
 
 def _tie(answers: list) -> dict:
@@ -266,15 +297,16 @@ def _interleaved(row: dict, answers: list) -> tuple[dict, list]:
 
 
 def _better_id(row: dict) -> dict:
-    better = row.get("better_response_id")
+    better = _value(row, "better_response_id")
     if better not in (0, 1):
         raise BadRow(f"better_response_id is {better}; it should be 0 or 1")
+    better = int(better)
     return {"chosen": row.get(f"response_{better}"), "rejected": row.get(f"response_{1 - better}")}
 
 
 def _strength(first: str, second: str, column: str, row: dict) -> dict:
     """HelpSteer's scale: −3, the first is much better, to 3, the second is; 0, they are equal. Llama 2's grades."""
-    value = row.get(column)
+    value = _value(row, column)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= 3:
         raise BadRow(f"{column} is {value}; it should be a number from -3 to 3")
     answers = [row.get(first), row.get(second)]
@@ -298,8 +330,18 @@ def _answers(row: dict) -> dict:
     return {"responses": [each.get("answer") for each in found], "ranks": [each.get("rank") for each in found]}
 
 
+def _parsed(value):
+    """What JSON text in a column says; other values as they are."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
 def _objects(row: dict, name: str) -> list[dict]:
-    found = row.get(name)
+    found = _parsed(row.get(name))
     if not isinstance(found, list) or not found or not all(isinstance(each, dict) for each in found):
         raise BadRow(f"{name} is not a list of objects")
     return found
@@ -320,7 +362,7 @@ def _rejected_beside(name: str, row: dict) -> dict:
 
 
 def _helpfulness(row: dict) -> dict:
-    return {"score": row.get("helpfulness")}
+    return {"score": _value(row, "helpfulness")}
 
 
 HELPFULNESS = Part("helpfulness as the score", ("response", "helpfulness"), _helpfulness)
@@ -377,14 +419,16 @@ def _webgpt(row):
     answers = [re.sub(r"[(\[].*?[)\]]", "", re.sub(r" [(\[].*?[)\]]", "", row[f"answer_{i}"])) for i in (0, 1)]
     scores = float(row["score_0"]), float(row["score_1"])
     better = 0 if scores[0] >= scores[1] else 1
-    pair = _dialogue(row["question"]["full_text"], answers[better], answers[1 - better])
+    question = _parsed(row["question"])
+    asked = question["full_text"] if isinstance(question, dict) else question
+    pair = _dialogue(asked, answers[better], answers[1 - better])
     return pair | {"chosen_score": scores[better], "rejected_score": scores[1 - better]}  # equal: a tie
 
 
 def _shp(row):
-    names = ("A", "B") if int(row["labels"]) == 1 else ("B", "A")
+    names = ("A", "B") if int(float(row["labels"])) == 1 else ("B", "A")
     pair = _dialogue(row["history"], *(row[f"human_ref_{name}"] for name in names))
-    return pair | {f"{side}_score": row.get(f"score_{name}") for side, name in zip(PAIR, names)}
+    return pair | {f"{side}_score": _value(row, f"score_{name}") for side, name in zip(PAIR, names)}
 
 
 def _miracl(row):

@@ -310,21 +310,24 @@ def _without_bad_rows(
     cut = int(np.sum(good["cut"][:]))
     note = f", {cut} with the prompt cut from the left to fit {preprocessing.max_seq_len} tokens" if cut else ""
     logger.log(logging.WARNING if cut else logging.INFO, f"{source.name}: {counted(len(good), 'row')}{note}")
-    for line in joined_as_they_are(good, bool(tokenizer.chat_template)):
+    plain, glued = (int(np.sum(good[name][:])) for name in ("is_plain", "is_glued"))
+    for line in joined_as_they_are(plain, glued, len(good), bool(tokenizer.chat_template)):
         logger.warning(f"{source.name}: {line}")
     return good
 
 
-def joined_as_they_are(table: datasets.Dataset, has_template: bool) -> Iterator[str]:
-    """What is doubtful about the form of rows of plain text."""
-    plain, glued = (int(np.sum(table[name][:])) for name in ("is_plain", "is_glued"))
+def joined_as_they_are(plain: int, glued: int, rows: int, has_template: bool) -> Iterator[str]:
+    """What is doubtful about the form of rows of plain text, of which so many have nothing before their answer."""
     if plain and has_template:
         yield (
-            f"{_of(plain, len(table))} plain text, joined as it is, and the tokenizer has a chat template: "
+            f"{_of(plain, rows)} plain text, joined as it is, and the tokenizer has a chat template: "
             "--chat puts them through it"
         )
-    elif glued > len(table) / 2:
-        yield f"{_of(glued, len(table))} joined with nothing between prompt and answer, as in 'Paris is where?France'"
+    elif glued > rows / 2:
+        yield (
+            f"{_of(glued, rows)} joined with nothing between prompt and answer: end the prompts with a space, or make "
+            "turns of them with --chat, for which --chat_template human_assistant gives this tokenizer a template"
+        )
 
 
 def _of(count: int, total: int) -> str:
@@ -360,7 +363,7 @@ def _tokenize_rows(
                 _require_tokens(prompt, whole, text.names)
                 ends = [ids if text.templated else end_text(ids, special) for ids in whole]
                 record |= compare(prompt, ends, special, max_seq_len, text.names) | text.judged
-                record |= {"is_plain": _is_plain(text, tokenizer), "is_glued": _is_glued(text)}
+                record |= {"is_plain": is_plain(text, tokenizer), "is_glued": is_glued(text)}
                 record["prompt_hash"] = _hash(text.prompt.encode("utf-8", "replace"))
             except BadRow as problem:
                 record["problem"] = str(problem)
@@ -376,12 +379,12 @@ def _require_tokens(prompt: list[int], whole: list[list[int]], names: Sequence[s
             raise BadRow(f"{name} is empty once tokenized")
 
 
-def _is_plain(text: Texts, tokenizer) -> bool:
+def is_plain(text: Texts, tokenizer) -> bool:
     """Whether a text was written by no chat template, neither ours nor one before it."""
     return not text.templated and not any(token in text.whole[0] for token in tokenizer.all_special_tokens)
 
 
-def _is_glued(text: Texts) -> bool:
+def is_glued(text: Texts) -> bool:
     """Whether an answer begins where its prompt ends, as no language with spaces writes it."""
     before, after = text.prompt[-1:], text.whole[0][len(text.prompt) :][:1]
     ends = before.isalnum() or before in tuple(".,:;?!")

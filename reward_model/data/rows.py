@@ -116,7 +116,8 @@ def _require_types(row: dict, prompt, found: list, names: Sequence[str]) -> None
     for name, value in zip(names, found):
         if value is None:
             is_absent = names is PAIR and name not in row
-            needs = f"; the row has {', '.join(row)}, and needs prompt, chosen, rejected (or {OTHER_ROWS})"
+            needs = f"; the row has {', '.join(row)}, and needs prompt, chosen, rejected (or {OTHER_ROWS}); "
+            needs += "--columns chosen=COLUMN names what has another name"
             raise BadRow(f"{name} is missing" + (needs if is_absent else ""))
         if not isinstance(value, str) and not is_chat(value):
             raise BadRow(f"{name} is {_type(value)}, not text or chat messages")

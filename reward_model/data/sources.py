@@ -17,7 +17,7 @@ from reward_model.data.comparisons import BadRow
 from reward_model.data.files import Source, loader_of, read_file
 from reward_model.data.layouts import BY_NAME, NAMED, NO_REJECTED, OWN, Layout, layout_of, unread
 
-EVAL_NAMES = ("eval", "test", "validation", "valid", "dev")
+EVAL_NAMES = ("eval", "evaluation", "test", "validation", "valid", "dev")
 SHARD = re.compile(r"-\d+-of-\d+")
 AMOUNT = re.compile(r"(?P<path>.+):(?P<amount>\d+(\.\d+)?)")
 EVAL_SPLITS = {"stanfordnlp/SHP": "validation"}
@@ -234,10 +234,11 @@ def _read_folder(folder: Path, splits: Splits, first: int | None) -> tuple[list[
         train = files
     if not train:
         found = ", ".join(str(path.relative_to(folder)) for path in files[:5]) or "no data file"
-        raise UserError(f"{folder}: no file whose name begins with {splits.train or 'train'} ({found} found)")
+        wanted = splits.train or "train"
+        raise UserError(f"{folder}: no file called {wanted}, {wanted}-… or {wanted}_… ({found} found); name the files")
     if splits.evaluation and not evaluation:
-        raise UserError(f"{folder}: no file whose name begins with {splits.evaluation}")
-    kinds = dict.fromkeys(SHARD.split(path.name)[0].split(".")[0] for path in train)
+        raise UserError(f"{folder}: no file called {splits.evaluation}, {splits.evaluation}-… or {splits.evaluation}_…")
+    kinds = dict.fromkeys(SHARD.split(str(path.relative_to(folder)))[0] for path in train)
     if len(kinds) > 1 and not splits.train:
         logger.warning(f"{folder}: trained on {', '.join(kinds)} together; --split names one of them")
     others = [str(path.relative_to(folder)) for path in files if path not in train + evaluation]

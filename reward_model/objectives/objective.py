@@ -209,7 +209,9 @@ class Objective:
         """
         checks = {"pairs": self._missing_in_pairs, "lists": self._missing_in_lists, "points": self._missing_in_points}
         reasons = [checks[kind](row, name) for name, kind in self.kinds.items()]
-        return " and ".join(filter(None, reasons)) if all(reasons) else None
+        if not all(reasons):
+            return None
+        return " and ".join(filter(None, reasons)) + (_that_would_do(row) if len(reasons) == 1 else "")
 
     def _missing_in_pairs(self, row: Comparison, name: str) -> str | None:
         if not row.better:
@@ -262,3 +264,12 @@ def _no_order(row: Comparison) -> str:
 def _tied(ranks: list[int], rank: int) -> list[int]:
     """The first two responses of one rank, counted from 1."""
     return [i for i, found in enumerate(ranks, 1) if found == rank][:2]
+
+
+def _that_would_do(row: Comparison) -> str:
+    """Objectives that learn from what a row has."""
+    if row.better:
+        return "; --loss logistic learns from pairs"
+    if len(row.targets) == 1 and not math.isnan(row.targets[0]):
+        return "; --loss bce learns from labels, --loss mse from scores"
+    return ""
