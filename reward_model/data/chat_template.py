@@ -61,11 +61,10 @@ def settle_template(tokenizer: PreTrainedTokenizerBase, today: datetime.datetime
     template = tokenizer.chat_template
     if not template:
         return
-    if dated := _map(template, lambda each: _dated(each, today)) != template:
-        tokenizer.chat_template = _map(template, lambda each: _dated(each, today))
+    tokenizer.chat_template = _map(template, lambda each: _dated(each, today))
     if _writes_date(tokenizer.chat_template):
         logger.warning("the chat template writes the date in a way that cannot be fixed: scores will depend on the day")
-    elif dated:
+    elif tokenizer.chat_template != template:
         logger.info(f"chat template: the date that it writes stays {today:%Y-%m-%d}, also in what is saved")
     closing = _closed_before_space(tokenizer)
     if closing and is_trained:

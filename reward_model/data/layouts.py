@@ -248,7 +248,6 @@ def _winner(first: str, second: str, row: dict) -> dict:
         if said is None:
             raise BadRow(f"{column} is {row[column]}; it should be model_a, model_b or tie")
     else:
-        column, said = "winner_model_a", "tie"
         won = [name for name in "ab" if _flag(row, f"winner_model_{name}")]
         if len(won) == 2:
             raise BadRow("winner_model_a and winner_model_b are both set")

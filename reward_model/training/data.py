@@ -19,7 +19,6 @@ from reward_model.data.sources import Splits
 from reward_model.data.tokenizer import SpecialTokens, choose_special_tokens, load_tokenizer
 from reward_model.objectives import answer_similarity
 from reward_model.objectives.objective import Objective
-from reward_model.training.verify import WrittenText
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,6 @@ class Data:
     """The rows of a run, tokenized.
 
     reference: those that scores are normalized by; None: they are not. longest: tokens of the longest text of all.
-    written: some held-out texts as they were written, for the saved tokenizer to encode again; none: made from ids.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -36,7 +34,6 @@ class Data:
     evaluation: Comparisons
     reference: Comparisons | None
     longest: int
-    written: tuple[WrittenText, ...] = ()
 
 
 def load_data(

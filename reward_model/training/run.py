@@ -224,7 +224,7 @@ def save(trainer: Trainer, data: Data, folder: Path) -> None:
     """
     forward, is_writer, problem = trainer.forward, trainer.context.is_first, ""
     forward.use(SEPARATE)  # what is saved names no attention of ours
-    expected = verify.expect(forward, trainer.eval_set, data.tokenizer, data.special, data.written)
+    expected = verify.expect(forward, trainer.eval_set, data.tokenizer, data.special)
     trainer.engine.empty_partition_cache()  # ZeRO 3 may be fetching ahead, and gathers no weight twice
     save_format = trainer.settings.output.save_format
     names = saving.save(forward.scorer, data.tokenizer, folder, save_format, is_writer)
