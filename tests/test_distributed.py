@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import runs
 import torch
 from torch.utils import cpp_extension
 
@@ -78,3 +79,16 @@ def test_the_soft_limit_of_open_files_rises():
     code += "print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "900\n"
+
+
+@pytest.mark.parametrize("environment, message", [
+    ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, "RANK is set in the environment without MASTER_ADDR, M"),
+    ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE=2: each process of mpirun would be a run of its own"),
+])  # fmt: skip
+def test_half_of_a_launcher_ends_in_a_line(environment, message, demo, tmp_path):
+    flags = ("--model_name_or_path", demo / "model", "--data_path", demo / "data", "--output_dir", tmp_path / "out")
+    words = [sys.executable, str(runs.SCRIPTS / "main.py"), *map(str, flags)]
+    result = subprocess.run(words, env=runs.environment(**environment), capture_output=True, text=True, timeout=100)
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr

@@ -13,7 +13,8 @@ EXAMPLES = runs.SCRIPTS / "examples"
 
 def example(name, *flags):
     words = [sys.executable, str(EXAMPLES / name), *map(str, flags)]
-    result = subprocess.run(words, cwd=runs.TOP, capture_output=True, text=True, timeout=300)
+    values = runs.environment()
+    result = subprocess.run(words, cwd=runs.TOP, env=values, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
     return result.stdout.splitlines()
 

@@ -25,6 +25,9 @@ from reward_model.common.errors import UserError
 from reward_model.common.logging import hushed, logger
 from reward_model.common.words import counted
 
+SET_BY_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+SIZES_BY_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
 
 @dataclass(frozen=True)
 class DistributedContext:
@@ -73,8 +76,8 @@ def release_shared_memory() -> None:
 
     Those of all local ranks: one that has not ended yet keeps what it has opened.
     """
-    folder = Path("/dev/shm")
-    for path in folder.glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*_{os.environ['MASTER_PORT']}_*"):
+    folder, port = Path("/dev/shm"), os.environ.get("MASTER_PORT")
+    for path in folder.glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*_{port}_*"):
         path.unlink(missing_ok=True)
 
 
@@ -100,8 +103,18 @@ def start(local_rank: int = -1, offload: bool = False, debug: bool = False) -> D
         debug: show what DeepSpeed prints meanwhile.
 
     Raises:
-        UserError: no C++ compiler or ninja where DeepSpeed compiles an op before it can communicate.
+        UserError: half of what a launcher sets, GPUs that torch does not see, or no C++ compiler or ninja where
+            DeepSpeed compiles an op before it can communicate.
     """
+    if missing := [name for name in SET_BY_LAUNCHERS if name not in os.environ]:
+        names = ", ".join(missing)
+        raise UserError(f"RANK is set in the environment without {names}: start this by a launcher, or unset RANK")
+    for name in SIZES_BY_MPI:
+        if os.environ["WORLD_SIZE"] == "1" and int(os.environ.get(name, 1)) > 1:
+            raise UserError(
+                f"{name}={os.environ[name]}: each process of mpirun would be a run of its own; set RANK, WORLD_SIZE, "
+                "LOCAL_RANK, MASTER_ADDR and MASTER_PORT for each, or start them by deepspeed or torchrun"
+            )
     with hushed(debug):
         import deepspeed
         from deepspeed.accelerator import get_accelerator

@@ -19,12 +19,12 @@ SCRIPTS = TOP / "training_scripts"
 PAIRS, HELD_OUT = 320, 50
 READ_BY_LAUNCHERS = re.compile(
     r"MODEL|DATA|OUTPUT|SCRIPTS|LAUNCH\w*|(GLOBAL|MICRO)_BATCH|NUM_GPUS|CUDA_VISIBLE_DEVICES|MASTER_\w+|HOSTFILE|DRY_RUN|"
-    r"SSH_OPTIONS|PREFLIGHT_ALLOW|(SLURM|SBATCH|SRUN)_\w+"
+    r"SSH_OPTIONS|PREFLIGHT_ALLOW|(SLURM|SBATCH|SRUN)_\w+|RANK|WORLD_SIZE|LOCAL_(RANK|WORLD_SIZE)"
 )
 
 
 def environment(**changes):
-    """That of these tests, without what a shell launcher reads of it (a test before may have set some), and changes.
+    """That of these tests, without what a launcher reads or sets (a test before may have set some), and changes.
 
     A variable that is None is unset.
     """
