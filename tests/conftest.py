@@ -17,6 +17,9 @@ LONGEST = ("test_trainer", "test_set_up", "test_bad_input")
 sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 # ops that DeepSpeed compiles are compiled once, also by tests that set another environment
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "var" / "torch_extensions"))
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+for name in LAUNCHER:  # whoever started these tests
+    os.environ.pop(name, None)
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: no test waits for the network
 
 
@@ -48,6 +51,18 @@ def messages_are_printed():
     logger.setLevel("INFO")
     yield
     logger.removeHandler(handler)
+
+
+@pytest.fixture(autouse=True)
+def launchers_variables_go():
+    """Those that a run in this process has set: the processes of the next test would inherit them."""
+    before = {name: os.environ.get(name) for name in LAUNCHER}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 @pytest.fixture
