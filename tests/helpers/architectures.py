@@ -29,10 +29,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from reward_model.common.errors import UserError
 from reward_model.inference import load
 from reward_model.models import saving
+from reward_model.models.attention import SEPARATE
 from reward_model.models.forward import ForwardPass
 from reward_model.models.loading import load_for_training
 from reward_model.models.lora import add_lora
-from reward_model.models.shared_prefix import SEPARATE
 
 SIZES = {  # what configurations call their sizes
     **dict.fromkeys(("vocab_size", "n_vocab", "n_words", "vocab_size_per_layer_input"), 320),

@@ -11,18 +11,20 @@ import torch
 from reward_model.batching.collate import collate
 from reward_model.batching.layout import Layout
 from reward_model.data.comparisons import Comparison
-from reward_model.models import shared_prefix as sharing
+from reward_model.models import attention
+from reward_model.models import attention_choice as choice
+from reward_model.models.attention import DENSE, ON_CPU, ON_CUDA, SEPARATE
+from reward_model.models.attention_choice import Texts, disagreement
 from reward_model.models.forward import ForwardPass
 from reward_model.models.loading import load_for_training
 from reward_model.models.lora import add_lora
-from reward_model.models.shared_prefix import DENSE, ON_CPU, ON_CUDA, SEPARATE, disagreement
 from reward_model.reward_model import pairwise_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SLICES, FLEX = ON_CPU[0], ON_CUDA[0]
+SLICES, _, PACKED = ON_CPU
+FLEX, VARLEN, _ = ON_CUDA
 SHARES = [family for family in [*models.DECODERS, *models.NO_CLASS] if family != "bloom"]
-SOFTCAP = ["gemma2"]  # whose attention only the model's own function and FlexAttention know
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +61,10 @@ def comparisons():
 def run(scorer, way, dtype=torch.float32, states=False, rows=None):
     """End scores of all responses, and the batch that they came from."""
     scorer.backbone.set_attn_implementation(way.attention or scorer.own_attention)
-    batch = collate(rows or comparisons(), Layout(way.layout, pad=0, multiple=way.multiple))
+    batch = collate(rows or comparisons(), Layout(way.layout, pad=0, block=way.block))
     tokens = batch.tokens
     positions = None if way is SEPARATE else tokens.position_ids
-    mask = sharing.attention_mask(tokens, way, dtype)
+    mask = attention.attention_mask(batch, way, dtype)
     return scorer(tokens.input_ids, mask, tokens.ends, positions, states=states), batch
 
 
@@ -87,11 +89,7 @@ def assert_same(one, other, tolerance):
         assert float((gradient - other[2][name]).abs().max()) <= tolerance * largest, name
 
 
-def ways(family):
-    return [DENSE] if family in SOFTCAP else [SLICES, DENSE]
-
-
-CASES = [(family, way) for family in SHARES for way in ways(family)]
+CASES = [(family, way) for family in SHARES for way in ON_CPU]
 NAMES = [f"{family}-{way.name}" for family, way in CASES]
 
 
@@ -156,7 +154,7 @@ def test_attention_dropout_is_applied(scorer_of):
 
 def test_the_dense_mask_by_hand():
     rows = [Comparison([1], [[2, 3], [4]], [0], [1], [0.0]), Comparison([5], [[6], [7]], [0], [1], [0.0])]
-    mask = sharing.attention_mask(collate(rows, Layout("shared", pad=0)).tokens, DENSE, torch.bfloat16)
+    mask = attention.attention_mask(collate(rows, Layout("shared", pad=0)), DENSE, torch.bfloat16)
     assert mask.shape == (2, 1, 4, 4)
     assert mask.dtype == torch.bfloat16
     # prompt, two of the first response, one of the second; the pad of the shorter row sees itself
@@ -166,6 +164,7 @@ def test_the_dense_mask_by_hand():
 
 
 IDS = torch.randint(10, models.VOCABULARY, (60,), generator=torch.Generator().manual_seed(5)).tolist()
+TEXTS = Texts(IDS, 0)
 
 
 def checked(scorer, way, change=lambda tokens: tokens):
@@ -173,13 +172,13 @@ def checked(scorer, way, change=lambda tokens: tokens):
 
     def hidden(batch, chosen, training):
         scorer.backbone.set_attn_implementation(chosen.attention or scorer.own_attention)
-        tokens = batch.tokens if chosen is SEPARATE else change(batch.tokens)
-        mask = sharing.attention_mask(tokens, chosen, torch.float32)
+        batch = dataclasses.replace(batch, tokens=batch.tokens if chosen is SEPARATE else change(batch.tokens))
+        tokens, mask = batch.tokens, attention.attention_mask(batch, chosen, torch.float32)
         positions = None if chosen is SEPARATE else tokens.position_ids
         return scorer(tokens.input_ids, mask, tokens.ends, positions, states=True)
 
     with torch.no_grad():
-        return disagreement(SimpleNamespace(states=hidden), way, IDS, pad=0)
+        return disagreement(SimpleNamespace(states=hidden), way, TEXTS)
 
 
 @pytest.mark.parametrize(("family", "way"), CASES, ids=NAMES)
@@ -190,11 +189,14 @@ def test_the_check_passes_what_is_right(family, way, scorer_of):
 
 
 def merged_responses(tokens):
-    return dataclasses.replace(tokens, response=tokens.response.clamp(max=1))
+    """A response sees those before it."""
+    has_prompt = tokens.prompt_end > tokens.prompt_begin
+    return dataclasses.replace(tokens, begin=torch.where(has_prompt, tokens.prompt_begin, tokens.begin))
 
 
 def merged_rows(tokens):
-    return dataclasses.replace(tokens, comparison=torch.zeros_like(tokens.comparison))
+    """A comparison sees those before it."""
+    return dataclasses.replace(tokens, prompt_begin=torch.zeros_like(tokens.prompt_begin))
 
 
 def restarted_positions(tokens):
@@ -209,32 +211,27 @@ def running_positions(tokens):
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
 def test_the_check_finds_a_leak_between_responses(family, scorer_of):
     difference, leak = checked(scorer_of(family).eval(), DENSE, merged_responses)
-    assert leak > 100 * sharing.LEAK
-    assert difference > sharing.TOLERANCES[torch.float32]
+    assert leak > 100 * choice.LEAK
+    assert difference > choice.TOLERANCES[torch.float32]
 
 
 @pytest.mark.parametrize("change", [restarted_positions, running_positions])
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
 def test_the_check_finds_wrong_positions(family, change, scorer_of):
     difference, _ = checked(scorer_of(family).eval(), DENSE, change)
-    assert difference > 10 * sharing.TOLERANCES[torch.float32]
+    assert difference > 10 * choice.TOLERANCES[torch.float32]
 
 
 def test_the_check_finds_a_leak_between_comparisons(scorer_of):
     packed = dataclasses.replace(DENSE, layout="packed")
     assert checked(scorer_of("llama").eval(), packed)[0] < 1e-5
-    assert checked(scorer_of("llama").eval(), packed, merged_rows)[1] > 100 * sharing.LEAK
+    assert checked(scorer_of("llama").eval(), packed, merged_rows)[1] > 100 * choice.LEAK
 
 
 def test_bloom_refuses(scorer_of):
     for way in ON_CPU:
         with pytest.raises(Exception):  # noqa: B017  (whatever it raises, the trainer falls back)
             checked(scorer_of("bloom").eval(), way)
-
-
-def test_softcap_refuses_slices(scorer_of):
-    with pytest.raises(NotImplementedError, match="softcap"):
-        checked(scorer_of("gemma2").eval(), SLICES)
 
 
 class Stub:
@@ -261,32 +258,36 @@ class Stub:
 @pytest.mark.parametrize(
     ("faults", "chosen", "said"),
     [
-        ({}, "slices", "prompts are shared (slices attention)"),
+        ({}, "slices", "prompts are shared: slices attention"),
         (
             {"slices": 1.1},
             "dense",
-            "prompts are shared (dense attention; not slices: differs by 0.1 from separate rows)",
+            "prompts are shared: dense attention (not slices: differs by 0.1 from separate rows)",
         ),
         (
             {"slices": "no room"},
             "dense",
-            "prompts are shared (dense attention; not slices: out of resource: shared memory, Required: 147456)",
+            "prompts are shared: dense attention (not slices: out of resource: shared memory, Required: 147456)",
         ),
         ({"slices": "gradient"}, "dense", "not slices: gradients differ by 0.5 from those of separate rows"),
-        ({"slices": float("nan"), "dense": "leak"}, "separate", "slices: differs by nan from separate rows; dense: an"),
-        ({"slices": ValueError("no\ndropout"), "dense": 0.5}, "separate", "slices: no; dense: differs by 0.5"),
+        (
+            {"slices": float("nan"), "dense": "leak"},
+            "separate",
+            "slices: differs by nan from separate rows; not dense: an",
+        ),
+        ({"slices": ValueError("no\ndropout"), "dense": 0.5}, "separate", "slices: no; not dense: differs by 0.5"),
     ],
 )
 def test_choose(faults, chosen, said, monkeypatch):
-    monkeypatch.setattr(sharing, "first_text", lambda text: text)  # of one rank
-    way, line = sharing.choose(ON_CPU, Stub(**faults), torch.float32, IDS, pad=0)
-    assert way.name == chosen
-    assert said in line
+    monkeypatch.setattr(choice, "first_text", lambda text: text)  # of one rank
+    made = choice.choose(ON_CPU[:2], Stub(**faults), torch.float32, TEXTS)
+    assert made.backend.name == chosen
+    assert said in str(made)
 
 
 def test_one_rank_that_refuses_decides_for_all(monkeypatch):
-    monkeypatch.setattr(sharing, "first_text", lambda text: "out of memory")
-    assert sharing.choose(ON_CPU, Stub(), torch.float32, IDS, pad=0)[0] is SEPARATE
+    monkeypatch.setattr(choice, "first_text", lambda text: "out of memory")
+    assert choice.choose(ON_CPU, Stub(), torch.float32, TEXTS).backend is SEPARATE
 
 
 @pytest.mark.parametrize(("family", "way"), CASES, ids=NAMES)
@@ -294,7 +295,7 @@ def test_gradients_of_the_check_are_those_of_separate_rows(family, way, scorer_o
     scorer = scorer_of(family)
     forward = ForwardPass(scorer, scorer, torch.float32, torch.device("cpu"), 0)
     with torch.no_grad():
-        apart = sharing.gradient_disagreement(forward, way, IDS, 0)
+        apart = choice.gradient_disagreement(forward, way, TEXTS)
         assert 0 <= apart < 1e-4
     assert all(parameter.grad is None for parameter in scorer.parameters())
 
@@ -302,13 +303,14 @@ def test_gradients_of_the_check_are_those_of_separate_rows(family, way, scorer_o
 def test_gradients_of_a_wrong_mask_differ(scorer_of, monkeypatch):
     scorer = scorer_of("llama")
     forward = ForwardPass(scorer, scorer, torch.float32, torch.device("cpu"), 0)
-    right = sharing.attention_mask
+    right = attention.attention_mask
 
-    def leaky(tokens, backend, dtype):
-        return right(tokens if backend is SEPARATE else merged_responses(tokens), backend, dtype)
+    def leaky(batch, backend, dtype):
+        changed = dataclasses.replace(batch, tokens=merged_responses(batch.tokens))
+        return right(batch if backend is SEPARATE else changed, backend, dtype)
 
-    monkeypatch.setattr(sharing, "attention_mask", leaky)
-    assert sharing.gradient_disagreement(forward, DENSE, IDS, 0) > 0.01
+    monkeypatch.setattr(attention, "attention_mask", leaky)
+    assert choice.gradient_disagreement(forward, DENSE, TEXTS) > 0.01
 
 
 def config(**values):
@@ -329,4 +331,4 @@ def config(**values):
     ],
 )
 def test_window(values, limit):
-    assert sharing.window(config(**values)) == limit
+    assert attention.window(config(**values)) == limit
