@@ -2,6 +2,7 @@
 """Responses that share a prompt get the scores, losses and gradients that they have in rows of their own."""
 
 import dataclasses
+import functools
 from types import SimpleNamespace
 
 import models
@@ -10,6 +11,7 @@ import torch
 
 from reward_model.batching.collate import collate
 from reward_model.batching.layout import Layout
+from reward_model.common.errors import UserError
 from reward_model.data.comparisons import Comparison
 from reward_model.models import attention
 from reward_model.models import attention_choice as choice
@@ -134,13 +136,31 @@ def test_bfloat16(family, scorer_of):
         assert (gradients(scorer, way, torch.bfloat16)[0] - exact).norm() <= 2 * own
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "opt", "gpt_neox", "gemma2", "cohere"])
-def test_flex_attention_gives_the_same_states(family, scorer_of):
-    """Uncompiled, without gradients: FlexAttention has no backward pass on a CPU. tests/gpu trains with it."""
-    scorer = scorer_of(family).eval()
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        separate, flex = (run(scorer, way, states=True)[0] for way in (SEPARATE, FLEX))
-    torch.testing.assert_close(flex, separate, rtol=1e-4, atol=1e-4)
+@pytest.fixture
+def flex_on_a_cpu(monkeypatch):
+    """With gradients, by the operator's own arithmetic; kernels need a GPU, or tests/test_triton.py."""
+    flex = pytest.importorskip("torch.nn.attention.flex_attention")
+    monkeypatch.setattr(flex, "_validate_device", lambda query, key, value: None)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    attention._compiled_flex_attention.cache_clear()
+    yield
+    attention._compiled_flex_attention.cache_clear()
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("family", SHARES)
+def test_flex_attention(family, scorer_of, flex_on_a_cpu):
+    scorer = scorer_of(family).train()
+    assert_same(gradients(scorer, SEPARATE), gradients(scorer, FLEX), 2e-5)
+
+
+def test_flex_attention_is_compiled_for_rows_of_any_length(scorer_of, flex_on_a_cpu):
+    scorer = scorer_of("llama")
+    torch._dynamo.utils.counters.clear()
+    for length in (9, 140, 300, 420, 600):
+        rows = [Comparison([11] * length, [[12, 13], [14]], [0], [1], [0.0])]
+        run(scorer, FLEX, rows=rows)[0].sum().backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # the first length, and any other
 
 
 def test_attention_dropout_is_applied(scorer_of):
@@ -311,6 +331,236 @@ def test_gradients_of_a_wrong_mask_differ(scorer_of, monkeypatch):
 
     monkeypatch.setattr(attention, "attention_mask", leaky)
     assert choice.gradient_disagreement(forward, DENSE, TEXTS) > 0.01
+
+
+def forward_of(scorer, dtype=torch.float32):
+    return ForwardPass(scorer, scorer, dtype, torch.device("cpu"), 0)
+
+
+@pytest.fixture
+def one_rank(monkeypatch):
+    monkeypatch.setattr(choice, "first_text", lambda text: text)
+    monkeypatch.setattr(choice, "largest", lambda value: value)
+
+
+OTHERS = {
+    "mistral": ("MistralForCausalLM", "MistralConfig", {"sliding_window": 16, "head_dim": 8}),
+    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", {"sliding_window": 16, "head_dim": 8}),
+    "gpt_oss": (
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        {"sliding_window": 16, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1},
+    ),
+    "llama4": (
+        "Llama4ForCausalLM",
+        "Llama4TextConfig",
+        {"attention_chunk_size": 16, "head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 48},
+    ),
+    "modernbert": ("ModernBertModel", "ModernBertConfig", {"local_attention": 16}),
+    "electra": ("ElectraModel", "ElectraConfig", {"embedding_size": 32}),
+}
+WINDOWS = ["mistral", "gemma3", "gpt_oss"]
+ENCODERS = ["bert", "roberta", "ernie", "electra", "modernbert"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def other_families():
+    with pytest.MonkeyPatch.context() as patch:
+        for name, (model, config_class, sizes) in OTHERS.items():
+            patch.setitem(models.FAMILIES, name, (model, config_class, models.GROUPED | sizes))
+        yield
+
+
+@pytest.mark.parametrize("family", WINDOWS)
+def test_texts_longer_than_a_sliding_window(family, scorer_of, one_rank):
+    """gpt_oss has sinks, too."""
+    forward = forward_of(scorer_of(family))
+    assert attention.window(forward.scorer.config) == 16
+    assert forward.choose_attention(longest=50) == "prompts are shared: slices attention"
+    long = Texts(IDS, 0, window=16, longest=50)
+    with torch.no_grad():
+        for way in (SLICES, PACKED):
+            assert choice.window_disagreement(forward, way, long) < 1e-5
+    assert forward.attention.slides
+
+
+@pytest.mark.parametrize("family", ["mistral", "gpt_oss"])
+def test_gradients_beyond_a_window(family, scorer_of):
+    scorer = scorer_of(family).train()
+    rows = [Comparison([*IDS[:30]], [IDS[30:40], IDS[40:43]], [0], [1], [0.0])]
+    found = []
+    for way in (SEPARATE, SLICES, PACKED):
+        scorer.zero_grad()
+        run(scorer, way, rows=rows)[0].sum().backward()
+        found.append({name: p.grad.clone() for name, p in scorer.named_parameters() if p.grad is not None})
+    for name, gradient in found[0].items():
+        for other in found[1:]:
+            assert float((gradient - other[name]).abs().max()) <= 2e-5 * float(gradient.abs().max()) + 1e-6, name
+
+
+def test_a_window_that_an_attention_function_is_not_told_of_pads(scorer_of, one_rank):
+    """Llama 4 attends within chunks, of which its mask alone knows."""
+    said = forward_of(scorer_of("llama4")).choose_attention(longest=50)
+    assert said.startswith("prompts are not shared, each answer has a padded row of its own (not slices: differs by")
+    assert "not dense: the longest text, 50 tokens, is beyond the attention's window" in said
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_encoders_need_no_pads(family, scorer_of, one_rank):
+    scorer = scorer_of(family)
+    forward = forward_of(scorer)
+    assert forward.choose_attention(longest=40) == (
+        "prompts are not shared, answers are in one row without pads: varlen attention"
+    )
+    found = []
+    for way in (SEPARATE, PACKED):
+        forward.use(way)
+        scorer.zero_grad()
+        batch = collate(comparisons(), forward.layout)
+        scores = forward(batch, batch.tokens.ends)
+        scores.square().sum().backward()
+        found.append((scores.detach(), {n: p.grad.clone() for n, p in scorer.named_parameters() if p.grad is not None}))
+    assert found[0][0].std() > 1e-4
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-5)
+    for name, gradient in found[0][1].items():
+        assert float((gradient - found[1][1][name]).abs().max()) <= 1e-4 * float(gradient.abs().max()) + 1e-6, name
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_mean_pooling_needs_no_pads(family, scorer_of, one_rank, tmp_path):
+    models.write(family, tmp_path)
+    forward = forward_of(load_for_training(str(tmp_path), torch.float32, seed=0, pooling="mean", dropout=0.0))
+    assert "without pads: varlen" in forward.choose_attention(longest=40)
+    scores = []
+    for way in (SEPARATE, PACKED):
+        forward.use(way)
+        batch = collate(comparisons(), forward.layout)
+        scores.append(forward(batch, batch.tokens.ends))
+    assert scores[0].std() > 1e-4
+    torch.testing.assert_close(*scores, rtol=1e-5, atol=1e-5)
+
+
+def test_deberta_pads_and_says_why(scorer_of, one_rank):
+    said = forward_of(scorer_of("deberta")).choose_attention(longest=40)
+    assert said.startswith("prompts are not shared, each answer has a padded row of its own (not varlen: ")
+
+
+@pytest.fixture
+def kernel_for_varlen(monkeypatch):
+    """FlashAttention's function with its arguments and its meaning of windows, text by text."""
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+
+    def varlen_attn(query, key, value, begins, begins_of_keys, longest, longest_key, *, scale, window_size, enable_gqa):
+        assert begins.dtype == torch.int32
+        assert begins is begins_of_keys
+        lengths = begins.diff().tolist()
+        assert begins[0] == 0
+        assert (sum(lengths), max(lengths)) == (len(query), longest)
+        assert longest == longest_key
+        outputs = []
+        for q, k, v in zip(*(states.split(lengths) for states in (query, key, value))):
+            i, j = torch.arange(len(q))[:, None], torch.arange(len(q))
+            behind, ahead = (len(q) if size < 0 else size for size in window_size)
+            sees = (j >= i - behind) & (j <= i + ahead)
+            parts = (states.transpose(0, 1) for states in (q, k, v))
+            options = {"attn_mask": sees, "scale": scale, "enable_gqa": enable_gqa}
+            outputs.append(torch.nn.functional.scaled_dot_product_attention(*parts, **options).transpose(0, 1))
+        return torch.cat(outputs)
+
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "bert", "modernbert"])
+def test_varlen_calls_the_kernel_rightly(family, scorer_of, kernel_for_varlen, one_rank):
+    forward = forward_of(scorer_of(family))
+    fault = choice._fault(VARLEN, forward, torch.float32, Texts(IDS, 0, attention.window(forward.scorer.config), 50))
+    assert fault == ""
+
+
+def test_varlen_refuses_what_the_kernel_does_not_know(scorer_of, kernel_for_varlen):
+    with torch.no_grad():
+        assert "softcap" in choice._fault(VARLEN, forward_of(scorer_of("gemma2")), torch.float32, TEXTS)
+        assert "s_aux" in choice._fault(VARLEN, forward_of(scorer_of("gpt_oss")), torch.float32, TEXTS)
+
+
+@pytest.mark.parametrize("way", ON_CPU, ids=lambda way: way.name)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+def test_half_precision_is_judged_by_float32(family, way, scorer_of):
+    forward = forward_of(scorer_of(family, torch.bfloat16), torch.bfloat16)
+    with torch.no_grad():
+        errors = forward.rounding(TEXTS.small(way), way)
+        assert len(errors) == 2
+        assert all(1e-5 < error < 0.05 for error in errors)
+        assert choice.rounding_ratio(forward, way, TEXTS) <= choice.FURTHER
+
+
+def test_an_attention_that_rounds_more_than_separate_rows_is_refused(scorer_of, monkeypatch):
+    """An error of 2 %, too small for the tolerance of states that pass through many layers."""
+    right = attention.sliced_attention
+
+    def coarse(*args, **options):
+        output, _ = right(*args, **options)
+        return output * 1.02, None
+
+    forward = forward_of(scorer_of("llama", torch.bfloat16), torch.bfloat16)
+    monkeypatch.setitem(attention.ALL_ATTENTION_FUNCTIONS._global_mapping, attention.SLICES, coarse)
+    with torch.no_grad():
+        assert choice.disagreement(forward, SLICES, TEXTS)[0] < choice.TOLERANCES[torch.bfloat16]
+        assert "times as far from float32 as separate rows are" in choice._fault(SLICES, forward, torch.bfloat16, TEXTS)
+
+
+class Timed(Stub):
+    """A pass takes so many seconds, after a first one."""
+
+    def __init__(self, seconds, **faults):
+        super().__init__(**faults)
+        self.takes, self.calls = seconds, []
+
+    def seconds(self, batches, backend):
+        self.calls.append(backend.name)
+        taken = self.takes[backend.name]
+        if isinstance(taken, Exception):
+            raise taken
+        return taken * len(batches)
+
+
+def test_the_fastest_of_those_that_are_right_is_taken(one_rank):
+    probe = Timed({"slices": 0.5, "varlen": 0.25, "separate": 1.0}, dense=1.1)
+    made = choice.choose(ON_CPU, probe, torch.float32, TEXTS, lambda backend: [TEXTS.small(backend)] * 2)
+    assert made.backend is PACKED
+    assert probe.calls == ["slices", "slices", "varlen", "varlen", "separate", "separate"]  # warm, then timed
+    assert str(made) == (
+        "prompts are not shared, answers are in one row without pads: varlen attention (a row of the data takes slices "
+        "250 ms, varlen 125 ms, separate 500 ms; not dense: differs by 0.1 from separate rows)"
+    )
+
+
+def test_one_that_has_no_room_for_the_run_s_own_batches_is_not_taken(one_rank):
+    probe = Timed({"slices": torch.OutOfMemoryError("CUDA out of memory."), "dense": 0.3, "varlen": 0.4, "separate": 1})
+    made = choice.choose(ON_CPU, probe, torch.float32, TEXTS, lambda backend: [TEXTS.small(backend)])
+    assert made.backend is DENSE
+    assert "not slices: CUDA out of memory." in str(made)
+
+
+def test_seconds_leave_no_gradients(scorer_of):
+    scorer = scorer_of("llama")
+    forward = forward_of(scorer)
+    for way in (SLICES, SEPARATE):
+        assert forward.seconds([TEXTS.small(way)], way) > 0
+    assert all(parameter.grad is None for parameter in scorer.parameters())
+
+
+def test_a_wanted_attention_is_taken_or_refused(scorer_of, one_rank):
+    forward = forward_of(scorer_of("gpt2"))
+    assert "varlen attention" in forward.choose_attention(20, "varlen")
+    assert forward.attention is PACKED
+    assert "padded row of its own" in forward.choose_attention(20, "separate")
+    with pytest.raises(UserError, match="--attention flex: a cpu has slices, dense, varlen, separate"):
+        forward.choose_attention(20, "flex")
+    with pytest.raises(UserError, match=r"--attention slices: .*leave the flag out"):
+        forward_of(scorer_of("bloom")).choose_attention(20, "slices")
+    with pytest.raises(UserError, match="--attention slices: this model is scored at more than the last token"):
+        forward_of(scorer_of("bert")).choose_attention(20, "slices")
 
 
 def config(**values):

@@ -146,6 +146,25 @@ def test_shared_prompts_train_as_separate_rows_do(level, plain, demo, tmp_path):
     assert varlen.train[0]["padding"] == 0 < separate.train[0]["padding"]
 
 
+def test_flex_attention_trains_as_slices_do(demo, tmp_path):
+    """A whole run by what a GPU takes, on a CPU."""
+    flex = runs.train(demo, tmp_path / "flex", "--max_train_samples", 64, launcher="flex")
+    slices = runs.train(demo, tmp_path / "slices", "--max_train_samples", 64)
+    assert "prompts are shared: flex attention\n" in flex.output
+    assert flex.losses == pytest.approx(slices.losses, abs=1e-5)
+
+
+def test_the_fastest_attention_is_taken(demo, tmp_path):
+    metrics = runs.train(demo, tmp_path / "out", "--max_train_samples", 64, "--attention", "timed")
+    (line,) = re.findall(r"a row of the data takes (.*)\)\n", metrics.output)
+    taken = {name: float(ms) for name, ms in re.findall(r"(\w+) ([\d.]+) ms", line)}
+    assert list(taken) == ["slices", "dense", "varlen", "separate"]
+    fastest = min(taken, key=taken.get)
+    assert (
+        f"{fastest} attention (a row" if fastest != "separate" else "padded row of its own (a row"
+    ) in metrics.output
+
+
 def test_encoders_train_without_pads(demo, tmp_path):
     models.write("bert", tmp_path / "bert", max_position_embeddings=256)
     flags = ["--model_name_or_path", tmp_path / "bert", "--learning_rate", 1e-3, "--dropout", 0]

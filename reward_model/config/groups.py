@@ -324,11 +324,12 @@ class BatchConfig(Group):
         metavar="TOKENS",
         help="The most tokens of a forward pass, pads included; a step has as many passes as it needs. 0: no limit.",
     )
-    attention: Literal["auto", "slices", "flex", "varlen", "dense", "separate"] = flag(
+    attention: Literal["auto", "timed", "slices", "flex", "varlen", "dense", "separate"] = flag(
         "auto",
         help="How texts stand in rows. slices (a CPU), flex (a GPU) and dense share prompts; varlen writes separate "
-        "texts into one row without pads; separate gives each text a padded row. Default: the fastest that gives this "
-        "model's own scores, timed on a GPU.",
+        "texts into one row without pads; separate gives each text a padded row. timed takes the fastest of those that give "
+        "this model's own scores, by a few batches of the run. Default: auto, which is timed on a GPU and the first "
+        "of them that is right on a CPU.",
     )
     group_by_length: bool = flag(False, help="Draw batches from rows of similar length, so that there are fewer pads.")
 

@@ -113,7 +113,7 @@ def block_mask(batch: Batch):
     from torch.nn.attention.flex_attention import BlockMask
 
     blocks, size = batch.blocks, batch.tokens.input_ids.shape[1]
-    return BlockMask.from_kv_blocks(
+    mask = BlockMask.from_kv_blocks(
         blocks.part_number,
         blocks.part,
         blocks.whole_number,
@@ -122,6 +122,8 @@ def block_mask(batch: Batch):
         mask_mod=visibility(batch.tokens),
         seq_lengths=(size, size),
     )
+    mask.ndim = 4  # GPT-2 and its kin ask, as of a tensor
+    return mask
 
 
 def is_causal_in(module: torch.nn.Module, told: bool | None) -> bool:

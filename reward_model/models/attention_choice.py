@@ -233,6 +233,8 @@ def rounding_ratio(probe: Probe, backend: AttentionBackend, texts: Texts) -> flo
 class RoundingMeter:
     """An attention function in Transformers' sense: another one, and how far it is from float32 in each layer.
 
+    For backends that leave a model its own, torch's stands in, with a mask of which token sees which.
+
     errors: of each call, relative to what float32 gives.
     """
 
@@ -240,14 +242,14 @@ class RoundingMeter:
         self.backend, self.tokens, self.errors = backend, tokens, list[float]()
 
     def __call__(self, module: torch.nn.Module, query, key, value, attention_mask, **options):
-        mask = self._mask(is_causal_in(module, options.get("is_causal")))
+        mask = self._mask(is_causal_in(module, options.get("is_causal")), options.get("sliding_window"))
         exactly: dict[str, Any] = {
             "scale": options.get("scaling"),
             "softcap": options.get("softcap"),
             "sinks": options.get("s_aux"),
         }
-        if self.backend is not SEPARATE:
-            function = ALL_ATTENTION_FUNCTIONS[self.backend.attention or "sdpa"]
+        if self.backend.attention is not None:
+            function = ALL_ATTENTION_FUNCTIONS[self.backend.attention]
             given = function(module, query, key, value, attention_mask, **options)[0]
         elif exactly["softcap"] is exactly["sinks"] is None:
             given = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask.to(query.dtype), **options)[0]
@@ -261,7 +263,7 @@ class RoundingMeter:
         self.errors.append(float((given.float() - exact)[is_text].norm() / exact[is_text].norm()))
         return given, None
 
-    def _mask(self, causal: bool) -> torch.Tensor:
+    def _mask(self, causal: bool, window: int | None) -> torch.Tensor:
         """0 where a token sees another, −inf elsewhere. (b, 1, s, s)"""
         tokens = self.tokens
         rows, size = tokens.input_ids.shape
@@ -270,4 +272,6 @@ class RoundingMeter:
             sees = visibility(tokens)(row[:, None, None], None, index[:, None], index)
         else:
             sees = tokens.begin[:, :, None] == tokens.begin[:, None]
+        if window is not None:
+            sees = sees & ((tokens.position_ids[:, :, None] - tokens.position_ids[:, None]).abs() < window)
         return torch.zeros(sees.shape, device=sees.device).masked_fill(~sees, -math.inf)[:, None]
