@@ -327,9 +327,9 @@ class BatchConfig(Group):
     attention: Literal["auto", "timed", "slices", "flex", "varlen", "dense", "separate"] = flag(
         "auto",
         help="How texts stand in rows. slices (a CPU), flex (a GPU) and dense share prompts; varlen writes separate "
-        "texts into one row without pads; separate gives each text a padded row. timed takes the fastest of those that give "
-        "this model's own scores, by a few batches of the run. Default: auto, which is timed on a GPU and the first "
-        "of them that is right on a CPU.",
+        "texts into one row without pads; separate gives each text a padded row. timed takes the fastest of those "
+        "that give this model's own scores, by a few batches of the run. Default: auto, which is timed on a GPU, and "
+        "on a CPU the first that is right.",
     )
     group_by_length: bool = flag(False, help="Draw batches from rows of similar length, so that there are fewer pads.")
 

@@ -63,9 +63,9 @@ def warm_parent():
 def launch(*flags, launcher="warm", processes=1, timeout=300, environment=None):
     """Run main.py where a user would; what it printed, and its exit status.
 
-    launcher: ``python``, ``deepspeed`` or ``torchrun`` start it as a user does; ``flex`` on a CPU with a GPU's attention;
-    ``warm`` forks it from a process that
-    has done its imports, which is for tests of what comes after them. With variables of its own it starts afresh.
+    launcher: ``python``, ``deepspeed`` or ``torchrun`` start it as a user does; ``flex`` with a GPU's attention on a
+    CPU; ``warm`` forks it from a process that has done its imports, which is for tests of what comes after them. With
+    variables of its own it starts afresh.
     """
     values = {name: v for name, v in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     values |= {"HF_HUB_OFFLINE": "1"} | (environment or {})
