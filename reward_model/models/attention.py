@@ -127,8 +127,11 @@ def block_mask(batch: Batch):
 
 
 def is_causal_in(module: torch.nn.Module, told: bool | None) -> bool:
-    """Whether a layer looks back only, as Transformers' own attention functions find it out."""
-    return getattr(module, "is_causal", True) if told is None else told
+    """Whether a layer looks back only.
+
+    What it is told comes second: some are told that they do not, since a mask of theirs says it already.
+    """
+    return getattr(module, "is_causal", True if told is None else told)
 
 
 def require_known(module: torch.nn.Module, given: dict[str, Any], unknown: tuple[str, ...]) -> None:

@@ -38,6 +38,7 @@ class Scorer(nn.Module):
         self.thresholds: Thresholds | None = None  # of an ordinal loss, which learns them
         takes_cache = "use_cache" in inspect.signature(self.backbone.forward).parameters  # decoders keep one by default
         self.backbone_options = {"use_cache": False} if takes_cache else {}
+        self.has_token_types = any(hasattr(module, "token_type_embeddings") for module in self.backbone.children())
 
     @property
     def unwrapped(self) -> nn.Module:
@@ -81,6 +82,8 @@ class Scorer(nn.Module):
     def _scores(self, input_ids, attention_mask, at, position_ids, states, texts) -> torch.Tensor:
         model = self.unwrapped
         options = {} if position_ids is None else {"position_ids": position_ids}
+        if texts is not None and self.has_token_types:  # Transformers 4 has no more of them than the longest text has
+            options["token_type_ids"] = torch.zeros_like(input_ids)
         if self.pooling == "classifier":
             with _texts_in_rows(self.backbone, texts):
                 return model(input_ids, attention_mask=attention_mask, **options).logits.squeeze(-1)
