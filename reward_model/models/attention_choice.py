@@ -26,6 +26,7 @@ from reward_model.models.attention import SEPARATE, AttentionBackend, attend_in_
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 LEAK = 1e-5  # the same sums with other numbers behind the mask: these differ by nothing, or by a kernel's order
 HALF = (torch.bfloat16, torch.float16)
+ROUNDS = 3  # of timing
 FURTHER = 2.0  # from float32 than separate rows are, in half precision
 
 
@@ -135,8 +136,7 @@ def choose(
                 break
     choice.backend = right[0] if right else SEPARATE
     if batches is not None and right:
-        timed = {backend: _time(backend, probe, batches, choice) for backend in [*right, SEPARATE]}
-        choice.backend = min(timed, key=lambda backend: timed[backend])
+        choice.backend = _fastest([*right, SEPARATE], probe, batches, choice)
     return choice
 
 
@@ -151,21 +151,28 @@ def require(backend: AttentionBackend, probe: Probe, dtype: torch.dtype, texts: 
     return Choice(backend)
 
 
-def _time(backend: AttentionBackend, probe: Probe, batches: Callable, choice: Choice) -> float:
-    """Seconds of a row of the data on the slowest rank, noted in the choice; infinite, and why, where it fails."""
-    seconds, fault = math.inf, ""
-    try:
-        own = batches(backend)
-        probe.seconds(own, backend)  # compiles, and fills caches
-        rows = sum(len(batch.points.row_weights) for batch in own)  # a token budget holds more of them without pads
-        seconds = probe.seconds(own, backend) / rows
-    except Exception as error:  # out of memory, above all
-        fault = first_line(error) or type(error).__name__
-    if fault := first_text(fault):
-        choice.faults[backend.name] = fault
-        return math.inf
-    choice.seconds[backend.name] = largest(seconds)
-    return choice.seconds[backend.name]
+def _fastest(backends: list[AttentionBackend], probe: Probe, batches: Callable, choice: Choice) -> AttentionBackend:
+    """The backend that is fastest on the slowest rank; SEPARATE if all fail. Notes seconds and faults in the choice.
+
+    Each is timed in turn, several times, and its least time counts: other work on the machine adds, and never takes.
+    """
+    least: dict[AttentionBackend, float] = {}
+    for number in range(ROUNDS + 1):
+        for backend in [each for each in backends if each.name not in choice.faults]:
+            seconds, fault = 0.0, ""
+            try:
+                own = batches(backend)
+                rows = sum(len(batch.points.row_weights) for batch in own)  # a token budget holds more without pads
+                seconds = probe.seconds(own, backend) / rows
+            except Exception as error:  # out of memory, above all
+                fault = first_line(error) or type(error).__name__
+            if fault := first_text(fault):
+                choice.faults[backend.name] = fault
+                least.pop(backend, None)
+            elif number:  # the first time compiles, and fills caches
+                least[backend] = min(least.get(backend, math.inf), largest(seconds))
+    choice.seconds = {backend.name: seconds for backend, seconds in least.items()}
+    return min(least, key=lambda backend: least[backend], default=SEPARATE)
 
 
 def _fault(backend: AttentionBackend, probe: Probe, dtype: torch.dtype, texts: Texts) -> str:
