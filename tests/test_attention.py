@@ -2,7 +2,6 @@
 """Responses that share a prompt get the scores, losses and gradients that they have in rows of their own."""
 
 import dataclasses
-import functools
 from types import SimpleNamespace
 
 import models
@@ -25,7 +24,7 @@ from reward_model.reward_model import pairwise_loss
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SLICES, _, PACKED = ON_CPU
-FLEX, VARLEN, _ = ON_CUDA
+VARLEN = ON_CUDA[1]
 SHARES = [family for family in [*models.DECODERS, *models.NO_CLASS] if family != "bloom"]
 
 
@@ -134,33 +133,6 @@ def test_bfloat16(family, scorer_of):
     assert own > 0
     for way in (SLICES, DENSE):
         assert (gradients(scorer, way, torch.bfloat16)[0] - exact).norm() <= 2 * own
-
-
-@pytest.fixture
-def flex_on_a_cpu(monkeypatch):
-    """With gradients, by the operator's own arithmetic; kernels need a GPU, or tests/test_triton.py."""
-    flex = pytest.importorskip("torch.nn.attention.flex_attention")
-    monkeypatch.setattr(flex, "_validate_device", lambda query, key, value: None)
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    attention._compiled_flex_attention.cache_clear()
-    yield
-    attention._compiled_flex_attention.cache_clear()
-    torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("family", SHARES)
-def test_flex_attention(family, scorer_of, flex_on_a_cpu):
-    scorer = scorer_of(family).train()
-    assert_same(gradients(scorer, SEPARATE), gradients(scorer, FLEX), 2e-5)
-
-
-def test_flex_attention_is_compiled_for_rows_of_any_length(scorer_of, flex_on_a_cpu):
-    scorer = scorer_of("llama")
-    torch._dynamo.utils.counters.clear()
-    for length in (9, 140, 300, 420, 600):
-        rows = [Comparison([11] * length, [[12, 13], [14]], [0], [1], [0.0])]
-        run(scorer, FLEX, rows=rows)[0].sum().backward()
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # the first length, and any other
 
 
 def test_attention_dropout_is_applied(scorer_of):

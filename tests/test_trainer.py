@@ -146,14 +146,6 @@ def test_shared_prompts_train_as_separate_rows_do(level, plain, demo, tmp_path):
     assert varlen.train[0]["padding"] == 0 < separate.train[0]["padding"]
 
 
-def test_flex_attention_trains_as_slices_do(demo, tmp_path):
-    """A whole run by what a GPU takes, on a CPU."""
-    flex = runs.train(demo, tmp_path / "flex", "--max_train_samples", 64, launcher="flex")
-    slices = runs.train(demo, tmp_path / "slices", "--max_train_samples", 64)
-    assert "prompts are shared: flex attention\n" in flex.output
-    assert flex.losses == pytest.approx(slices.losses, abs=1e-5)
-
-
 def test_the_fastest_attention_is_taken(demo, tmp_path):
     metrics = runs.train(demo, tmp_path / "out", "--max_train_samples", 64, "--attention", "timed")
     (line,) = re.findall(r"a row of the data takes (.*)\)\n", metrics.output)

@@ -29,8 +29,9 @@ class StepLog:
         self.clock = time.perf_counter()
 
     def _zeros(self) -> torch.Tensor:
-        # loss, pairs, correct, chosen scores, rejected scores, tokens, those and pads, ranks' forward passes, rows
-        return torch.zeros(9, dtype=torch.float64, device=self.context.device)
+        # loss, pairs, correct, chosen scores, rejected scores, tokens, those and pads, ranks' forward passes, rows,
+        # the norm of the gradients
+        return torch.zeros(10, dtype=torch.float64, device=self.context.device)
 
     def add(self, loss: torch.Tensor, chosen: torch.Tensor, rejected: torch.Tensor, batch: Batch) -> None:
         """Count a micro-batch: its weighted loss (0-d) and the scores of its winners and losers (p,)."""
@@ -45,11 +46,18 @@ class StepLog:
             self.sums[8] += len(batch.points.row_weights)
 
     def end_step(self, step: int, epoch: float, learning_rate: float, grad_norm) -> None:
-        """Begin to add up the ranks, and report the step before."""
+        """Begin to add up the ranks, and report the step before.
+
+        Args:
+            grad_norm: of all ranks' gradients together; None: DeepSpeed keeps none at stage 0 in float32.
+        """
+        if grad_norm is not None:
+            # DeepSpeed's is a tensor, and reading it would wait for the step
+            self.sums[9] += grad_norm / self.context.world_size
         read = distributed.sum_for_later(self.sums)
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
-        ended = (step, epoch, seconds, read, learning_rate, grad_norm)
+        ended = (step, epoch, seconds, read, learning_rate, grad_norm is not None)
         self.flush()
         self.pending = ended
         self.sums = self._zeros()
@@ -62,9 +70,9 @@ class StepLog:
         """
         if self.pending is None:
             return
-        step, epoch, seconds, read, learning_rate, grad_norm = self.pending
+        step, epoch, seconds, read, learning_rate, has_norm = self.pending
         self.pending = None
-        loss, pairs, correct, chosen, rejected, tokens, computed, passes, rows = read()
+        loss, pairs, correct, chosen, rejected, tokens, computed, passes, rows, grad_norm = read()
         if not math.isfinite(loss):
             raise UserError(f"step {step}: the loss is {loss}; lower --learning_rate, or take --dtype bf16")
         values = {
@@ -86,8 +94,8 @@ class StepLog:
             values["accuracy"] = correct / pairs
             values["gap"] = (chosen - rejected) / pairs
             values["chosen_mean"], values["rejected_mean"] = chosen / pairs, rejected / pairs
-        if grad_norm is not None:  # DeepSpeed keeps none at stage 0 in float32
-            values["grad_norm"] = float(grad_norm)
+        if has_norm:
+            values["grad_norm"] = grad_norm
         self.records.add(values)
         shown = {"loss": f"{loss:.3f}"}
         if pairs:

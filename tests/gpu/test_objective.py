@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every objective gives on a GPU what it gives on a CPU, without waiting for the GPU once."""
+"""Every objective gives on a GPU what it gives on a CPU, without waiting for the GPU once.
+
+That none waits is shown without a GPU too, in test_fake_cuda.py, and there with the model around it. What remains to
+this file: the numbers, and the copies from host memory that fake tensors do not notice.
+"""
 
 import pytest
 import torch

@@ -1,37 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FlexAttention with its backward pass on a CPU: the operator's own arithmetic, not compiled to kernels.
+"""FlexAttention with its backward pass on CPU tensors, by PyTorch's reference for the operator; no kernel is compiled.
 
-    python tests/helpers/flex_on_cpu.py FLAGS…        main.py by the backend that a GPU takes
+    python flex_on_cpu.py [flags of main.py]     a whole run that shares prompts as a GPU does
 
-torch refuses gradients on a CPU before it looks for kernels; the operator itself has a reference for both passes.
+PyTorch refuses gradients of FlexAttention on a CPU, as it has no kernel for them there. The operator itself has a plain
+implementation, forward and backward, which the backend aot_eager takes.
 """
 
-import functools
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
-def allow() -> None:
-    """From now on FlexAttention takes CPU tensors, with gradients."""
+def allow(set_attribute=setattr) -> None:
+    """From now on, or as long as pytest's monkeypatch.setattr holds."""
+    import aot_eager
     import torch
     from torch.nn.attention import flex_attention
 
-    flex_attention._validate_device = lambda query, key, value: None
-    torch.compile = functools.partial(torch.compile, backend="aot_eager")
     from reward_model.models import attention
 
+    set_attribute(torch, "compile", aot_eager.traced)
+    set_attribute(flex_attention, "_validate_device", lambda query, key, value: None)
     attention._compiled_flex_attention.cache_clear()
 
 
-if __name__ == "__main__":
+def main() -> int:
     from reward_model.common.distributed import prepare_environment
 
-    prepare_environment()
+    prepare_environment()  # before the imports that it is for
     allow()
     from reward_model.commands import train
     from reward_model.models import attention
 
     attention.ON_CPU = attention.ON_CUDA[:1]
-    sys.exit(train.main())
+    return train.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
