@@ -514,9 +514,21 @@ def test_one_that_has_no_room_for_the_run_s_own_batches_is_not_taken(one_rank):
     assert "not slices: CUDA out of memory." in str(made)
 
 
-def test_seconds_leave_no_gradients(scorer_of):
+def test_the_first_that_is_right_is_taken_if_none_can_be_timed(one_rank):
+    none = torch.OutOfMemoryError("CUDA out of memory.")
+    probe = Timed(dict.fromkeys(("slices", "dense", "varlen", "separate"), none))
+    made = choice.choose(ON_CPU, probe, torch.float32, TEXTS, lambda backend: [TEXTS.small(backend)])
+    assert made.backend is SLICES
+    assert "not separate: CUDA out of memory." in str(made)
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_seconds_leave_no_gradients(reentrant, scorer_of):
     scorer = scorer_of("llama")
     forward = forward_of(scorer)
+    if reentrant is not None:
+        scorer.unwrapped.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    assert forward.recomputes_reentrantly == (reentrant is True)
     for way in (SLICES, SEPARATE):
         assert forward.seconds([TEXTS.small(way)], way) > 0
     assert all(parameter.grad is None for parameter in scorer.parameters())

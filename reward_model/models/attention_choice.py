@@ -152,7 +152,7 @@ def require(backend: AttentionBackend, probe: Probe, dtype: torch.dtype, texts: 
 
 
 def _fastest(backends: list[AttentionBackend], probe: Probe, batches: Callable, choice: Choice) -> AttentionBackend:
-    """The backend that is fastest on the slowest rank; SEPARATE if all fail. Notes seconds and faults in the choice.
+    """The backend that is fastest on the slowest rank; the first if all fail. Notes seconds and faults in the choice.
 
     Each is timed in turn, several times, and its least time counts: other work on the machine adds, and never takes.
     """
@@ -172,7 +172,7 @@ def _fastest(backends: list[AttentionBackend], probe: Probe, batches: Callable, 
             elif number:  # the first time compiles, and fills caches
                 least[backend] = min(least.get(backend, math.inf), largest(seconds))
     choice.seconds = {backend.name: seconds for backend, seconds in least.items()}
-    return min(least, key=lambda backend: least[backend], default=SEPARATE)
+    return min(least, key=lambda backend: least[backend], default=backends[0])
 
 
 def _fault(backend: AttentionBackend, probe: Probe, dtype: torch.dtype, texts: Texts) -> str:

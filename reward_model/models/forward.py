@@ -243,13 +243,16 @@ class ForwardPass:
         """For the forward and the backward pass of batches, as in training.
 
         The gradients of weights are not computed, as DeepSpeed would take them for a step's; where weights train, they
-        are taken to cost as much as the forward pass, whose products theirs are as large as.
+        are taken to cost as much as the forward pass, whose products theirs are as large as. Nor can activations be
+        recomputed by reentrant calls, which ZeRO 3 needs, for a gradient by some tensors alone: the forward pass counts
+        once more for them, too.
         """
         given: list[torch.Tensor] = []
         self.use(backend)
+        recomputes = self.recomputes_reentrantly
         forward = backward = 0.0
         with self._through_the_scorer(given):
-            self.module.train()
+            self.module.train(not recomputes)  # models recompute in training only
             for batch in batches:
                 begun = self._now()
                 batch = batch.to(self.device)
@@ -259,8 +262,14 @@ class ForwardPass:
                 given.clear()
                 forward += computed - begun
                 backward += self._now() - computed
-        is_frozen = not next(self.scorer.backbone.parameters()).requires_grad
-        return forward + backward + (0.0 if is_frozen else forward)
+        trains = next(self.scorer.backbone.parameters()).requires_grad
+        return (1 + trains + recomputes) * forward + backward
+
+    @property
+    def recomputes_reentrantly(self) -> bool:
+        """Whether activations are recomputed by reentrant calls."""
+        functions = (getattr(module, "_gradient_checkpointing_func", None) for module in self.scorer.modules())
+        return any(function.keywords.get("use_reentrant") for function in functions if function is not None)
 
     def _now(self) -> float:
         """Seconds of a clock, once the device has done its work."""
