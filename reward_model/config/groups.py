@@ -445,6 +445,11 @@ class EngineConfig(Group):
         help="The number format of weights and activations. auto is bf16 on a GPU that supports it, fp16 on one that "
         "does not, and fp32 on a CPU.",
     )
+    tf32: bool = flag(
+        False,
+        help="With --dtype fp32 on a GPU since Ampere: multiply in TF32 while training, several times as fast and with "
+        "11 significant bits.",
+    )
     deepspeed: bool = flag(False, help="Upstream's flag, without effect: this trainer always uses DeepSpeed.")
     deepspeed_config: str | None = flag(
         None,

@@ -15,6 +15,7 @@ from reward_model.config.settings import Settings
 from reward_model.models.loading import DTYPES, load_for_training
 from reward_model.models.lora import add_lora
 from reward_model.models.scorer import Scorer, resize_embedding
+from reward_model.training.precision import set_tf32
 
 BETAS = (0.9, 0.95)  # upstream's
 
@@ -52,6 +53,8 @@ def build_scorer(settings: Settings, rows: int) -> Scorer:
             raise UserError(f"--gradient_checkpointing: {first_line(error)}") from error
     if model.lora_dim:
         add_lora(scorer, model.lora_dim, model.lora_alpha or model.lora_dim, model.lora_module_name)
+    if engine.tf32:
+        set_tf32(scorer, engine.dtype)
     return scorer
 
 
