@@ -8,6 +8,7 @@ Notation: n responses, r tokens of the longest, h hidden units.
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -269,7 +270,8 @@ class ForwardPass:
     def recomputes_reentrantly(self) -> bool:
         """Whether activations are recomputed by reentrant calls."""
         functions = (getattr(module, "_gradient_checkpointing_func", None) for module in self.scorer.modules())
-        return any(function.keywords.get("use_reentrant") for function in functions if function is not None)
+        keywords = (getattr(inspect.unwrap(function), "keywords", {}) for function in functions if function is not None)
+        return any(each.get("use_reentrant") for each in keywords)
 
     def _now(self) -> float:
         """Seconds of a clock, once the device has done its work."""

@@ -123,10 +123,8 @@ def model_states(
         return States(0, 0, buffers, bucket, in_memory + read + 4 * zero["offload_optimizer"]["buffer_count"] * group)
     partitioned = share + 12 * own
     again = (6 if width < 4 else 4) * group  # flattened, then in float32
-    step = (
-        partitioned + width * own + again + bucket
-    )  # which stage 3 keeps, where 1 and 2 make it anew in each backward
-    return States(partitioned, width * own, buffers, step, 0)
+    # stage 3 keeps its bucket, where 1 and 2 make it anew in each backward pass
+    return States(partitioned, width * own, buffers, partitioned + width * own + again + bucket, 0)
 
 
 def deepspeed_estimate(counts: Counts, setting: Setting, cluster: Cluster) -> float | None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -58,6 +59,7 @@ def keep_inputs_on_host(scorer: Scorer) -> None:
 
 
 def _on_host(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(checkpoint)
     def checkpoint_on_host(*args: Any, **kwargs: Any) -> Any:
         with save_on_cpu(pin_memory=True):
             return checkpoint(*args, **kwargs)
