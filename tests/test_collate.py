@@ -4,6 +4,8 @@
 import itertools
 import math
 import os
+import subprocess
+import sys
 import warnings
 from collections import Counter
 from dataclasses import fields, replace
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import runs
 import torch
 from comparisons import answer, pair, table
 
@@ -635,3 +638,25 @@ def test_blocks_are_those_that_create_block_mask_finds(seed):
         for block, count in enumerate(ours):
             found, expected = (sorted(getattr(m, indices)[0, 0, block, :count].tolist()) for m in (made, theirs))
             assert found == expected
+
+
+MANY = """
+import resource, numpy as np
+resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300))
+from reward_model.batching.collate import PlannedBatches, loader
+from reward_model.batching.layout import Layout
+from reward_model.batching.plan import MicroBatch
+from reward_model.data.comparisons import Comparison
+rows = [Comparison([1, 2], [[3, 4], [5]], [0], [1], [0.5])] * 32
+plan = [[MicroBatch(np.array([row]), 1 / 32) for row in range(32)]] * 6
+tokens = 0
+for step in loader(PlannedBatches(rows, plan, Layout("packed", 0)), on_gpu=True):
+    tokens += sum(packed.to("cpu").tokens.input_ids.numel() for packed in step)
+print(tokens)
+"""
+
+
+def test_a_step_of_many_micro_batches_needs_few_open_files():
+    """One file a micro-batch between processes: 32 of them, two steps ahead in two workers, at a limit of 300."""
+    done = subprocess.run([sys.executable, "-c", MANY], cwd=runs.TOP, capture_output=True, text=True, timeout=120)
+    assert done.stdout == f"{5 * 32 * 6}\n", done.stderr[-2000:]
