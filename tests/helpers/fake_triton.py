@@ -128,7 +128,7 @@ def _resources(result, limit: int) -> Kernel:
         file.flush()
         words = [str(program), "--dump-resource-usage", file.name]
         said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
-    used = re.search(r"REG:(\d+) STACK:(\d+)", said)
-    registers, stack = int(used[1]), int(used[2])
     meta = kernel.metadata
+    used = re.search(rf"Function {meta.name}:\s+REG:(\d+) STACK:(\d+)", said)  # functions that it calls have lines too
+    registers, stack = int(used[1]), int(used[2])
     return Kernel(meta.name, registers, stack, meta.shared, limit, meta.num_warps, result.config.num_stages)

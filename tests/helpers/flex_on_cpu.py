@@ -29,15 +29,20 @@ def allow(monkeypatch) -> None:
     monkeypatch.setattr(WrappedFlexAttention, "_is_flex_compiled", False)
 
 
+def install() -> None:
+    """Until the end of the process; before the modules are imported that compile FlexAttention when they are."""
+    aot_eager.install()
+    from torch.nn.attention import flex_attention
+
+    flex_attention._validate_device = lambda query, key, value: None
+
+
 def main() -> None:
     sys.path.insert(0, str(MAIN.parents[1]))
     from reward_model.common.distributed import prepare_environment
 
     prepare_environment()  # before the imports that it is for
-    aot_eager.install()
-    from torch.nn.attention import flex_attention
-
-    flex_attention._validate_device = lambda query, key, value: None
+    install()
     from reward_model.models import shared_prefix
 
     shared_prefix.ON_CPU = shared_prefix.ON_CUDA
