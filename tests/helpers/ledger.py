@@ -30,15 +30,18 @@ counted: collections.Counter[str] = collections.Counter()
 
 
 def note(kind: str) -> None:
-    """A wait, under the innermost function that is not PyTorch's own."""
+    counted[f"{place_of_a_wait()}: {kind}"] += 1
+
+
+def place_of_a_wait() -> str:
+    """The innermost function that is not PyTorch's own, with its file."""
     for frame in reversed(traceback.extract_stack(limit=60)):
         parts = Path(frame.filename).parts
         folder = next((part for part in SEEN_IN if part in parts), None)
         if folder and frame.filename != __file__:
             inside = "/".join(parts[len(parts) - 1 - parts[::-1].index(folder) :])
-            counted[f"{inside} {frame.name}: {kind}"] += 1
-            return
-    counted[f"elsewhere: {kind}"] += 1
+            return f"{inside} {frame.name}"
+    return "elsewhere"
 
 
 def prepare() -> None:
