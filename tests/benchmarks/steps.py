@@ -7,6 +7,7 @@ What a process starts (the communication) stays until its end, so that one proce
 
 from __future__ import annotations
 
+import gc
 import math
 import statistics
 import time
@@ -167,6 +168,7 @@ class Steps:
         self.log.flush()
         self.trainer.engine.destroy()
         self.trainer.engine = self.trainer.forward = self.scorer = None
+        gc.collect()
         if on_gpu(self.context.device):
             torch.cuda.empty_cache()
 
