@@ -99,6 +99,8 @@ WRONG = [
     ("--eval_iters -1", ["--eval_iters"]),
     ("--lora_dim -1", ["--lora_dim"]),
     ("--lora_alpha 0 --lora_dim 8", ["--lora_alpha"]),
+    ("--lora_dropout 1 --lora_dim 8", ["--lora_dropout", "1"]),
+    ("--lora_dropout -0.1 --lora_dim 8", ["--lora_dropout", "-0.1"]),
     ("--learning_rate 0", ["--learning_rate", "0"]),
     ("--learning_rate inf", ["--learning_rate", "inf"]),
     ("--learning_rate fast", ["--learning_rate", "fast"]),
@@ -140,6 +142,7 @@ CONTRADICTIONS = [
     ("--loss_level token --pooling mean", ["--loss_level", "--pooling", "mean"]),
     ("--score_penalty_weight 0.1", ["--score_penalty_weight", "--score_penalty:"]),
     ("--lora_alpha 16", ["--lora_alpha", "--lora_dim"]),
+    ("--lora_dropout 0.1", ["--lora_dropout", "--lora_dim"]),
     ("--normalize_scores train", ["--normalize_scores", "--output_dir"]),
     ("--loss logistic focal", ["--loss logistic focal", "one loss at most"]),
     ("--loss logistic pairwise", ["--loss logistic logistic", "one loss at most"]),  # two names of one loss

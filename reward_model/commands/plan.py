@@ -36,6 +36,7 @@ SHARED_FLAGS = (  # with main.py
     "gradient_checkpointing",
     "lora_dim",
     "lora_module_name",
+    "lora_dropout",
     "dtype",
     "pooling",
     "dropout",
@@ -125,7 +126,7 @@ def launch_line(config: RunConfig, estimate: Estimate, cluster: Cluster, pairs: 
         start = f"{data} bash training_scripts/single_gpu.sh"
     words = ["--model_name_or_path", config.model.model_name_or_path, "--dtype", config.engine.dtype]
     words += ["--per_device_train_batch_size", str(pairs), "--max_seq_len", str(config.data.max_seq_len)]
-    for name in ("gradient_accumulation_steps", "lora_dim", "lora_module_name", "pooling", "dropout"):
+    for name in ("gradient_accumulation_steps", "lora_dim", "lora_module_name", "lora_dropout", "pooling", "dropout"):
         if name in config.given:
             words += [f"--{name}", str(config.values()[name])]
     line = f"{start} {shlex.join(words)} {estimate.setting.flags}"

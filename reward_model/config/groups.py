@@ -178,7 +178,12 @@ class ModelConfig(Group):
     """The pretrained model, its head, and what of it is trained."""
 
     _argument_group_name: ClassVar[str] = "model"
-    _bounds: ClassVar[Bounds] = {"dropout": (0, 1, True), "lora_dim": NOT_NEGATIVE, "lora_alpha": POSITIVE}
+    _bounds: ClassVar[Bounds] = {
+        "dropout": (0, 1, True),
+        "lora_dim": NOT_NEGATIVE,
+        "lora_alpha": POSITIVE,
+        "lora_dropout": (0, 1, True),
+    }
 
     model_name_or_path: str = flag(metavar="MODEL", help="A pretrained model: a folder or a hub name. Required.")
     trust_remote_code: bool = flag(
@@ -210,6 +215,9 @@ class ModelConfig(Group):
         metavar="TEXT",
         help="Put adapters only on layers whose name contains this. Default: every linear layer of the backbone.",
     )
+    lora_dropout: float = flag(
+        0.0, metavar="PROBABILITY", help="The probability of dropout on what enters LoRA adapters, in training alone."
+    )
     only_optimize_lora: bool = flag(False, help="Upstream's flag, without effect: with LoRA the base is always frozen.")
     num_padding_at_beginning: int = flag(
         0, metavar="N", help="Upstream's flag, without effect: the length of a text says where it ends."
@@ -221,6 +229,8 @@ class ModelConfig(Group):
             object.__setattr__(self, "pooling", "classifier")  # the name until November 2026
         if self.lora_alpha and not self.lora_dim:
             raise UserError("--lora_alpha without --lora_dim: give the adapters' dimension")
+        if self.lora_dropout and not self.lora_dim:
+            raise UserError("--lora_dropout without --lora_dim: give the adapters' dimension")
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,12 @@ from reward_model.models.scorer import Scorer, count, gathered
 from reward_model.reward_model import RewardModel
 
 
-def add_lora(scorer: Scorer, dim: int, alpha: float, module_name: str | None) -> Scorer:
+def add_lora(scorer: Scorer, dim: int, alpha: float, module_name: str | None, dropout: float = 0.0) -> Scorer:
     """Freeze the backbone and put LoRA adapters (PEFT) beside its linear layers; the head stays trainable.
 
     Args:
         module_name: only layers whose name contains it; None: every linear layer of the backbone.
+        dropout: the probability of dropout on what enters an adapter, in training.
 
     Raises:
         UserError: no such layer.
@@ -44,7 +45,7 @@ def add_lora(scorer: Scorer, dim: int, alpha: float, module_name: str | None) ->
     config = LoraConfig(
         r=dim,
         lora_alpha=alpha,
-        lora_dropout=0.0,
+        lora_dropout=dropout,
         target_modules=targets,
         modules_to_save=heads,
         fan_in_fan_out=isinstance(model.get_submodule(targets[0]), Conv1D),

@@ -113,7 +113,7 @@ def build_on_meta(config: PretrainedConfig, options: ModelConfig, dtype: str) ->
     scorer.backbone.set_attn_implementation(ATTENTION)
     if options.lora_dim:
         with torch.device("meta"):
-            add_lora(scorer, options.lora_dim, options.lora_dim, options.lora_module_name)
+            add_lora(scorer, options.lora_dim, options.lora_dim, options.lora_module_name, options.lora_dropout)
         for parameter in scorer.parameters():  # PEFT gives adapters the base's dtype, but not on this device
             parameter.data = parameter.data.to(DTYPES[dtype])
     return scorer.train()

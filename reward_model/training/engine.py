@@ -51,7 +51,8 @@ def build_scorer(settings: Settings, rows: int) -> Scorer:
         except ValueError as error:
             raise UserError(f"--gradient_checkpointing: {first_line(error)}") from error
     if model.lora_dim:
-        add_lora(scorer, model.lora_dim, model.lora_alpha or model.lora_dim, model.lora_module_name)
+        alpha = model.lora_alpha or model.lora_dim
+        add_lora(scorer, model.lora_dim, alpha, model.lora_module_name, model.lora_dropout)
     return scorer
 
 
