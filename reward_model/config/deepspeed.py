@@ -96,6 +96,9 @@ def set_up_deepspeed(
     content.setdefault(
         "timers", {"throughput": {"enabled": False}}
     )  # DeepSpeed's waits for the GPU twice a micro-batch
+    if config.training.optim != "adamw_torch_fused":
+        if content.setdefault("zero_allow_untested_optimizer", True) is not True:
+            raise UserError(f"{path}: --optim {config.training.optim} needs zero_allow_untested_optimizer true")
     if config.output.enable_tensorboard:
         _set_tensorboard(content, config.output.tensorboard_folder, path)
     _refuse_auto(content, path)

@@ -18,6 +18,7 @@ from reward_model.config.objectives import ALIASES, LIST_LOSSES, PAIR_LOSSES, PO
 
 Bounds = dict[str, tuple[float, float, bool]]
 Dtype = Literal["fp32", "bf16", "fp16"]
+Optimizer = Literal["adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"]  # Transformers' names
 Scheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 
 
@@ -215,6 +216,9 @@ class ModelConfig(Group):
         metavar="TEXT",
         help="Put adapters only on layers whose name contains this. Default: every linear layer of the backbone.",
     )
+    lora_bits: Literal[4, 8] | None = flag(
+        None, help="Load the frozen base of LoRA in 4 bits (QLoRA's NormalFloat) or 8, with bitsandbytes."
+    )
     lora_dropout: float = flag(
         0.0, metavar="PROBABILITY", help="The probability of dropout on what enters LoRA adapters, in training alone."
     )
@@ -231,6 +235,8 @@ class ModelConfig(Group):
             raise UserError("--lora_alpha without --lora_dim: give the adapters' dimension")
         if self.lora_dropout and not self.lora_dim:
             raise UserError("--lora_dropout without --lora_dim: give the adapters' dimension")
+        if self.lora_bits and not self.lora_dim:
+            raise UserError("--lora_bits without --lora_dim: a quantized base is frozen; give the adapters' dimension")
 
 
 @dataclass(frozen=True)
@@ -368,6 +374,11 @@ class TrainingConfig(Group):
     )
     lora_learning_rate: float = flag(5e-4, metavar="RATE", help="The learning rate of LoRA adapters.")
     weight_decay: float = flag(0.0, metavar="DECAY", help="The weight decay of matrices; biases and norms have none.")
+    optim: Optimizer = flag(
+        "adamw_torch_fused",
+        help="AdamW of PyTorch, or that of bitsandbytes, which keeps its moments in 8 bits: adamw_8bit, or "
+        "paged_adamw_8bit, from which they move to the host where the GPU is full.",
+    )
     max_grad_norm: float = flag(1.0, metavar="NORM", help="Gradients are clipped to this norm; 0 clips nothing.")
     lr_scheduler_type: Scheduler = flag("cosine", help="The learning-rate schedule after the warm-up.")
     num_warmup_steps: int = flag(0, metavar="N", help="The number of steps in which the learning rate rises from 0.")

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from reward_model.common.errors import UserError
 from reward_model.common.logging import logger
 from reward_model.common.words import counted
+from reward_model.models.quantization import READ_ELSEWHERE, is_loaded_in, is_quantized, is_transposed
 from reward_model.models.scorer import Scorer, count, gathered
 from reward_model.reward_model import RewardModel
 
@@ -34,6 +35,8 @@ def add_lora(scorer: Scorer, dim: int, alpha: float, module_name: str | None, dr
     model = scorer.unwrapped
     if isinstance(model, RewardModel):
         model.base_model_prefix = "rwtransformer"  # PEFT asks every model with a config for it
+    for name, value in is_loaded_in(model).items():
+        setattr(model, name, value)
     inside = next(name for name, module in model.named_modules() if module is scorer.backbone)
     linear, odd = linear_layers(model, inside)
     targets = [name for name in linear if (module_name or "") in name]
@@ -48,12 +51,16 @@ def add_lora(scorer: Scorer, dim: int, alpha: float, module_name: str | None, dr
         lora_dropout=dropout,
         target_modules=targets,
         modules_to_save=heads,
-        fan_in_fan_out=isinstance(model.get_submodule(targets[0]), Conv1D),
+        fan_in_fan_out=is_transposed(model.get_submodule(targets[0])),
         task_type=None if isinstance(model, RewardModel) else "SEQ_CLS",
     )
     with _targets_as_named():
         # adapters in the base's dtype: DeepSpeed refuses mixed ones under ZeRO 3
         scorer.model = get_peft_model(model, config, autocast_adapter_dtype=False)
+    dtype = scorer.backbone.get_input_embeddings().weight.dtype
+    for name, parameter in scorer.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.to(dtype)  # float32 beside quantized weights, and on the device meta
     trained = sum(count(p) for p in scorer.parameters() if p.requires_grad)
     total = sum(count(p) for p in scorer.parameters())
     logger.info(
@@ -93,7 +100,7 @@ def linear_layers(model: nn.Module, inside: str) -> tuple[list[str], list[str]]:
         if isinstance(module, (nn.Linear, Conv1D)) and name.startswith(inside + ".")
     }
     odd = [name for name, module in layers.items() if not _gives_one_tensor(module)]
-    if getattr(model.config.get_text_config(), "model_type", None) in MAMBA:
+    if getattr(model.config.get_text_config(), "model_type", None) in READ_ELSEWHERE:
         odd += [name for name in layers if name.endswith(".out_proj")]
     return [name for name in layers if name not in odd], odd
 
@@ -101,7 +108,7 @@ def linear_layers(model: nn.Module, inside: str) -> tuple[list[str], list[str]]:
 @torch.no_grad()
 def _gives_one_tensor(layer: nn.Module) -> bool:
     """Whether a linear layer, whatever its class has made of it, gives what a linear layer gives."""
-    if type(layer).forward in (nn.Linear.forward, Conv1D.forward):
+    if type(layer).forward in (nn.Linear.forward, Conv1D.forward) or is_quantized(layer):
         return True
     with gathered(list(layer.parameters())):
         try:
@@ -141,7 +148,6 @@ def _dimensions(parameter: nn.Parameter) -> int:
     return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
-MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")  # whose kernels read out_proj's weight: PEFT
 CARD = """\
 ---
 base_model: {base}
@@ -220,7 +226,7 @@ def merge_lora(scorer: Scorer, state: dict[str, torch.Tensor]) -> dict[str, torc
             layer = name.removesuffix(".base_layer.weight")
             a, b = (state[f"{prefix}{layer}.lora_{side}.default.weight"].float() for side in "AB")
             update = scale * (b @ a)  # (out, r) @ (r, in)
-            transposed = isinstance(scorer.unwrapped.get_submodule(layer).base_layer, Conv1D)
+            transposed = is_transposed(scorer.unwrapped.get_submodule(layer).base_layer)
             weight = (weight.float() + (update.T if transposed else update)).to(weight.dtype)
         merged[name.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")] = weight
     return merged
