@@ -100,6 +100,8 @@ WRONG = [
     ("--lora_dim -1", ["--lora_dim"]),
     ("--lora_alpha 0 --lora_dim 8", ["--lora_alpha"]),
     ("--lora_dropout 1 --lora_dim 8", ["--lora_dropout", "1"]),
+    ("--lora_bits 3 --lora_dim 8", ["--lora_bits", "3"]),
+    ("--optim sgd", ["--optim", "sgd", "adamw_torch_fused"]),
     ("--lora_dropout -0.1 --lora_dim 8", ["--lora_dropout", "-0.1"]),
     ("--learning_rate 0", ["--learning_rate", "0"]),
     ("--learning_rate inf", ["--learning_rate", "inf"]),
@@ -143,6 +145,9 @@ CONTRADICTIONS = [
     ("--score_penalty_weight 0.1", ["--score_penalty_weight", "--score_penalty:"]),
     ("--lora_alpha 16", ["--lora_alpha", "--lora_dim"]),
     ("--lora_dropout 0.1", ["--lora_dropout", "--lora_dim"]),
+    ("--lora_bits 4", ["--lora_bits", "--lora_dim"]),
+    ("--lora_bits 4 --lora_dim 8 --zero_stage 3", ["--lora_bits 4", "ZeRO stage 3", "--zero_stage 2"]),
+    ("--optim adamw_8bit --offload --zero_stage 2", ["--optim adamw_8bit", "offload"]),
     ("--normalize_scores train", ["--normalize_scores", "--output_dir"]),
     ("--loss logistic focal", ["--loss logistic focal", "one loss at most"]),
     ("--loss logistic pairwise", ["--loss logistic logistic", "one loss at most"]),  # two names of one loss

@@ -76,7 +76,7 @@ def load_for_training(
         scorer = _load_own(name_or_path, form, dtype, pooling, dropout, trust_remote_code)
         has_head = True
     else:
-        how = {"trust_remote_code": trust_remote_code, "bits": bits, "device": device}
+        how: dict[str, Any] = {"trust_remote_code": trust_remote_code, "bits": bits, "device": device}
         scorer, has_head = _load_pretrained(name_or_path, dtype, pooling, dropout, new_head, **how)
     if not has_head and expect_head:
         raise UserError(f"{name_or_path} has no trained score head")
@@ -130,7 +130,7 @@ def _load_pretrained(
     if pooling != "mean" and has_class:
         # never where it is not needed: under ZeRO 3 every weight has the shape (0,) when Transformers 4.56 and 4.57
         # compare, so that they drop the whole checkpoint
-        ignore = {"ignore_mismatched_sizes": True} if labels != 1 or may_differ else {}
+        ignore: dict[str, Any] = {"ignore_mismatched_sizes": True} if labels != 1 or may_differ else {}
         model, missing, beyond = _from_pretrained(
             AutoModelForSequenceClassification, name_or_path, config, dtype, **options, **ignore
         )

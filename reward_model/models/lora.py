@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from reward_model.common.errors import UserError
 from reward_model.common.logging import logger
 from reward_model.common.words import counted
-from reward_model.models.quantization import READ_ELSEWHERE, is_loaded_in, is_quantized, is_transposed
+from reward_model.models.quantization import READ_ELSEWHERE, bits_of, how_quantized, is_quantized, is_transposed
 from reward_model.models.scorer import Scorer, count, gathered
 from reward_model.reward_model import RewardModel
 
@@ -35,8 +35,8 @@ def add_lora(scorer: Scorer, dim: int, alpha: float, module_name: str | None, dr
     model = scorer.unwrapped
     if isinstance(model, RewardModel):
         model.base_model_prefix = "rwtransformer"  # PEFT asks every model with a config for it
-    for name, value in is_loaded_in(model).items():
-        setattr(model, name, value)
+    if bits := bits_of(model):
+        setattr(model, f"is_loaded_in_{bits}bit", True)  # as PEFT knows a quantized model
     inside = next(name for name, module in model.named_modules() if module is scorer.backbone)
     linear, odd = linear_layers(model, inside)
     targets = [name for name in linear if (module_name or "") in name]
@@ -128,7 +128,8 @@ def say_without_adapter(scorer: Scorer, odd: list[str], total: int) -> None:
     share = sum(map(count, experts or stacked.values())) / total
     what = "the experts' weights" if experts else f"{next(iter(stacked), '')} and its like"
     if share >= 0.01:
-        logger.warning(f"LoRA: {what}, {share:.0%} of the model, are frozen and get no adapter")
+        frozen = "frozen, are not quantized" if bits_of(scorer.unwrapped) else "frozen"
+        logger.warning(f"LoRA: {what}, {share:.0%} of the model, are {frozen} and get no adapter")
 
 
 def stacked_weights(backbone: nn.Module) -> dict[str, nn.Parameter]:
@@ -162,12 +163,12 @@ tags:
 
 The adapter has dimension {dim} and scale {scale:g}, and belongs to {base}. The folder above this one holds the same
 model with the adapter merged, which Transformers loads by itself.
-
+{quantized}
 ```python
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
-base = AutoModelForSequenceClassification.from_pretrained("{base}", num_labels=1)
+base = AutoModelForSequenceClassification.from_pretrained("{base}", num_labels=1{options})
 model = PeftModel.from_pretrained(base, "adapter")
 ```
 """
@@ -175,6 +176,14 @@ OWN_CARD = CARD[: CARD.index("```python")] + (
     "It was trained on a model that Transformers has no class for: load the folder above with "
     "`reward_model.inference.load`.\n"
 )
+
+
+ROUNDED = """
+The adapter was trained beside a base in {bits} bits (bitsandbytes), and fits its rounded weights, which the folder
+above holds too. Beside unrounded weights it gives other scores, by as much as rounding the base changes them.{more}
+"""
+ROUNDS_MORE = """
+Transformers' LLM.int8 also rounds what enters each layer, which changes scores about as much; the training did not."""
 
 
 def save_adapter(scorer: Scorer, folder: Path, state: dict[str, torch.Tensor]) -> None:
@@ -208,8 +217,13 @@ def write_card(scorer: Scorer, folder: Path) -> None:
     """Fill in the README.md that PEFT leaves open in an adapter's folder."""
     config = scorer.model.peft_config["default"]
     card = OWN_CARD if isinstance(scorer.unwrapped, RewardModel) else CARD
-    base, scale = config.base_model_name_or_path, config.lora_alpha / config.r
-    (folder / "README.md").write_text(card.format(base=base, dim=config.r, scale=scale), encoding="utf-8")
+    base, scale, quantized, options = config.base_model_name_or_path, config.lora_alpha / config.r, "", ""
+    if bits := bits_of(scorer.unwrapped):
+        quantized = ROUNDED.format(bits=bits, more=ROUNDS_MORE if bits == 8 else "")
+        dtype = str(scorer.backbone.get_input_embeddings().weight.dtype).removeprefix("torch.")
+        options = f', dtype="{dtype}", quantization_config={how_quantized(scorer.unwrapped)}'
+    text = card.format(base=base, dim=config.r, scale=scale, quantized=quantized, options=options)
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def merge_lora(scorer: Scorer, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

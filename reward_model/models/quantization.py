@@ -28,13 +28,20 @@ KINDS = ("Params4bit", "Int8Params")  # bitsandbytes' parameters
 
 
 def is_quantized(layer: nn.Module) -> bool:
-    return type(getattr(layer, "weight", None)).__name__ in KINDS
+    """Not so a LoRA layer around one, whose ``weight`` is that of its base."""
+    return type(layer._parameters.get("weight")).__name__ in KINDS
 
 
-def is_loaded_in(model: nn.Module) -> dict[str, bool]:
-    """The attributes by which PEFT knows a quantized model."""
+def bits_of(model: nn.Module) -> int | None:
+    """4 or 8 of a model with quantized layers; None: it has none."""
     kinds = {type(layer.weight).__name__ for layer in model.modules() if is_quantized(layer)}
-    return {f"is_loaded_in_{bits}bit": kind in kinds for bits, kind in zip((4, 8), KINDS)}
+    return 4 if KINDS[0] in kinds else 8 if kinds else None
+
+
+def how_quantized(model: nn.Module) -> dict[str, Any]:
+    """What ``from_pretrained`` takes as ``quantization_config`` to load the same base."""
+    found = next(module.quantized_by for module in model.modules() if hasattr(module, "quantized_by"))
+    return {name: value for name, value in found.to_diff_dict().items() if not name.startswith("_")}
 
 
 def is_transposed(layer: nn.Module) -> bool:
@@ -59,7 +66,9 @@ def quantizable(model: nn.Module, backbone: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def quantizing(auto_class, config: PretrainedConfig, bits: int, dtype: torch.dtype, device: str, **options: Any) -> dict:
+def quantizing(
+    auto_class, config: PretrainedConfig, bits: int, dtype: torch.dtype, device: str, **options: Any
+) -> dict:
     """Arguments with which ``auto_class.from_pretrained`` quantizes what it loads, and puts it on a device.
 
     Args:
@@ -85,8 +94,9 @@ def quantizing(auto_class, config: PretrainedConfig, bits: int, dtype: torch.dty
 def prepare_quantized(model: Any, bits: int, dtype: torch.dtype) -> None:
     """Make what was loaded with :func:`quantizing` a model that trains, scores and is saved like others.
 
-    Transformers forgets that it is quantized, since it is saved dequantized.
+    Transformers forgets that it is quantized, since it is saved dequantized; the card of the adapter says how it was.
     """
+    model.quantized_by = model.hf_quantizer.quantization_config
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -167,3 +177,9 @@ def quantized_bytes(layer: nn.Module, bits: int) -> int:
         return size + 4 * layer.weight.shape[1 if isinstance(layer, Conv1D) else 0]
     scales = math.ceil(size / BLOCK)
     return math.ceil(size / 2) + scales + 4 * math.ceil(scales / SCALES)
+
+
+def unpacked_bytes(layer: nn.Module, bits: int) -> int:
+    """What such a weight takes while it computes: in the run's dtype, and of 8 bits first in float32."""
+    width = layer.weight.itemsize
+    return layer.weight.numel() * (width if bits == 4 or width == 4 else 4 + width)
