@@ -133,6 +133,8 @@ MEASURED = [  # ZeRO, dtype, other flags
     *((stage, dtype, "") for dtype in ("bf16", "fp32") for stage in "0123"),
     *((f"{stage} + CPU", dtype, "") for dtype in ("bf16", "fp32") for stage in "123"),
     *((stage, "bf16", "--lora_dim 16") for stage in "0123"),
+    *((stage, "bf16", f"--lora_dim 16 --lora_bits {bits}") for stage in "12" for bits in (4, 8)),
+    *((stage, dtype, "--optim adamw_8bit") for stage in "123" for dtype in ("bf16", "fp32")),
     *((stage, "bf16", "--gradient_accumulation_steps 2") for stage in ("0", "1", "2", "3", "2 + CPU")),
 ]
 
@@ -171,8 +173,8 @@ def check_against_run(held, middling, processes, name, dtype, more):
     assert (plan.counts.total, plan.counts.trained) == (held["total"], held["trained"])
     setting, cluster = BY_NAME[name], Cluster(processes, processes)
     accumulates = config.batches.gradient_accumulation_steps > 1
-    zero = plan.zero(setting, processes)
-    states = model_states(plan.counts, setting, cluster, plan.width, zero, accumulates)
+    zero, moments = plan.zero(setting, processes), planning.MOMENTS[config.training.optim]
+    states = model_states(plan.counts, setting, cluster, plan.width, zero, accumulates, moments)
     constant = 4 * 688 * 256 * 2  # buckets and single gradients that are still there
     backward, step = states.resident + states.gradients + states.host, states.step + states.host
     if setting.stage == 3:

@@ -16,8 +16,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from reward_model.common.errors import UserError
 from reward_model.config.options import refuse_used_folder
 from reward_model.inference import load
-from reward_model.models import lora
+from reward_model.models import attention_choice, lora
 from reward_model.models import saving as checkpoint
+from reward_model.models.attention import SEPARATE
+from reward_model.models.forward import ForwardPass
 from reward_model.models.loading import load_for_training
 from reward_model.models.lora import add_lora
 from reward_model.models.scorer import Scorer, head_layer, resize_embedding
@@ -282,6 +284,27 @@ def test_lora_on_named_layers_only_and_a_name_that_fits_nothing(tmp_path):
     adapted = [name for name, _ in scorer.named_parameters() if "lora_" in name]
     assert adapted
     assert all("decoder.layers.1." in name for name in adapted)
+
+
+def test_lora_dropout_works_in_training_alone(tmp_path, monkeypatch):
+    """Neither a score nor the check of a shared prompt, which runs a model in training too, hangs on it."""
+    scorer, tokenizer = trained("llama", tmp_path / "base")
+    add_lora(scorer, 4, 8, None, dropout=0.5)
+    with torch.no_grad():
+        for name, parameter in scorer.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    batch = models.batch(tokenizer)
+    plain = score(scorer.eval(), batch)
+    assert (score(scorer.train(), batch) - score(scorer, batch)).abs().max() > 0.01
+    monkeypatch.setattr(attention_choice, "first_text", lambda text: text)  # of one rank
+    forward = ForwardPass(scorer, scorer, torch.float32, torch.device("cpu"), tokenizer.pad_token_id)
+    assert forward.choose_attention(longest=20) == "prompts are shared: slices attention"
+    forward.use(SEPARATE)
+    assert torch.equal(score(scorer.eval(), batch), plain)
+    checkpoint.save(scorer, tokenizer, tmp_path / "out")
+    torch.testing.assert_close(transformers_scores(tmp_path / "out", batch), plain, atol=1e-4, rtol=1e-4)
+    assert json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())["lora_dropout"] == 0.5
 
 
 def test_a_grown_embedding_is_saved_and_never_shrinks(tmp_path):

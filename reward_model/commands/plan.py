@@ -37,10 +37,14 @@ SHARED_FLAGS = (  # with main.py
     "offload_activations",
     "lora_dim",
     "lora_module_name",
+    "lora_dropout",
+    "lora_bits",
+    "optim",
     "dtype",
     "pooling",
     "dropout",
 )
+IN_THE_LINE = ("lora_dim", "lora_module_name", "lora_dropout", "lora_bits", "optim", "pooling", "dropout")
 NOTES = f"""\
 GiB. GPU: the most at once, activations kept; ckpt: with --gradient_checkpointing. Model states and buckets as DeepSpeed
 0.19 holds them, activations for answers of full length that share no prompt, and an allowance of
@@ -126,7 +130,7 @@ def launch_line(config: RunConfig, estimate: Estimate, cluster: Cluster, pairs: 
         start = f"{data} bash training_scripts/single_gpu.sh"
     words = ["--model_name_or_path", config.model.model_name_or_path, "--dtype", config.engine.dtype]
     words += ["--per_device_train_batch_size", str(pairs), "--max_seq_len", str(config.data.max_seq_len)]
-    for name in ("gradient_accumulation_steps", "lora_dim", "lora_module_name", "pooling", "dropout"):
+    for name in ("gradient_accumulation_steps", *IN_THE_LINE):
         if name in config.given:
             words += [f"--{name}", str(config.values()[name])]
     line = f"{start} {shlex.join(words)} {estimate.setting.flags}"
@@ -199,11 +203,12 @@ def show(asked: PlanConfig, config: RunConfig) -> Generator[str, None, bool]:
     cluster, pairs = cluster_of(asked), config.batches.per_device_train_batch_size
     name, dtype, per_node = config.model.model_name_or_path, config.engine.dtype, asked.gpus_per_node or 8
     plan = Plan(build_on_meta(read_config(name, config.model.trust_remote_code), config.model, dtype), config)
-    counts = plan.counts
+    counts, bits = plan.counts, config.model.lora_bits
+    in_bits = f", and {counts.quantized / counts.total:.0%} of the parameters in {bits} bits" if bits else ""
     yield (
         f"{name}: {counts.total / 1e9:,.2f} billion parameters, {counts.layers} layers of "
         f"{counts.hidden}, {'all' if counts.trained == counts.total else f'{counts.trained:,} of them'} trained, "
-        f"{dtype}"
+        f"{dtype}{in_bits}"
     )
     host = f", {cluster.host_memory:g} GiB of host memory" if cluster.host_memory else ""
     nodes = f", nodes of {cluster.per_node}" if cluster.gpus > 1 else ""

@@ -58,6 +58,7 @@ def quieten(debug: bool) -> None:
     # filters: DeepSpeed gives its logger a level of its own when it is imported, torch resets those of its loggers
     for name in ("DeepSpeed", "torch.utils.cpp_extension"):
         logging.getLogger(name).addFilter(_is_error)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 @contextlib.contextmanager

@@ -97,10 +97,18 @@ def set_up_deepspeed(
     content.setdefault(
         "timers", {"throughput": {"enabled": False}}
     )  # DeepSpeed's waits for the GPU twice a micro-batch
+    if config.training.optim != "adamw_torch_fused":
+        _allow_optimizer(config.training.optim, content, path)
     if config.output.enable_tensorboard:
         _set_tensorboard(content, config.output.tensorboard_folder, path)
     _refuse_auto(content, path)
     return DeepSpeedSetup(content, stage, offload, dtype, micro_batch, accumulation, max_grad_norm)
+
+
+def _allow_optimizer(optim: str, content: dict, path: Path) -> None:
+    """ZeRO takes optimizers that DeepSpeed has not tested only with leave."""
+    if content.setdefault("zero_allow_untested_optimizer", True) is not True:
+        raise UserError(f"--optim {optim} and {path}: write zero_allow_untested_optimizer true, or leave the key out")
 
 
 def _offloads(config: RunConfig, zero: dict, path: Path) -> bool:

@@ -18,6 +18,7 @@ from reward_model.config.objectives import ALIASES, LIST_LOSSES, PAIR_LOSSES, PO
 
 Bounds = dict[str, tuple[float, float, bool]]
 Dtype = Literal["fp32", "bf16", "fp16"]
+Optimizer = Literal["adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"]  # Transformers' names
 Scheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 
 
@@ -178,7 +179,12 @@ class ModelConfig(Group):
     """The pretrained model, its head, and what of it is trained."""
 
     _argument_group_name: ClassVar[str] = "model"
-    _bounds: ClassVar[Bounds] = {"dropout": (0, 1, True), "lora_dim": NOT_NEGATIVE, "lora_alpha": POSITIVE}
+    _bounds: ClassVar[Bounds] = {
+        "dropout": (0, 1, True),
+        "lora_dim": NOT_NEGATIVE,
+        "lora_alpha": POSITIVE,
+        "lora_dropout": (0, 1, True),
+    }
 
     model_name_or_path: str = flag(metavar="MODEL", help="A pretrained model: a folder or a hub name. Required.")
     trust_remote_code: bool = flag(
@@ -215,6 +221,12 @@ class ModelConfig(Group):
         metavar="TEXT",
         help="Put adapters only on layers whose name contains this. Default: every linear layer of the backbone.",
     )
+    lora_bits: Literal[4, 8] | None = flag(
+        None, help="Load the frozen base of LoRA in 4 bits (QLoRA's NormalFloat) or 8, with bitsandbytes."
+    )
+    lora_dropout: float = flag(
+        0.0, metavar="PROBABILITY", help="The probability of dropout on what enters LoRA adapters, in training alone."
+    )
     only_optimize_lora: bool = flag(False, help="Upstream's flag, without effect: with LoRA the base is always frozen.")
     num_padding_at_beginning: int = flag(
         0, metavar="N", help="Upstream's flag, without effect: the length of a text says where it ends."
@@ -228,6 +240,10 @@ class ModelConfig(Group):
             raise UserError("--offload_activations needs --gradient_checkpointing, whose layers' inputs it moves")
         if self.lora_alpha and not self.lora_dim:
             raise UserError("--lora_alpha without --lora_dim: give the adapters' dimension")
+        if self.lora_dropout and not self.lora_dim:
+            raise UserError("--lora_dropout without --lora_dim: give the adapters' dimension")
+        if self.lora_bits and not self.lora_dim:
+            raise UserError("--lora_bits without --lora_dim: a quantized base is frozen; give the adapters' dimension")
 
 
 @dataclass(frozen=True)
@@ -372,6 +388,11 @@ class TrainingConfig(Group):
     )
     lora_learning_rate: float = flag(5e-4, metavar="RATE", help="The learning rate of LoRA adapters.")
     weight_decay: float = flag(0.0, metavar="DECAY", help="The weight decay of matrices; biases and norms have none.")
+    optim: Optimizer = flag(
+        "adamw_torch_fused",
+        help="AdamW of PyTorch, or that of bitsandbytes, which keeps its moments in 8 bits: adamw_8bit, or "
+        "paged_adamw_8bit, from which they move to the host where the GPU is full.",
+    )
     max_grad_norm: float = flag(1.0, metavar="NORM", help="Gradients are clipped to this norm; 0 clips nothing.")
     lr_scheduler_type: Scheduler = flag("cosine", help="The learning-rate schedule after the warm-up.")
     num_warmup_steps: int = flag(0, metavar="N", help="The number of steps in which the learning rate rises from 0.")

@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,7 @@ def parse(arguments: Sequence[str] | None = None) -> RunConfig:
 def _require_agreement(config: RunConfig) -> None:
     """Raises UserError where values of two groups contradict each other."""
     engine, loss, output = config.engine, config.loss, config.output
+    require_bits(config.model, config.training, engine.zero_stage, engine.offload)
     if engine.offload and engine.zero_stage == 0 and not engine.deepspeed_config:
         raise UserError("--offload and --zero_stage 0: stage 0 offloads nothing; take --zero_stage 1, 2 or 3")
     if loss.loss_level == "token" and config.model.pooling not in (None, "last"):
@@ -132,6 +134,37 @@ def _require_agreement(config: RunConfig) -> None:
         is_name = "/" in output.normalize_scores or Path(output.normalize_scores).exists()
         if not is_name:
             raise UserError(f"--normalize_scores {output.normalize_scores}: give train, eval, or a path or hub name")
+
+
+LOWEST_BITSANDBYTES = (0, 50)
+
+
+def require_bits(model: ModelConfig, training: TrainingConfig, stage: int, offload: bool) -> None:
+    """Raises UserError where a quantized base or an optimizer in 8 bits does not go with the ZeRO stage or offload."""
+    if model.lora_bits and stage == 3:
+        raise UserError(
+            f"--lora_bits {model.lora_bits} and ZeRO stage 3: quantized weights are not partitioned here; take "
+            "--zero_stage 2, where each GPU holds them whole"
+        )
+    if training.optim != "adamw_torch_fused" and offload:
+        raise UserError(
+            f"--optim {training.optim} and offload: DeepSpeed updates on the CPU with an optimizer of its own; leave "
+            "one of them out"
+        )
+
+
+def require_bitsandbytes(model: ModelConfig, training: TrainingConfig) -> None:
+    """Raises UserError if what needs bitsandbytes is asked for, and bitsandbytes is not there or is too old."""
+    flag = f"--lora_bits {model.lora_bits}" if model.lora_bits else f"--optim {training.optim}"
+    if not model.lora_bits and training.optim == "adamw_torch_fused":
+        return
+    lowest = ".".join(map(str, LOWEST_BITSANDBYTES))
+    try:
+        there = metadata.version("bitsandbytes")
+    except metadata.PackageNotFoundError:
+        raise UserError(f"{flag} needs bitsandbytes: pip install 'bitsandbytes>={lowest}'") from None
+    if tuple(int(part) for part in there.split(".")[:2]) < LOWEST_BITSANDBYTES:
+        raise UserError(f"{flag}: bitsandbytes {there} is too old: pip install 'bitsandbytes>={lowest}'")
 
 
 def refuse_used_folder(folder: Path) -> None:

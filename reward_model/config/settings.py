@@ -7,6 +7,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from reward_model.common.errors import UserError
 from reward_model.config.deepspeed import DeepSpeedSetup, set_up_deepspeed
 from reward_model.config.groups import (
     BatchConfig,
@@ -19,7 +20,7 @@ from reward_model.config.groups import (
     TrainingConfig,
 )
 from reward_model.config.loss import Loss, resolve_loss
-from reward_model.config.options import RunConfig
+from reward_model.config.options import RunConfig, require_bits, require_bitsandbytes
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,13 @@ def resolve(
         on_gpu: the run is on GPUs.
 
     Raises:
-        UserError: the DeepSpeed file cannot be used, or contradicts a flag.
+        UserError: the DeepSpeed file cannot be used, or contradicts a flag; bitsandbytes is asked for and not there.
     """
     setup = set_up_deepspeed(config, default_dtype, world_size, hidden_size, vocab_size, on_gpu)
+    require_bits(config.model, config.training, setup.zero_stage, setup.offload)
+    require_bitsandbytes(config.model, config.training)
+    if config.training.optim == "paged_adamw_8bit" and not on_gpu:
+        raise UserError("--optim paged_adamw_8bit: only a GPU has memory to page out of; take adamw_8bit on a CPU")
     return Settings(
         model=config.model,
         data=config.data,

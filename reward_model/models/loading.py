@@ -32,6 +32,7 @@ from reward_model.models.heads import (
     say_bias,
     unread,
 )
+from reward_model.models.quantization import prepare_quantized, quantizing, say_quantized
 from reward_model.models.saved_forms import form_of, load_form, no_pooler, on_drop_in, pooling_of, set_dropout
 from reward_model.models.scorer import (
     Scorer,
@@ -50,6 +51,8 @@ def load_for_training(
     expect_head: bool = False,
     trust_remote_code: bool = False,
     new_head: bool = False,
+    bits: int | None = None,
+    device: str = "cpu",
 ) -> Scorer:
     """A pretrained model with a score head, new or its own, in any form that a run saves.
 
@@ -61,16 +64,20 @@ def load_for_training(
         expect_head: a model without a head of its own is an error.
         trust_remote_code: run the code that the model brings.
         new_head: draw a new head, whatever head there is.
+        bits: 4 or 8: the backbone's linear layers are quantized, and frozen; the model is put on ``device``.
 
     Raises:
-        UserError: no model there, weights missing, or a head that cannot be read.
+        UserError: no model there, weights missing, a head that cannot be read, or a model that cannot be quantized.
     """
     form = form_of(Path(name_or_path)) if Path(name_or_path).is_dir() else None
+    if form and bits:
+        raise UserError(f"--lora_bits {bits}: {name_or_path} is in a form that is not quantized; leave the flag out")
     if form:
         scorer = _load_own(name_or_path, form, dtype, pooling, dropout, trust_remote_code)
         has_head = True
     else:
-        scorer, has_head = _load_pretrained(name_or_path, dtype, pooling, dropout, trust_remote_code, new_head)
+        how: dict[str, Any] = {"trust_remote_code": trust_remote_code, "bits": bits, "device": device}
+        scorer, has_head = _load_pretrained(name_or_path, dtype, pooling, dropout, new_head, **how)
     if not has_head and expect_head:
         raise UserError(f"{name_or_path} has no trained score head")
     draws = (new_head or not has_head) and scorer.pooling != "classifier"
@@ -78,6 +85,8 @@ def load_for_training(
         raise UserError("--new_head: an encoder's classification head stays as it is; --pooling mean has a new one")
     if draws:
         init_head(scorer, seed)
+    if bits:
+        say_quantized(scorer, bits)
     head = "new" if draws or not has_head else "loaded"
     logger.info(f"model: {type(scorer.unwrapped).__name__}, pooling {scorer.pooling}, {head} head")
     return scorer
@@ -91,11 +100,11 @@ def _load_own(name_or_path: str, form, dtype, pooling, dropout, trust_remote_cod
 
 
 def _load_pretrained(
-    name_or_path: str, dtype, pooling: str | None, dropout: float | None, trust_remote_code: bool, new_head: bool
+    name_or_path: str, dtype, pooling: str | None, dropout: float | None, new_head: bool, **how: Any
 ) -> tuple[Scorer, bool]:
-    """A model as Transformers stores it, and whether it has a trained score head."""
+    """A model as Transformers stores it, and whether it has a trained score head; how: of :func:`_from_pretrained`."""
     try:
-        config = AutoConfig.from_pretrained(name_or_path, num_labels=1, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(name_or_path, num_labels=1, trust_remote_code=how["trust_remote_code"])
         labels = _labels_of_head(PretrainedConfig.get_config_dict(name_or_path)[0])
     except Exception as error:  # OSError, ValueError, KeyError: missing, unreachable, unknown architecture
         raise UserError(f"no model in {name_or_path}: {why_not(error)}") from error
@@ -103,9 +112,11 @@ def _load_pretrained(
         set_dropout(config, dropout)
     require_text_model(name_or_path, config)
     options: dict[str, Any] = whole_numbers(name_or_path, config)
+    if options and how["bits"]:
+        raise UserError(f"--lora_bits {how['bits']}: {name_or_path} is quantized already; leave the flag out")
     if options:
         logger.warning(f"{name_or_path} is quantized: its weights are loaded, trained and saved as numbers")
-    options["trust_remote_code"] = trust_remote_code
+    options |= how
     auto_map = getattr(config, "auto_map", None) or {}
     has_class = type(config) in AutoModelForSequenceClassification._model_mapping or (
         "AutoModelForSequenceClassification" in auto_map
@@ -119,7 +130,7 @@ def _load_pretrained(
     if pooling != "mean" and has_class:
         # never where it is not needed: under ZeRO 3 every weight has the shape (0,) when Transformers 4.56 and 4.57
         # compare, so that they drop the whole checkpoint
-        ignore = {"ignore_mismatched_sizes": True} if labels != 1 or may_differ else {}
+        ignore: dict[str, Any] = {"ignore_mismatched_sizes": True} if labels != 1 or may_differ else {}
         model, missing, beyond = _from_pretrained(
             AutoModelForSequenceClassification, name_or_path, config, dtype, **options, **ignore
         )
@@ -199,10 +210,17 @@ def _labels_of_head(config: dict) -> int:
 
 
 def _from_pretrained(
-    auto_class, name_or_path: str, config, dtype: torch.dtype, **kwargs
+    auto_class, name_or_path: str, config, dtype: torch.dtype, bits: int | None, device: str, **kwargs
 ) -> tuple[nn.Module, list[str], list[str]]:
-    """A model, the names of its weights that the checkpoint lacks, and those of the checkpoint that it lacks."""
+    """A model, the names of its weights that the checkpoint lacks, and those of the checkpoint that it lacks.
+
+    Args:
+        bits: 4 or 8: quantize the backbone's linear layers, and put the model on ``device``.
+    """
     try:
+        if bits:
+            own = {name: kwargs[name] for name in ("trust_remote_code", "add_pooling_layer") if name in kwargs}
+            kwargs |= quantizing(auto_class, config, bits, dtype, device, **own)
         model, info = auto_class.from_pretrained(
             name_or_path, config=config, dtype=dtype, output_loading_info=True, **kwargs
         )
@@ -214,6 +232,8 @@ def _from_pretrained(
             ) from error
         raise UserError(f"cannot load the weights of {name_or_path}: {why_not(error)}") from error
     _forget_quantization(model)
+    if bits:
+        prepare_quantized(model, bits, dtype)
     # of another shape: names in Transformers 4, a name and two shapes in 5
     mismatched = {entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"]}
     beyond = set(info["unexpected_keys"])

@@ -15,15 +15,17 @@ from transformers.pytorch_utils import Conv1D
 from reward_model.common.errors import UserError
 from reward_model.common.logging import logger
 from reward_model.common.words import counted
+from reward_model.models.quantization import READ_ELSEWHERE, bits_of, how_quantized, is_quantized, is_transposed
 from reward_model.models.scorer import Scorer, count, gathered
 from reward_model.reward_model import RewardModel
 
 
-def add_lora(scorer: Scorer, dim: int, alpha: float, module_name: str | None) -> Scorer:
+def add_lora(scorer: Scorer, dim: int, alpha: float, module_name: str | None, dropout: float = 0.0) -> Scorer:
     """Freeze the backbone and put LoRA adapters (PEFT) beside its linear layers; the head stays trainable.
 
     Args:
         module_name: only layers whose name contains it; None: every linear layer of the backbone.
+        dropout: the probability of dropout on what enters an adapter, in training.
 
     Raises:
         UserError: no such layer.
@@ -33,6 +35,8 @@ def add_lora(scorer: Scorer, dim: int, alpha: float, module_name: str | None) ->
     model = scorer.unwrapped
     if isinstance(model, RewardModel):
         model.base_model_prefix = "rwtransformer"  # PEFT asks every model with a config for it
+    if bits := bits_of(model):
+        setattr(model, f"is_loaded_in_{bits}bit", True)  # as PEFT knows a quantized model
     inside = next(name for name, module in model.named_modules() if module is scorer.backbone)
     linear, odd = linear_layers(model, inside)
     targets = [name for name in linear if (module_name or "") in name]
@@ -44,15 +48,19 @@ def add_lora(scorer: Scorer, dim: int, alpha: float, module_name: str | None) ->
     config = LoraConfig(
         r=dim,
         lora_alpha=alpha,
-        lora_dropout=0.0,
+        lora_dropout=dropout,
         target_modules=targets,
         modules_to_save=heads,
-        fan_in_fan_out=isinstance(model.get_submodule(targets[0]), Conv1D),
+        fan_in_fan_out=is_transposed(model.get_submodule(targets[0])),
         task_type=None if isinstance(model, RewardModel) else "SEQ_CLS",
     )
     with _targets_as_named():
         # adapters in the base's dtype: DeepSpeed refuses mixed ones under ZeRO 3
         scorer.model = get_peft_model(model, config, autocast_adapter_dtype=False)
+    dtype = scorer.backbone.get_input_embeddings().weight.dtype
+    for name, parameter in scorer.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.to(dtype)  # float32 beside quantized weights, and on the device meta
     trained = sum(count(p) for p in scorer.parameters() if p.requires_grad)
     total = sum(count(p) for p in scorer.parameters())
     logger.info(
@@ -92,7 +100,7 @@ def linear_layers(model: nn.Module, inside: str) -> tuple[list[str], list[str]]:
         if isinstance(module, (nn.Linear, Conv1D)) and name.startswith(inside + ".")
     }
     odd = [name for name, module in layers.items() if not _gives_one_tensor(module)]
-    if getattr(model.config.get_text_config(), "model_type", None) in MAMBA:
+    if getattr(model.config.get_text_config(), "model_type", None) in READ_ELSEWHERE:
         odd += [name for name in layers if name.endswith(".out_proj")]
     return [name for name in layers if name not in odd], odd
 
@@ -100,7 +108,7 @@ def linear_layers(model: nn.Module, inside: str) -> tuple[list[str], list[str]]:
 @torch.no_grad()
 def _gives_one_tensor(layer: nn.Module) -> bool:
     """Whether a linear layer, whatever its class has made of it, gives what a linear layer gives."""
-    if type(layer).forward in (nn.Linear.forward, Conv1D.forward):
+    if type(layer).forward in (nn.Linear.forward, Conv1D.forward) or is_quantized(layer):
         return True
     with gathered(list(layer.parameters())):
         try:
@@ -120,7 +128,8 @@ def say_without_adapter(scorer: Scorer, odd: list[str], total: int) -> None:
     share = sum(map(count, experts or stacked.values())) / total
     what = "the experts' weights" if experts else f"{next(iter(stacked), '')} and its like"
     if share >= 0.01:
-        logger.warning(f"LoRA: {what}, {share:.0%} of the model, are frozen and get no adapter")
+        frozen = "frozen, are not quantized" if bits_of(scorer.unwrapped) else "frozen"
+        logger.warning(f"LoRA: {what}, {share:.0%} of the model, are {frozen} and get no adapter")
 
 
 def stacked_weights(backbone: nn.Module) -> dict[str, nn.Parameter]:
@@ -140,7 +149,6 @@ def _dimensions(parameter: nn.Parameter) -> int:
     return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
-MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")  # whose kernels read out_proj's weight: PEFT
 CARD = """\
 ---
 base_model: {base}
@@ -155,12 +163,12 @@ tags:
 
 The adapter has dimension {dim} and scale {scale:g}, and belongs to {base}. The folder above this one holds the same
 model with the adapter merged, which Transformers loads by itself.
-
+{quantized}
 ```python
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
-base = AutoModelForSequenceClassification.from_pretrained("{base}", num_labels=1)
+base = AutoModelForSequenceClassification.from_pretrained("{base}", num_labels=1{options})
 model = PeftModel.from_pretrained(base, "adapter")
 ```
 """
@@ -168,6 +176,14 @@ OWN_CARD = CARD[: CARD.index("```python")] + (
     "It was trained on a model that Transformers has no class for: load the folder above with "
     "`reward_model.inference.load`.\n"
 )
+
+
+ROUNDED = """
+The adapter was trained beside a base in {bits} bits (bitsandbytes), and fits its rounded weights, which the folder
+above holds too. Beside unrounded weights it gives other scores, by as much as rounding the base changes them.{more}
+"""
+ROUNDS_MORE = """
+Transformers' LLM.int8 also rounds what enters each layer, which changes scores about as much; the training did not."""
 
 
 def save_adapter(scorer: Scorer, folder: Path, state: dict[str, torch.Tensor]) -> None:
@@ -201,8 +217,13 @@ def write_card(scorer: Scorer, folder: Path) -> None:
     """Fill in the README.md that PEFT leaves open in an adapter's folder."""
     config = scorer.model.peft_config["default"]
     card = OWN_CARD if isinstance(scorer.unwrapped, RewardModel) else CARD
-    base, scale = config.base_model_name_or_path, config.lora_alpha / config.r
-    (folder / "README.md").write_text(card.format(base=base, dim=config.r, scale=scale), encoding="utf-8")
+    base, scale, quantized, options = config.base_model_name_or_path, config.lora_alpha / config.r, "", ""
+    if bits := bits_of(scorer.unwrapped):
+        quantized = ROUNDED.format(bits=bits, more=ROUNDS_MORE if bits == 8 else "")
+        dtype = str(scorer.backbone.get_input_embeddings().weight.dtype).removeprefix("torch.")
+        options = f', dtype="{dtype}", quantization_config={how_quantized(scorer.unwrapped)}'
+    text = card.format(base=base, dim=config.r, scale=scale, quantized=quantized, options=options)
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def merge_lora(scorer: Scorer, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -219,7 +240,7 @@ def merge_lora(scorer: Scorer, state: dict[str, torch.Tensor]) -> dict[str, torc
             layer = name.removesuffix(".base_layer.weight")
             a, b = (state[f"{prefix}{layer}.lora_{side}.default.weight"].float() for side in "AB")
             update = scale * (b @ a)  # (out, r) @ (r, in)
-            transposed = isinstance(scorer.unwrapped.get_submodule(layer).base_layer, Conv1D)
+            transposed = is_transposed(scorer.unwrapped.get_submodule(layer).base_layer)
             weight = (weight.float() + (update.T if transposed else update)).to(weight.dtype)
         merged[name.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")] = weight
     return merged

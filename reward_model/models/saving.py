@@ -28,6 +28,7 @@ from reward_model.common.errors import UserError
 from reward_model.common.logging import logger
 from reward_model.models.for_transformers_4 import write_old_keys
 from reward_model.models.lora import merge_lora, save_adapter
+from reward_model.models.quantization import dequantized, is_quantized
 from reward_model.models.scorer import Scorer, embedding_name, gathered
 from reward_model.reward_model import RewardModel
 
@@ -138,13 +139,16 @@ def forget_scale(config) -> None:
 
 
 def whole_state_dict(model: nn.Module, keep: bool = True) -> dict[str, torch.Tensor]:
-    """Every weight on the host, gathered one by one under ZeRO 3; an empty dict on ranks that keep nothing."""
+    """Every weight on the host, gathered one by one under ZeRO 3, dequantized; an empty dict where nothing is kept."""
     state = {}
     tensors = model.state_dict(keep_vars=True)
+    packed = {f"{name}.weight": layer for name, layer in model.named_modules() if is_quantized(layer)}
+    own = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
     for name, tensor in tensors.items():
         with gathered([tensor]):
-            if keep:
-                state[name] = tensor.detach().to("cpu", copy=True).contiguous()
+            if keep and (name in own or not packed):  # not the scales of quantized layers
+                whole = dequantized(packed[name]) if name in packed else tensor.detach()
+                state[name] = whole.to("cpu", copy=True).contiguous()
     return state
 
 

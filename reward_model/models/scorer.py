@@ -220,5 +220,6 @@ def embedding_rows(scorer: Scorer) -> int:
 
 
 def count(parameter: nn.Parameter) -> int:
-    """Elements of a parameter, partitioned or not."""
-    return getattr(parameter, "ds_numel", parameter.numel())
+    """Elements of a parameter, partitioned or not, quantized or not."""
+    packed = getattr(parameter, "quant_state", None)  # bitsandbytes has two weights of 4 bits in an element
+    return packed.shape.numel() if packed else getattr(parameter, "ds_numel", parameter.numel())

@@ -22,6 +22,7 @@ from reward_model.common.errors import UserError, first_line
 from reward_model.config.groups import ModelConfig
 from reward_model.models.loading import DTYPES
 from reward_model.models.lora import add_lora
+from reward_model.models.quantization import quantizable, quantized_bytes, unpacked_bytes
 from reward_model.models.saved_forms import no_pooler, on_drop_in, set_dropout
 from reward_model.models.scorer import Scorer, head_layer
 from reward_model.planning.model_states import Counts
@@ -126,9 +127,7 @@ def build_on_meta(config: PretrainedConfig, options: ModelConfig, dtype: str) ->
     scorer.backbone.set_attn_implementation(ATTENTION)
     if options.lora_dim:
         with torch.device("meta"):
-            add_lora(scorer, options.lora_dim, options.lora_dim, options.lora_module_name)
-        for parameter in scorer.parameters():  # PEFT gives adapters the base's dtype, but not on this device
-            parameter.data = parameter.data.to(DTYPES[dtype])
+            add_lora(scorer, options.lora_dim, options.lora_dim, options.lora_module_name, options.lora_dropout)
     return scorer.train()
 
 
@@ -220,9 +219,11 @@ def layers_of(scorer: Scorer) -> nn.ModuleList:
     return max(lists, key=len, default=nn.ModuleList())
 
 
-def count_parameters(scorer: Scorer) -> Counts:
-    """Of a model that ZeRO has not partitioned."""
+def count_parameters(scorer: Scorer, bits: int | None = None) -> Counts:
+    """Of a model that ZeRO has not partitioned; bits: those in which the frozen linear layers would be loaded."""
     config = scorer.config.get_text_config()
+    linear = quantizable(scorer, scorer.backbone).values() if bits else ()
+    frozen = [layer for layer in linear if not layer.weight.requires_grad]
     own = [sum(p.numel() for p in module.parameters(recurse=False)) for module in scorer.modules()]
     return Counts(
         total=sum(p.numel() for p in scorer.parameters()),
@@ -231,4 +232,7 @@ def count_parameters(scorer: Scorer) -> Counts:
         hidden=config.hidden_size,
         vocabulary=config.vocab_size,
         layers=len(layers_of(scorer)),
+        quantized=sum(layer.weight.numel() for layer in frozen),
+        packed=sum(quantized_bytes(layer, bits) for layer in frozen if bits),
+        unpacked=max((unpacked_bytes(layer, bits) for layer in frozen if bits), default=0),
     )

@@ -13,6 +13,8 @@ import math
 from dataclasses import dataclass
 
 DEFAULT_BUCKET = 500_000_000  # elements: DeepSpeed's reduce_bucket_size, and what stage 0 reduces at once
+# bytes: float32 twice; or 8 bits twice, with a float32 scale for 256 of each
+MOMENTS = {"adamw_torch_fused": 8, "adamw_8bit": 2 + 8 / 256, "paged_adamw_8bit": 2 + 8 / 256}
 LIVE = 1_000_000_000  # elements: its stage3_max_live_parameters, which ZeRO 3 keeps gathered
 SUB_GROUP = 1_000_000_000  # elements: its sub_group_size, which ZeRO 3 updates at once
 
@@ -39,7 +41,10 @@ SETTINGS = (
 
 @dataclass(frozen=True)
 class Counts:
-    """Parameters of a model: all, those that train, and of the module that has most of its own."""
+    """Parameters of a model: all, those that train, and of the module that has most of its own.
+
+    quantized: those in 4 or 8 bits. packed: the bytes of these. unpacked: bytes of one layer of them while it computes.
+    """
 
     total: int
     trained: int
@@ -47,6 +52,13 @@ class Counts:
     hidden: int = 0
     vocabulary: int = 0
     layers: int = 0
+    quantized: int = 0
+    packed: int = 0
+    unpacked: int = 0
+
+    def weights(self, width: int) -> int:
+        """Bytes of all parameters."""
+        return width * (self.total - self.quantized) + self.packed
 
 
 @dataclass(frozen=True)
@@ -81,7 +93,13 @@ class States:
 
 
 def model_states(
-    counts: Counts, setting: Setting, cluster: Cluster, width: int, zero: dict, accumulates: bool = False
+    counts: Counts,
+    setting: Setting,
+    cluster: Cluster,
+    width: int,
+    zero: dict,
+    accumulates: bool = False,
+    moments: float = MOMENTS["adamw_torch_fused"],
 ) -> States:
     """Bytes that DeepSpeed 0.19 holds for AdamW, as counted in runs.
 
@@ -91,22 +109,26 @@ def model_states(
     Args:
         width: w. zero: the section ``zero_optimization`` of DeepSpeed's configuration. accumulates: more than one
             micro-batch in a step. Then stage 1 keeps all gradients and stage 2 a second copy of its share, with
-            offload both do so on the host.
+            offload both do so on the host. moments: bytes of the optimizer's two moments of a parameter.
     """
     total, trained, n = counts.total, counts.trained, cluster.gpus
+    weights = counts.weights(width)
     if setting.stage == 0:
         half = width < 4
-        resident = width * total + (12 if half else 8) * trained
+        resident = weights + (4 * half + moments) * trained
         gradients = width * trained
         step = resident + gradients + (4 * trained if half else 0)
-        return States(resident, gradients, 0, step, 0, bucket=width * min(trained, DEFAULT_BUCKET) if n > 1 else 0)
-    own, bucket = trained / n, width * zero.get("reduce_bucket_size", DEFAULT_BUCKET)
+        bucket = width * min(trained, DEFAULT_BUCKET) if n > 1 else 0
+        return States(resident, gradients, counts.unpacked, step, 0, bucket=bucket)
+    own = trained / n
+    bucket = width * zero.get("reduce_bucket_size", DEFAULT_BUCKET)
     if setting.stage < 3:
-        buffers: float = bucket * (2 if setting.stage == 2 else 1)  # stage 2 fills one while it sends the other
+        # stage 2 fills one while it sends the other
+        buffers: float = bucket * (2 if setting.stage == 2 else 1) + counts.unpacked
         again = width * own if accumulates else 0
         if setting.offload == "cpu":
-            return States(width * total, 0, buffers, width * total, (16 + width) * own + again)
-        states = width * total + 12 * own
+            return States(weights, 0, buffers, weights, (16 + width) * own + again)
+        states = weights + (4 + moments) * own
         kept = width * (own + trained) if accumulates and setting.stage == 1 else width * own + again
         return States(states, kept, buffers, states + 8 * own, 0)  # flattened, then in float32
     gathered = width * min(total, zero.get("stage3_max_live_parameters", LIVE) + counts.largest)
@@ -121,7 +143,7 @@ def model_states(
         read = width * part["buffer_count"] * part["buffer_size"]
         in_memory = min(share, width * part["max_in_cpu"])
         return States(0, 0, buffers, bucket, in_memory + read + 4 * zero["offload_optimizer"]["buffer_count"] * group)
-    partitioned = share + 12 * own
+    partitioned = share + (4 + moments) * own
     again = (6 if width < 4 else 4) * group  # flattened, then in float32
     # stage 3 keeps its bucket, where 1 and 2 make it anew in each backward pass
     return States(partitioned, width * own, buffers, partitioned + width * own + again + bucket, 0)

@@ -19,6 +19,7 @@ from reward_model.models.loading import DTYPES
 from reward_model.models.scorer import Scorer
 from reward_model.planning.activations import activations, count_parameters, inputs_on_host
 from reward_model.planning.model_states import (
+    MOMENTS,
     SETTINGS,
     Cluster,
     Setting,
@@ -60,7 +61,8 @@ class Plan:
 
     def __init__(self, scorer: Scorer, config: RunConfig):
         self.scorer, self.config = scorer, config
-        self.counts, self.width = count_parameters(scorer), DTYPES[config.engine.dtype].itemsize
+        self.counts = count_parameters(scorer, config.model.lora_bits)
+        self.width = DTYPES[config.engine.dtype].itemsize
         self.known: dict[tuple[int, bool], int] = {}
 
     def activations(self, pairs: int, checkpointing: bool) -> int:
@@ -83,22 +85,27 @@ class Plan:
         config = _parsed(f"--model_name_or_path - --dtype {self.config.engine.dtype} {line}")
         return set_up_deepspeed(config, "bf16", gpus, self.counts.hidden, self.counts.vocabulary).zero
 
+    def can_be(self, setting: Setting) -> bool:
+        """Whether the trainer takes a setting with a base, or an optimizer, of few bits, as ``require_bits`` says."""
+        offloads, model, optim = setting.offload != "none", self.config.model, self.config.training.optim
+        return not (model.lora_bits and setting.stage == 3) and not (optim != "adamw_torch_fused" and offloads)
+
     def estimates(self, cluster: Cluster, pairs: int) -> list[Estimate]:
         """Every setting, first without checkpointing (unless the flag is given), then with it.
 
         Fewer pairs than the flag says means that much more accumulation.
         """
-        batches, found = self.config.batches, []
+        batches, found, moments = self.config.batches, [], MOMENTS[self.config.training.optim]
         accumulation = batches.gradient_accumulation_steps * batches.per_device_train_batch_size // pairs
         for checkpointing in (True,) if self.config.model.gradient_checkpointing else (False, True):
             size = self.activations(pairs, checkpointing)
-            for setting in SETTINGS:
+            for setting in filter(self.can_be, SETTINGS):
                 if setting.plus and (cluster.gpus <= cluster.per_node or cluster.gpus & (cluster.gpus - 1)):
                     continue  # its gain is between nodes, and DeepSpeed's 8-bit blocks want a power of two
                 if setting.stage == 0 and self.config.engine.dtype != "fp32":
                     continue  # on GPUs a run takes stage 1 for it
                 zero = self.zero(setting, cluster.gpus)
-                states = model_states(self.counts, setting, cluster, self.width, zero, accumulation > 1)
+                states = model_states(self.counts, setting, cluster, self.width, zero, accumulation > 1, moments)
                 gpu = CONTEXT + (1 + FRAGMENTS) * states.peak(size)
                 # processes that load a model read all of it, under ZeRO 3 only the first
                 load = self.width * self.counts.total * (1 if setting.stage == 3 else cluster.per_node)

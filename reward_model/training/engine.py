@@ -30,6 +30,8 @@ def partition_while_loading(ds_config: dict[str, Any]):
 
 def build_scorer(settings: Settings, rows: int) -> Scorer:
     """The model as the run wants it, with an embedding of at least ``rows`` rows."""
+    from deepspeed.accelerator import get_accelerator
+
     model, engine = settings.model, settings.engine
     scorer = load_for_training(
         model.model_name_or_path,
@@ -39,6 +41,8 @@ def build_scorer(settings: Settings, rows: int) -> Scorer:
         model.dropout,
         trust_remote_code=model.trust_remote_code,
         new_head=model.new_head,
+        bits=model.lora_bits,
+        device=get_accelerator().current_device_name(),
     )
     if settings.loss.level == "token" and scorer.pooling != "last":
         raise UserError("--loss_level token: this model has no score per token; leave the flag out")
@@ -46,7 +50,8 @@ def build_scorer(settings: Settings, rows: int) -> Scorer:
     if model.gradient_checkpointing:
         recompute_layers(scorer, engine.zero_stage == 3, bool(model.lora_dim), model.offload_activations)
     if model.lora_dim:
-        add_lora(scorer, model.lora_dim, model.lora_alpha or model.lora_dim, model.lora_module_name)
+        alpha = model.lora_alpha or model.lora_dim
+        add_lora(scorer, model.lora_dim, alpha, model.lora_module_name, model.lora_dropout)
     if engine.tf32:
         set_tf32(scorer, engine.dtype)
     return scorer
@@ -69,18 +74,27 @@ def parameter_groups(scorer: Scorer, training: TrainingConfig) -> list[dict[str,
     return [{"params": own, "lr": rate, "weight_decay": decay} for (rate, decay), own in groups.items()]
 
 
+def _optimizer(settings: Settings, scorer: Scorer) -> torch.optim.Optimizer:
+    training = settings.training
+    groups = parameter_groups(scorer, training)
+    common: dict[str, Any] = {"lr": training.learning_rate, "betas": BETAS}
+    if settings.engine.offload:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, **common)
+    if training.optim == "adamw_torch_fused":
+        return torch.optim.AdamW(groups, **common, fused=True)
+    from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
+
+    return {"adamw_8bit": AdamW8bit, "paged_adamw_8bit": PagedAdamW8bit}[training.optim](groups, **common)
+
+
 def start_engine(settings: Settings, scorer: Scorer, steps: int):
     """DeepSpeed's engine with AdamW and the learning-rate schedule of so many steps."""
     import deepspeed
 
     training, ds_config = settings.training, settings.deepspeed.config
-    groups = parameter_groups(scorer, training)
-    if settings.engine.offload:
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        optimizer = DeepSpeedCPUAdam(groups, lr=training.learning_rate, betas=BETAS)
-    else:
-        optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, betas=BETAS, fused=True)
+    optimizer = _optimizer(settings, scorer)
     scheduler = get_scheduler(
         training.lr_scheduler_type,
         optimizer,

@@ -170,7 +170,9 @@ def open_folder(folder: Path, context: DistributedContext, scorer: Scorer, setti
             raise UserError(f"--output_dir {folder}: {error.strerror}") from error
         saving.require_space(folder, size * (2 if settings.output.save_format == "both" else 1))
         versions = {"reward_model": reward_model.__version__, "python": platform.python_version()}
-        versions |= {name: metadata.version(name) for name in PACKAGES}
+        uses_bits = settings.model.lora_bits or settings.training.optim != "adamw_torch_fused"
+        packages = (*PACKAGES, "bitsandbytes") if uses_bits else PACKAGES
+        versions |= {name: metadata.version(name) for name in packages}
         write_text(folder / "run.json", settings.to_json(versions))
         trust = settings.model.trust_remote_code
         problem = verify.rehearse(data.evaluation, scorer.config, data.tokenizer, data.special, trust)
