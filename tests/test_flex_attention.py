@@ -12,9 +12,11 @@ import models
 import pytest
 import runs
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 
 from reward_model.batching.collate import collate
 from reward_model.data.comparisons import Comparison
+from reward_model.models import shared_prefix
 from reward_model.models.forward import ForwardPass
 from reward_model.models.loading import load_for_training
 from reward_model.models.lora import add_lora
@@ -112,6 +114,20 @@ def test_gradients_with_lora(folder_of):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)  # zero as PEFT makes it: nothing would reach lora_A
     assert_same(scorer)
+
+
+def test_a_wrong_mask_is_noticed(folder_of, monkeypatch):
+    right = shared_prefix.attention_mask
+
+    def causal(tokens, backend, dtype):
+        if backend is not FLEX:
+            return right(tokens, backend, dtype)
+        size = tokens.input_ids.shape[1]
+        return create_block_mask(lambda row, head, query, key: query >= key, 1, None, size, size, device="cpu")
+
+    monkeypatch.setattr(shared_prefix, "attention_mask", causal)
+    with pytest.raises(AssertionError):
+        assert_same(load_for_training(folder_of("llama"), torch.float32, seed=0, dropout=0.0).train())
 
 
 @pytest.mark.slow
