@@ -20,7 +20,7 @@ from reward_model.data.preprocessing import FEATURES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-LAYOUTS = ("packed", "shared", "separate")
+LAYOUTS = ("packed", "shared", "separate", "unpadded")
 # groups, micro_batch, accumulation, world_size: whole batches, a short last one, fewer groups than ranks, one group
 SPLITS = [(24, 2, 3, 2), (23, 2, 3, 2), (25, 2, 3, 2), (7, 4, 1, 1), (3, 2, 2, 8), (1, 1, 1, 4), (100, 3, 4, 5)]
 
@@ -34,7 +34,7 @@ def random_groups(size, most_rows=1, seed=0, by_row=False):
     total = np.add.reduceat(sizes, starts[:-1]) if size else np.zeros(0, np.int64)
     length = rng.integers(5, 50, size)
     tokens = length + rows * rng.integers(1, 20, size)
-    return RowGroups(np.arange(starts[-1]), sizes, starts, total, rows + 1, length, tokens)
+    return RowGroups(np.arange(starts[-1]), sizes, starts, total, rows + 1, length, tokens, length * (rows + 1) - rows)
 
 
 def pairs_of_rows(rows, most_rows):
@@ -44,7 +44,10 @@ def pairs_of_rows(rows, most_rows):
 def groups_of(tokens, texts=2):
     """One row and one pair in each; its longest text has as many tokens as the group."""
     tokens, ones = np.array(tokens), np.ones(len(tokens), np.int64)
-    return RowGroups(np.arange(len(tokens)), ones, np.arange(len(tokens) + 1), ones, texts * ones, tokens, tokens)
+    apart = texts * tokens
+    return RowGroups(
+        np.arange(len(tokens)), ones, np.arange(len(tokens) + 1), ones, texts * ones, tokens, tokens, apart
+    )
 
 
 def steps_of(groups, spec, world_size, seed=1, epoch=0):
@@ -71,6 +74,8 @@ def cost(found, groups, layout):
     """Tokens and pads of groups in a micro-batch."""
     if layout == "packed":
         return sum(groups.tokens[u] for u in found)
+    if layout == "unpadded":
+        return sum(groups.apart[u] for u in found)
     if layout == "shared":
         return len(found) * max(groups.tokens[u] for u in found)
     return sum(groups.texts[u] for u in found) * max(groups.length[u] for u in found)
@@ -157,7 +162,7 @@ def test_weights_by_hand():
         (2, pytest.approx(2 / 3)),
     ]
     # two prompts of 1 and 3 pairs
-    more = np.array([2, 3]), *np.array([[5, 5], [8, 9]])
+    more = np.array([2, 3]), *np.array([[5, 5], [8, 9], [9, 12]])
     groups = RowGroups(np.arange(4), np.ones(4, np.int64), np.array([0, 1, 4]), np.array([1, 3]), *more)
     (((m,),),) = steps_of(groups, BatchSpec(2, by_prompt=True), 1)
     weights = dict(zip(m.rows.tolist(), (m.row_weights / m.row_weights.sum()).tolist()))
@@ -233,6 +238,7 @@ def test_a_wide_token_limit_is_one_micro_batch_of_each_rank(layout):
     [
         ("packed", [[10, 6], [5, 5, 1]]),
         ("shared", [[10], [6, 5], [5, 1]]),  # 6 + 5 + 5: 18 with pads
+        ("unpadded", [[10], [6], [5], [5, 1]]),
         ("separate", [[10], [6], [5], [5], [1]]),  # two texts each: 5 and 1 would be 20
     ],
 )
@@ -346,6 +352,7 @@ def test_single_rows_are_groups():
     assert groups.texts.tolist() == [2] * 5 + [3]
     assert groups.length.tolist() == [len(c.prompt) + max(map(len, c.responses)) for c in rows]
     assert groups.tokens.tolist() == [c.tokens for c in rows]
+    assert groups.apart.tolist() == [sum(len(c.prompt) + len(r) for r in c.responses) for c in rows]
 
 
 @pytest.mark.parametrize("limits", [(2, 1), (2, 100), (3, 2), (4, 6), (16, 3), (16, 100)], ids=str)
@@ -503,6 +510,7 @@ def test_a_mixture_comes_together_by_prompt(limits, by_row):
         assert groups.size[u] == sum(groups.sizes_of(u)) == sum(size_of[row] for row in groups.rows_of(u))
         assert groups.texts[u] == len(texts)
         assert groups.length[u] == max(map(len, texts))
+        assert groups.apart[u] == sum(map(len, texts))
         (merged,) = merge(group, Layout("packed", 0))
         assert groups.tokens[u] == merged.texts.tokens
         if len(group) > 1:
@@ -716,10 +724,10 @@ def test_the_longest_come_first():
 
 @layouts
 def test_a_row_is_as_wide_as_its_unit_or_its_longest_text(layout):
-    texts, length, tokens = np.array([[2, 5], [9, 4], [10, 12]])
-    groups = RowGroups(np.arange(2), np.ones(2), np.arange(3), np.ones(2), texts, length, tokens)
+    measures = np.array([[2, 5], [9, 4], [10, 12], [16, 15]])  # texts, length, tokens, apart
+    groups = RowGroups(np.arange(2), np.ones(2), np.arange(3), np.ones(2), *measures)
     (first, second) = plan_evaluation(groups, BatchSpec(1, layout=layout), 0, 1)
-    assert [*first.rows, *second.rows] == ([0, 1] if layout == "separate" else [1, 0])
+    assert [*first.rows, *second.rows] == ([0, 1] if layout in ("separate", "unpadded") else [1, 0])
 
 
 @pytest.mark.parametrize("most", [0, 100, 1000])

@@ -4,6 +4,8 @@
 import itertools
 import math
 import os
+import subprocess
+import sys
 import warnings
 from collections import Counter
 from dataclasses import fields, replace
@@ -11,20 +13,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import runs
 import torch
 from comparisons import answer, pair, table
 
+from reward_model.batching.blocks import Blocks
 from reward_model.batching.collate import PlannedBatches, collate, loader
 from reward_model.batching.groups import single_rows
 from reward_model.batching.layout import Layout
 from reward_model.batching.merging import MergedComparison, merge
 from reward_model.batching.plan import BatchSpec, EpochPlan, MicroBatch
 from reward_model.data.comparisons import Comparison
+from reward_model.models.attention import block_mask, visibility
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 PAD = 9
-KINDS = ("packed", "shared", "separate")
+KINDS = ("packed", "shared", "separate", "unpadded")
+WHOLE = ("separate", "unpadded")  # the kinds that share no prompt
 FACTS = ("margin", "rating", "probability", "similarity")
 kinds = pytest.mark.parametrize("kind", KINDS)
 seeds = pytest.mark.parametrize("seed", range(5))
@@ -74,7 +80,7 @@ def judged(comparisons):
 
 def tensors(batch):
     """Every tensor of a batch, by its part and name."""
-    parts = {name: getattr(batch, name) for name in ("tokens", "pairs", "lists", "points")}
+    parts = {name: getattr(batch, name) for name in ("tokens", "pairs", "lists", "points", "blocks")}
     return {f"{name}.{f.name}": getattr(part, f.name) for name, part in parts.items() for f in fields(part)}
 
 
@@ -85,11 +91,17 @@ def own_tokens(batch):
 
 
 def texts_in(batch):
-    """Each response's whole text, read from the labels: its comparison's prompt and then its own tokens."""
-    comparison, response = batch.tokens.comparison.flatten(), batch.tokens.response.flatten()
-    flat, ends = batch.tokens.input_ids.flatten(), batch.tokens.ends
-    prompts = [flat[(comparison == comparison[end]) & (response == 0)] for end in ends]
-    return [(*prompt.tolist(), *own) for prompt, own in zip(prompts, own_tokens(batch))]
+    """Each response's whole text, read from what its last token sees."""
+    tokens, width = batch.tokens, batch.tokens.input_ids.shape[1]
+    seen = visible(tokens).flatten(0, 1)
+    return [tuple(tokens.input_ids[end // width][seen[end]].tolist()) for end in tokens.ends.tolist()]
+
+
+def visible(tokens):
+    """Which token sees which, (b, s, s)."""
+    rows, width = tokens.input_ids.shape
+    row, index = torch.arange(rows)[:, None, None], torch.arange(width)
+    return visibility(tokens)(row, None, index[:, None], index)
 
 
 def judged_in(batch):
@@ -108,10 +120,11 @@ def first_difference(first, second):
 
 def slow_rows(comparisons, kind):
     """Rows of (id, position, comparison, response), and each comparison's sizes."""
-    if kind == "separate":
+    if kind in WHOLE:
         texts = [c.prompt + response for c in comparisons for response in c.responses]
         sizes = [[1, 0, len(text)] for text in texts]
-        return [[(token, i, n, 1) for i, token in enumerate(text)] for n, text in enumerate(texts)], sizes
+        rows = [[(token, i, n, 1) for i, token in enumerate(text)] for n, text in enumerate(texts)]
+        return rows if kind == "separate" else [[token for row in rows for token in row]], sizes
     rows, sizes = [], []
     for n, c in enumerate(comparisons):
         row = [(token, i, n, 0) for i, token in enumerate(c.prompt)]
@@ -124,19 +137,23 @@ def slow_rows(comparisons, kind):
 
 @kinds
 @seeds
-@pytest.mark.parametrize("multiple", [1, 8])
-def test_rows_agree_with_a_slow_reference(kind, seed, multiple):
+@pytest.mark.parametrize("block", [1, 8])
+def test_rows_agree_with_a_slow_reference(kind, seed, block):
     comparisons = random_comparisons(seed)
-    batch = collate(comparisons, Layout(kind, PAD, multiple=multiple))
+    batch = collate(comparisons, Layout(kind, PAD, block=block))
     rows, sizes = slow_rows(comparisons, kind)
-    width = math.ceil(max(map(len, rows)) / multiple) * multiple
-    names = ("input_ids", "attention_mask", "position_ids", "comparison", "response")
+    width = math.ceil(max(map(len, rows)) / block) * block
+    names = ("input_ids", "attention_mask", "position_ids")
+    sees = visible(batch.tokens)
     assert {getattr(batch.tokens, name).shape for name in names} == {(len(rows), width)}
     for i, row in enumerate(rows):
         for j in range(width):
             token, position, comparison, response = row[j] if j < len(row) else (PAD, 0, -1, 0)
-            expected = token, int(j < len(row)), position, comparison, response
+            expected = token, int(j < len(row)), position
             assert tuple(int(getattr(batch.tokens, name)[i, j]) for name in names) == expected
+            before = [c == comparison and k in (0, response) for _, _, c, k in row[: j + 1]]
+            expected = before if j < len(row) else [False] * j + [True]
+            assert sees[i, j].tolist() == expected + [False] * (width - len(expected))
     assert batch.tokens.sizes.tolist() == [*itertools.chain(*sizes)]
 
 
@@ -146,7 +163,7 @@ def test_responses_and_pairs_agree_with_a_slow_reference(kind, seed):
     comparisons = random_comparisons(seed)
     batch = collate(comparisons, Layout(kind, PAD))
     responses = [(c.prompt, response) for c in comparisons for response in c.responses]
-    own = [prompt + response if kind == "separate" else response for prompt, response in responses]
+    own = [prompt + response if kind in WHOLE else response for prompt, response in responses]
     assert texts_in(batch) == [(*prompt, *response) for prompt, response in responses]
     assert own_tokens(batch) == own
     assert batch.tokens.response_lengths.tolist() == [len(response) for _, response in responses]
@@ -161,11 +178,16 @@ def test_responses_and_pairs_agree_with_a_slow_reference(kind, seed):
 
 def test_packed_by_hand():
     comparisons = [pair([1, 2], [3, 4], [5]), pair([6], [7], [8, 8, 8], margin=0.5)]
-    batch = collate(comparisons, Layout("packed", PAD, multiple=4))
+    batch = collate(comparisons, Layout("packed", PAD, block=4))
     assert batch.tokens.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 8, 8, PAD, PAD]]
     assert batch.tokens.position_ids.tolist() == [[0, 1, 2, 3, 2, 0, 1, 1, 2, 3, 0, 0]]
-    assert batch.tokens.comparison.tolist() == [[0] * 5 + [1] * 5 + [-1] * 2]
-    assert batch.tokens.response.tolist() == [[0, 0, 1, 1, 2, 0, 1, 2, 2, 2, 0, 0]]
+    assert batch.tokens.begin.tolist() == [[0, 0, 2, 2, 4, 5, 6, 7, 7, 7, 10, 11]]
+    assert batch.tokens.prompt_begin.tolist() == [[0, 0, 0, 0, 0, 0, 5, 5, 5, 5, 0, 0]]
+    assert batch.tokens.prompt_end.tolist() == [[0, 0, 2, 2, 2, 0, 6, 6, 6, 6, 0, 0]]
+    # blocks of 4 tokens: the second sees both, in part; no block is seen whole
+    assert batch.blocks.part_number.tolist() == [[[1, 2, 2]]]
+    assert batch.blocks.part[0, 0, 2, :2].tolist() == [1, 2]
+    assert batch.blocks.whole_number.tolist() == [[[0, 0, 0]]]
     assert batch.tokens.sizes.tolist() == [2, 2, 2, 1, 2, 1, 1, 3]
     assert batch.tokens.ends.tolist() == [3, 4, 6, 9]
     assert batch.tokens.spans.tolist() == [[2, 3, 3], [4, 4, 4], [6, 6, 6], [7, 8, 9]]
@@ -194,7 +216,7 @@ def test_the_second_response_may_be_the_better_one(kind):
     assert (batch.pairs.better.tolist(), batch.pairs.worse.tolist()) == ([1], [0])
 
 
-@pytest.mark.parametrize(("kind", "prompt"), [("packed", 0), ("shared", 0), ("separate", 1)])
+@pytest.mark.parametrize(("kind", "prompt"), [("packed", 0), ("shared", 0), ("separate", 1), ("unpadded", 1)])
 def test_start_is_each_pairs_own(kind, prompt):
     # the second and third share two tokens of their own
     comparison = Comparison([1], [[2, 2, 2], [3, 4, 5], [3, 4, 6]], [0, 0, 1], [1, 2, 2], [0.0] * 3)
@@ -205,7 +227,7 @@ def test_start_is_each_pairs_own(kind, prompt):
 def test_a_text_that_begins_with_all_of_the_other_keeps_a_token_to_compare(kind):
     # as data.compare writes them: the shorter text's last token is its own, though the longer one has it too
     batch = collate([pair([1, 2], [3], [3, 4, 3])], Layout(kind, PAD))
-    assert batch.pairs.start.tolist() == [2 if kind == "separate" else 0]
+    assert batch.pairs.start.tolist() == [2 if kind in WHOLE else 0]
     assert (batch.pairs.start < batch.tokens.span_lengths[[0, 1]].min()).all()
 
 
@@ -214,7 +236,9 @@ def test_dtypes(kind):
     batch = collate(random_comparisons(0), Layout(kind, PAD), weight=0.25, row_weights=np.full(5, 0.2))
     points = ("response_weights", "targets", "weights", "row_weights")
     real = [f"pairs.{name}" for name in (*FACTS, "weights")] + [f"points.{name}" for name in points] + ["lists.weights"]
-    types = dict.fromkeys(("tokens.comparison", "tokens.response"), torch.int32) | dict.fromkeys(real, torch.float32)
+    columns = [f"tokens.{name}" for name in ("begin", "prompt_begin", "prompt_end")]
+    short = columns + [f"blocks.{f.name}" for f in fields(Blocks)]
+    types = dict.fromkeys(short, torch.int32) | dict.fromkeys(real, torch.float32)
     assert types.keys() < tensors(batch).keys()
     for name, tensor in tensors(batch).items():
         assert tensor.dtype == types.get(name, torch.int64), name
@@ -375,7 +399,7 @@ def slow_judged(comparisons, row_weights, kind):
         share, texts = weight / sum(given), whole_texts(c)
         for i, (a, b) in enumerate(zip(c.better, c.worse)):
             facts = [getattr(c, name)[i] if getattr(c, name) else math.nan for name in FACTS]
-            start = first_difference(texts[a], texts[b]) - (0 if kind == "separate" else len(c.prompt))
+            start = first_difference(texts[a], texts[b]) - (0 if kind in WHOLE else len(c.prompt))
             pairs.append((texts[a], texts[b], start, *words(*facts, share / len(c.better))))
         if c.ranks:
             lists.append(([*zip(texts, c.ranks)], *words(share)))
@@ -594,3 +618,45 @@ def test_loading_draws_no_random_numbers(on_gpu):
     batches = list(loader(PlannedBatches(rows, plan, Layout("packed", PAD)), on_gpu))
     assert len(batches) == 6
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@seeds
+def test_blocks_are_those_that_create_block_mask_finds(seed):
+    flex = pytest.importorskip("torch.nn.attention.flex_attention")
+    rng = np.random.default_rng(seed)
+    rows = [pair([1] * rng.integers(0, 500), [2] * rng.integers(1, 90), [3] * rng.integers(1, 300)) for _ in range(9)]
+    batch = collate(rows, Layout("packed", PAD, block=128))
+    width = batch.tokens.input_ids.shape[1]
+    made = block_mask(batch)
+    theirs = flex.create_block_mask(visibility(batch.tokens), 1, None, width, width, device="cpu")
+    assert made.shape == theirs.shape
+    assert batch.blocks.whole_number.sum() > 0
+    for kind in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+        numbers, indices = (getattr(mask, kind) for mask in (made, theirs)), kind.replace("num_blocks", "indices")
+        ours, own = (each[0, 0].tolist() for each in numbers)
+        assert ours == own, kind
+        for block, count in enumerate(ours):
+            found, expected = (sorted(getattr(m, indices)[0, 0, block, :count].tolist()) for m in (made, theirs))
+            assert found == expected
+
+
+MANY = """
+import resource, numpy as np
+resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300))
+from reward_model.batching.collate import PlannedBatches, loader
+from reward_model.batching.layout import Layout
+from reward_model.batching.plan import MicroBatch
+from reward_model.data.comparisons import Comparison
+rows = [Comparison([1, 2], [[3, 4], [5]], [0], [1], [0.5])] * 32
+plan = [[MicroBatch(np.array([row]), 1 / 32) for row in range(32)]] * 6
+tokens = 0
+for step in loader(PlannedBatches(rows, plan, Layout("packed", 0)), on_gpu=True):
+    tokens += sum(packed.to("cpu").tokens.input_ids.numel() for packed in step)
+print(tokens)
+"""
+
+
+def test_a_step_of_many_micro_batches_needs_few_open_files():
+    """One file a micro-batch between processes: 32 of them, two steps ahead in two workers, at a limit of 300."""
+    done = subprocess.run([sys.executable, "-c", MANY], cwd=runs.TOP, capture_output=True, text=True, timeout=120)
+    assert done.stdout == f"{5 * 32 * 6}\n", done.stderr[-2000:]

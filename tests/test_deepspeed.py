@@ -114,11 +114,19 @@ def test_the_global_batch_is_the_product():
 
 
 def test_buckets_follow_the_hidden_size():
-    zero = configured("--zero_stage 3", 1, 1000)["zero_optimization"]
-    assert zero["reduce_bucket_size"] == 1_000_000
-    assert zero["stage3_prefetch_bucket_size"] == 900_000
-    assert zero["stage3_param_persistence_threshold"] == 10_000
+    zero = configured("--zero_stage 3", 1, 10_000)["zero_optimization"]
+    assert zero["reduce_bucket_size"] == 100_000_000
+    assert zero["stage3_prefetch_bucket_size"] == 90_000_000
+    assert zero["stage3_param_persistence_threshold"] == 100_000
     assert all(type(size) is int for key, size in zero.items() if key.endswith(("_size", "_threshold")))
+
+
+@pytest.mark.parametrize("flags", ["--zero_stage 1", "--zero_stage 1 --offload", "--zero_stage 2", "--zero_stage 3"])
+def test_a_small_model_sends_what_fills_a_link(flags):
+    zero = configured(flags, 1, 1000)["zero_optimization"]
+    assert zero["reduce_bucket_size"] == 4096**2
+    assert zero.get("stage3_prefetch_bucket_size", 15_099_494) == 15_099_494  # 0.9 of it
+    assert zero.get("stage3_param_persistence_threshold", 10_000) == 10_000
 
 
 def test_a_bucket_size_of_the_file_stays(write):

@@ -309,7 +309,7 @@ def shares(made, by_row, row_weights):
     return [size / sum(sizes) for size in sizes]
 
 
-LAYOUTS = [Layout("packed", PAD), Layout("shared", PAD), Layout("separate", PAD)]
+LAYOUTS = [Layout(kind, PAD) for kind in ("packed", "shared", "separate", "unpadded")]
 layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.kind)
 
 

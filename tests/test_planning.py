@@ -3,6 +3,7 @@
 
 import argparse
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -27,9 +28,11 @@ from reward_model.planning import on_paper
 from reward_model.planning import plan as planning
 from reward_model.planning.activations import (
     MEASURED_LAYERS,
+    _keep_elsewhere,
     activations,
     build_on_meta,
     count_parameters,
+    inputs_on_host,
     layers_of,
     passes,
 )
@@ -41,6 +44,7 @@ from reward_model.planning.model_states import (
     deepspeed_estimate,
     model_states,
 )
+from reward_model.training import recompute
 
 GIB = 2**30
 BY_NAME = {setting.name: setting for setting in SETTINGS}
@@ -103,6 +107,7 @@ def test_states_by_hand():
     three = model_states(counts, BY_NAME["3"], four, 2, BUCKET)
     assert (three.resident, three.gradients) == ((2 + 12) * 250, 500)
     assert three.buffers == 2 * (1000 + 10)  # a small model stays gathered
+    assert three.step == (2 + 12) * 250 + 2 * 250 + 6 * 250 + 2 * 10  # the bucket stays
     plus = model_states(counts, BY_NAME["ZeRO++"], Cluster(gpus=8, per_node=4), 2, BUCKET)
     assert plus.buffers == three.buffers + 500  # hpZ
     lora = Counts(total=1000, trained=100, largest=100)
@@ -134,7 +139,7 @@ MEASURED = [  # ZeRO, dtype, other flags
 
 @pytest.fixture(scope="module")
 def middling(demo, tmp_path_factory):
-    """A LLaMA of 3 million parameters, of which a bucket is a small part, with the demo's tokenizer."""
+    """A LLaMA of 3 million parameters, in which single gradients are a small part, with the demo's tokenizer."""
     folder = tmp_path_factory.mktemp("middling")
     tokenizer = transformers.AutoTokenizer.from_pretrained(demo / "model")
     tokenizer.save_pretrained(folder)
@@ -166,9 +171,12 @@ def check_against_run(held, middling, processes, name, dtype, more):
     assert (plan.counts.total, plan.counts.trained) == (held["total"], held["trained"])
     setting, cluster = BY_NAME[name], Cluster(processes, processes)
     accumulates = config.batches.gradient_accumulation_steps > 1
-    states = model_states(plan.counts, setting, cluster, plan.width, plan.zero(setting, processes), accumulates)
+    zero = plan.zero(setting, processes)
+    states = model_states(plan.counts, setting, cluster, plan.width, zero, accumulates)
     constant = 4 * 688 * 256 * 2  # buckets and single gradients that are still there
     backward, step = states.resident + states.gradients + states.host, states.step + states.host
+    if setting.stage == 3:
+        backward += plan.width * zero["reduce_bucket_size"]
     if not accumulates:  # the last micro-batch frees what the ones before kept
         assert 0.95 * backward <= held["backward"] <= 1.05 * backward + constant
         assert 0.95 * step <= held["step_peak"] <= 1.05 * step + constant
@@ -270,6 +278,50 @@ def test_the_peak_is_that_of_a_real_pass(family, checkpointing):
         now += event.nbytes()
         peak = max(peak, now)
     assert activations(paper, 4, 256, checkpointing) == pytest.approx(peak, rel=0.1)
+
+
+@pytest.mark.parametrize("family", ("llama", "opt"))
+@pytest.mark.parametrize("rows", (4, 5))
+def test_inputs_that_wait_on_the_host(family, rows, monkeypatch):
+    """What a GPU no longer keeps is what leaves it in a real pass."""
+    real, paper = on_cpu(family, torch.float32)
+    moved = []
+
+    class Watched(torch.autograd.graph.saved_tensors_hooks):
+        def __init__(self, pin_memory):
+            super().__init__(self.pack, lambda tensor: tensor)
+
+        def pack(self, tensor):
+            moved.append(tensor.nbytes)
+            return tensor
+
+    monkeypatch.setattr(recompute, "save_on_cpu", Watched)
+    recompute.recompute_layers(real, reentrant=False, has_frozen_base=False, offload=False)
+    recompute.keep_inputs_on_host(real)
+    saved(real, rows, 256)
+    counts = count_parameters(paper)
+    assert inputs_on_host(counts, rows, 256, 4) == sum(2 ** math.ceil(math.log2(size)) for size in moved if size > 8)
+    paper.unwrapped.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    kept, _ = passes(paper, rows, 256)
+    activations(paper, rows, 256, checkpointing=True, offload=True)
+    paper.unwrapped.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert passes(paper, rows, 256)[0] == kept  # the measure above has left nothing behind
+    _keep_elsewhere(paper)
+    assert kept - passes(paper, rows, 256)[0] == pytest.approx(sum(moved), rel=0.01)
+
+
+def test_the_plan_counts_activations_on_the_host(folder, capsys):
+    line = f"--model {folder(LLAMA_7B)} --gpus 8 --gpu_memory 80 --max_seq_len 1024 --gradient_checkpointing"
+    without, moved = printed(capsys, line), printed(capsys, f"{line} --offload_activations")
+    inputs = 32 * (32 * 1024 * 4096 * 2) / GIB  # 32 layers, 32 rows: 8 GiB
+
+    def row(text):
+        return [float(cell) for cell in next(r for r in text.splitlines() if r.startswith("2 + CPU")).split()[3:5]]
+
+    (gpu, host), (less, more) = row(without), row(moved)
+    assert gpu - less == pytest.approx(1.05 * inputs, rel=0.1)
+    assert more - host == pytest.approx(8 * inputs, abs=0.11)
+    assert moved.splitlines()[-1].endswith("--gradient_checkpointing --offload_activations --output_dir output")
 
 
 def test_few_layers_tell_of_many():

@@ -128,25 +128,44 @@ def test_uneven_shares_count_every_pair_once(demo, tmp_path):
         assert two.final[name] == pytest.approx(one.final[name], abs=1e-5), name
 
 
-SEPARATELY = (
-    "import runpy, sys; import reward_model.models.shared_prefix as s; s.ON_CPU = (); sys.argv[0] = 'main.py'; "
-)
-
-
 @pytest.mark.parametrize("level", ["sequence", "token"])
-def test_shared_prompts_train_as_separate_rows_do(level, plain, demo, tmp_path, monkeypatch):
-    """The same run, with the ways to share taken from it."""
+def test_shared_prompts_train_as_separate_rows_do(level, plain, demo, tmp_path):
+    """The same run on padded rows, and on separate texts in one row."""
     flags = ["--loss_level", level]
     shared = runs.train(demo, tmp_path / "shared", *flags) if level == "token" else plain[0]
-    assert "prompts are shared (slices attention)" in shared.output
-    words = [sys.executable, "-c", f"{SEPARATELY} runpy.run_path('main.py', run_name='__main__')"]
-    monkeypatch.setattr(runs, "command", lambda launcher, processes: words)
-    monkeypatch.setenv("PYTHONPATH", str(runs.TOP))
-    separate = runs.train(demo, tmp_path / "separate", *flags, launcher="python")
-    assert "each answer has a row of its own" in separate.output
-    assert separate.losses == pytest.approx(shared.losses, abs=1e-5)
-    assert separate.final["loss"] == pytest.approx(shared.final["loss"], abs=1e-5)
-    assert separate.train[0]["tokens"] > 1.15 * shared.train[0]["tokens"]  # the prompts, twice
+    assert "prompts are shared: slices attention\n" in shared.output
+    separate = runs.train(demo, tmp_path / "separate", *flags, "--attention", "separate")
+    varlen = runs.train(demo, tmp_path / "varlen", *flags, "--attention", "varlen")
+    assert "each answer has a padded row of its own" in separate.output
+    assert "answers are in one row without pads: varlen attention" in varlen.output
+    for other in (separate, varlen):
+        assert other.losses == pytest.approx(shared.losses, abs=1e-5)
+        assert other.final["loss"] == pytest.approx(shared.final["loss"], abs=1e-5)
+        assert other.train[0]["tokens"] > 1.15 * shared.train[0]["tokens"]  # the prompts, twice
+    assert sum(r["tokens"] for r in separate.train) == sum(r["tokens"] for r in varlen.train)
+    assert varlen.train[0]["padding"] == 0 < separate.train[0]["padding"]
+
+
+def test_the_fastest_attention_is_taken(demo, tmp_path):
+    metrics = runs.train(demo, tmp_path / "out", "--max_train_samples", 64, "--attention", "timed")
+    (line,) = re.findall(r"a row of the data takes (.*)\)\n", metrics.output)
+    taken = {name: float(ms) for name, ms in re.findall(r"(\w+) ([\d.]+) ms", line)}
+    assert list(taken) == ["slices", "dense", "varlen", "separate"]
+    fastest = min(taken, key=taken.get)
+    assert (
+        f"{fastest} attention (a row" if fastest != "separate" else "padded row of its own (a row"
+    ) in metrics.output
+
+
+def test_encoders_train_without_pads(demo, tmp_path):
+    models.write("bert", tmp_path / "bert", max_position_embeddings=256)
+    flags = ["--model_name_or_path", tmp_path / "bert", "--learning_rate", 1e-3, "--dropout", 0]
+    packed = runs.train(demo, tmp_path / "packed", *flags)
+    padded = runs.train(demo, tmp_path / "padded", *flags, "--attention", "separate")
+    assert "answers are in one row without pads: varlen attention" in packed.output
+    assert packed.losses == pytest.approx(padded.losses, abs=1e-5)
+    assert packed.final["loss"] == pytest.approx(padded.final["loss"], abs=1e-5)
+    assert packed.train[0]["padding"] == 0 < padded.train[0]["padding"]
 
 
 BUDGETS = [(0, 1), (2, 2), pytest.param(1, 1, marks=pytest.mark.slow), pytest.param(3, 2, marks=pytest.mark.slow)]
@@ -186,15 +205,17 @@ def test_prompts_brought_together(plain, demo, tmp_path):
 
 
 def test_grouped_by_length(demo, tmp_path):
-    metrics = runs.train(demo, tmp_path / "out", "--group_by_length", "--pooling", "mean", "--num_train_epochs", 2)
-    assert "prompts are not shared" in metrics.output
+    metrics = runs.train(
+        demo, tmp_path / "out", "--group_by_length", "--attention", "separate", "--num_train_epochs", 2
+    )
+    assert "each answer has a padded row of its own" in metrics.output
     assert "would compute" not in metrics.output
     assert sum(r["pairs"] for r in metrics.train) == 2 * runs.PAIRS
     assert metrics.final["loss"] < metrics.evaluations[0]["loss"]
 
 
 def test_a_model_that_refuses_trains_on_separate_rows(demo, tmp_path):
-    """BLOOM's ALiBi takes no mask of ours, and Gemma 2's soft cap only one way of the two."""
+    """BLOOM's ALiBi takes no mask of ours; Gemma 2 caps its products."""
     from transformers import AutoTokenizer, BloomConfig, BloomModel, Gemma2Config, Gemma2Model
 
     tokenizer = AutoTokenizer.from_pretrained(demo / "model")
@@ -202,8 +223,8 @@ def test_a_model_that_refuses_trains_on_separate_rows(demo, tmp_path):
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     gemma = Gemma2Model(Gemma2Config(vocab_size=len(tokenizer), num_key_value_heads=1, head_dim=16, **sizes))
     said = {
-        "bloom": "prompts are not shared, each answer has a row of its own",
-        "gemma": "shared (dense attention; not slices: ",
+        "bloom": "prompts are not shared, each answer has a padded row of its own (not slices: ",
+        "gemma": "prompts are shared: slices attention\n",
     }
     for name, model in (("bloom", bloom), ("gemma", gemma)):
         model.save_pretrained(tmp_path / name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A batch as tensors, in four parts: tokens, judged pairs, ranked lists, and scored responses.
+"""A batch as tensors, in five parts: tokens, judged pairs, ranked lists, scored responses, and blocks of the mask.
 
 Each part collates itself. A response is named by its number among the responses of the batch, 0 to n − 1. A row of the
 data (a Comparison) is not a row of token ids, which may hold many of them or one response.
@@ -12,35 +12,18 @@ response that several rows judged counts once for each; m numbers in ``Tokens.si
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from reward_model.batching.blocks import Blocks
+from reward_model.batching.fields import TensorFields
 from reward_model.batching.layout import Layout
 from reward_model.batching.merging import PlacedRow
 from reward_model.data.comparisons import Comparison, common_prefix
-
-Self = TypeVar("Self", bound="TensorFields")  # typing.Self needs Python 3.11
-
-
-@dataclass(frozen=True)
-class TensorFields:
-    """A dataclass whose fields are tensors, dataclasses of this kind, or plain values, which stay as they are."""
-
-    def to(self: Self, device: torch.device) -> Self:
-        """The same values on a device. The copy may still be under way when this returns."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def _map(self: Self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
-        def changed(value):
-            if isinstance(value, TensorFields):
-                return value._map(change)
-            return change(value) if isinstance(value, torch.Tensor) else value
-
-        return replace(self, **{f.name: changed(getattr(self, f.name)) for f in fields(self)})
 
 
 @dataclass(frozen=True)
@@ -54,8 +37,9 @@ class Tokens(TensorFields):
     input_ids: torch.Tensor  # (b, s) int64
     attention_mask: torch.Tensor  # (b, s) int64; 1 for a token of a text, 0 for a pad
     position_ids: torch.Tensor  # (b, s) int64; each response continues the positions of its prompt
-    comparison: torch.Tensor  # (b, s) int32; which merged comparison a token belongs to, −1 for a pad
-    response: torch.Tensor  # (b, s) int32; which response of that comparison, counted from 1; 0 for the prompt
+    begin: torch.Tensor  # (b, s) int32; column at which the prompt or response of a token begins; of a pad, its own
+    prompt_begin: torch.Tensor  # (b, s) int32; column at which the prompt of a response's token begins
+    prompt_end: torch.Tensor  # (b, s) int32; column after its last token; no more than prompt_begin where there is none
     sizes: torch.Tensor  # (m,) int64; for each comparison K, then the lengths of its prompt and of its K responses
     ends: torch.Tensor  # (n,) int64; index of each response's last token
     spans: torch.Tensor  # (n, r) int64; indices of each response's tokens; its last token fills what is beyond its end
@@ -72,15 +56,18 @@ class Tokens(TensorFields):
         """
         shape = len(rows), layout.width(rows)
         ids, positions = np.full(shape, layout.pad, np.int64), np.zeros(shape, np.int64)
-        comparison, response = np.full(shape, -1, np.int32), np.zeros(shape, np.int32)
+        is_text = np.zeros(shape, np.int64)
+        begin = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape).copy()
+        prompt_begin, prompt_end = np.zeros((2, *shape), np.int32)
         segments = list(_segments(rows))
         for segment in segments:
             length = len(segment.ids)
             here = segment.row, slice(segment.column, segment.column + length)
             ids[here] = segment.ids
             positions[here] = np.arange(segment.position, segment.position + length)
-            comparison[here], response[here] = segment.comparison, segment.response
-        responses = [segment for segment in segments if segment.response]
+            is_text[here], begin[here] = 1, segment.column
+            prompt_begin[here], prompt_end[here] = segment.prompt
+        responses = [segment for segment in segments if segment.is_response]
         begins = np.array([segment.row * shape[1] + segment.column for segment in responses])
         lengths = np.array([len(segment.ids) for segment in responses])
         response_lengths = np.zeros(len(responses), np.int64)
@@ -88,10 +75,11 @@ class Tokens(TensorFields):
             response_lengths[row.responses] = _response_lengths(row.comparison)
         values = {
             "input_ids": ids,
-            "attention_mask": (comparison >= 0).astype(np.int64),
+            "attention_mask": is_text,
             "position_ids": positions,
-            "comparison": comparison,
-            "response": response,
+            "begin": begin,
+            "prompt_begin": prompt_begin,
+            "prompt_end": prompt_end,
             "sizes": np.array([size for row in rows for c in row for size in _sizes(c)]),
             "ends": begins + lengths - 1,
             "spans": begins[:, None] + np.minimum(np.arange(lengths.max()), lengths[:, None] - 1),
@@ -108,20 +96,21 @@ class _Segment(NamedTuple):
     row: int
     column: int
     position: int  # of its first token in its text
-    comparison: int
-    response: int  # counted from 1; 0 for the prompt
+    prompt: tuple[int, int]  # columns at which its prompt begins and ends; equal: it has none
+    is_response: bool
 
 
 def _segments(rows: Sequence[Sequence[Comparison]]) -> Iterator[_Segment]:
     """Each prompt and each response, in the order in which they are written."""
-    number = 0
     for i, row in enumerate(rows):
         column = 0
         for c in row:
-            for k, ids in enumerate([c.prompt, *c.responses]):
-                yield _Segment(ids, i, column, len(c.prompt) if k else 0, number, k)
+            prompt = column, column + len(c.prompt)
+            yield _Segment(c.prompt, i, column, 0, (0, 0), is_response=False)
+            column = prompt[1]
+            for ids in c.responses:
+                yield _Segment(ids, i, column, len(c.prompt), prompt, is_response=True)
                 column += len(ids)
-            number += 1
 
 
 def _sizes(c: Comparison) -> list[int]:
@@ -245,6 +234,7 @@ class Batch(TensorFields):
     pairs: Pairs
     lists: Lists
     points: Points
+    blocks: Blocks
     weight: float = 1.0
 
     def packed(self) -> PackedBatch:
@@ -280,7 +270,7 @@ class _Place(NamedTuple):
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """A batch in one tensor: one open file between processes and one copy to a device, where a batch has 27.
+    """A batch in one tensor: one open file between processes and one copy to a device, where a batch has 32.
 
     buffer: the bytes of all tensors, int64. places: part and field → where its tensor lies. weight: of the batch.
     """
@@ -300,6 +290,7 @@ class PackedBatch:
             pairs=Pairs(**found["pairs"]),
             lists=Lists(**found["lists"]),
             points=Points(**found["points"]),
+            blocks=Blocks(**found["blocks"]),
             weight=self.weight,
         )
 

@@ -10,6 +10,7 @@ from torch import Generator
 from torch.utils.data import DataLoader
 
 from reward_model.batching.batch import Batch, Lists, PackedBatch, Pairs, Points, Tokens
+from reward_model.batching.blocks import Blocks
 from reward_model.batching.layout import Layout
 from reward_model.batching.merging import merge, place
 from reward_model.batching.plan import MicroBatch
@@ -52,11 +53,14 @@ def collate(
     placed = place(comparisons, merged, shares.tolist())
     rows = layout.rows([part.texts for part in merged])
     spans = [response for row in rows for c in row for response in c.responses]
+    tokens = Tokens.collate(rows, layout, placed)
+    columns = tokens.begin.numpy(), tokens.prompt_begin.numpy(), tokens.prompt_end.numpy()
     return Batch(
-        tokens=Tokens.collate(rows, layout, placed),
+        tokens=tokens,
         pairs=Pairs.collate(placed, spans),
         lists=Lists.collate(placed),
         points=Points.collate(placed),
+        blocks=Blocks.of(*columns, layout.block) if layout.block > 1 else Blocks.none(),
         weight=weight,
     )
 

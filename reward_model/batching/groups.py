@@ -30,6 +30,7 @@ class RowGroups:
     texts: np.ndarray  # (u,) number of distinct texts in each group
     length: np.ndarray  # (u,) tokens of each group's longest text
     tokens: np.ndarray  # (u,) tokens of all of its texts, the shared prompt counted once
+    apart: np.ndarray  # (u,) tokens of all of its texts, each with its prompt
 
     def __len__(self) -> int:
         return len(self.size)
@@ -52,14 +53,16 @@ def single_rows(comparisons: Comparisons, by_row: bool = False) -> RowGroups:
     """Make every row a group of its own. ``by_row`` is that of :func:`row_sizes`."""
     size = len(comparisons)
     sizes = row_sizes(comparisons, by_row)
+    _, lengths, texts = comparisons.texts()
     return RowGroups(
         rows=np.arange(size),
         sizes=sizes,
         starts=np.arange(size + 1),
         size=sizes,
-        texts=comparisons.texts()[2],
+        texts=texts,
         length=comparisons.lengths,
         tokens=comparisons.tokens,
+        apart=np.add.reduceat(lengths, np.cumsum(texts) - texts) if size else np.zeros(0, np.int64),
     )
 
 
@@ -194,16 +197,17 @@ def _measured(comparisons: Comparisons, groups: list[list[int]], sizes: np.ndarr
     """Measure groups of rows. ``sizes`` are those of all rows."""
     hashes, lengths, counts = comparisons.texts()
     first = np.cumsum(counts) - counts
-    count, length, tokens = np.empty((3, len(groups)), np.int64)
+    count, length, tokens, apart = np.empty((4, len(groups)), np.int64)
     for i, group in enumerate(groups):
         texts = {int(hashes[t]): int(lengths[t]) for row in group for t in range(first[row], first[row] + counts[row])}
-        merged = sum(texts.values()) - (len(texts) - 1) * comparisons.prompt_tokens[group].min()
-        count[i], length[i] = len(texts), max(texts.values())
+        count[i], length[i], apart[i] = len(texts), max(texts.values()), sum(texts.values())
+        merged = apart[i] - (len(texts) - 1) * comparisons.prompt_tokens[group].min()
         tokens[i] = min(merged, comparisons.tokens[group].sum())
     held = [len(group) for group in groups]
     rows = np.fromiter((row for group in groups for row in group), np.int64, sum(held))
     starts = np.concatenate([[0], np.cumsum(held)]).astype(np.int64)
-    return RowGroups(rows, sizes[rows], starts, np.add.reduceat(sizes[rows], starts[:-1]), count, length, tokens)
+    size = np.add.reduceat(sizes[rows], starts[:-1])
+    return RowGroups(rows, sizes[rows], starts, size, count, length, tokens, apart)
 
 
 def rows_to_evaluate(size: int, most: int, seed: int) -> np.ndarray | None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from reward_model.batching.groups import RowGroups
+from reward_model.batching.layout import ONE_ROW
 
 MEGA_BATCH = 50  # global batches that are sorted by length together; Transformers' group_by_length takes 50 too
 
@@ -44,8 +45,9 @@ class BatchSpec:
     accumulation: The number of micro-batches of a rank in a step.
     by_prompt: Whether ``micro_batch`` counts groups instead. Then all groups weigh the same, however many pairs they
         have (InstructGPT's choice for the responses to one prompt, against overfitting).
-    layout: As ``kind`` in :class:`reward_model.batching.layout.Layout`: ``packed`` makes a micro-batch one row of token
-        ids without pads, ``shared`` one padded row for each group, and ``separate`` one padded row for each text.
+    layout: As ``kind`` in :class:`reward_model.batching.layout.Layout`: ``packed`` and ``unpadded`` make a
+        micro-batch one row of token ids without pads, ``shared`` one padded row for each group, and ``separate`` one
+        padded row for each text.
     tokens: The largest number of tokens in a micro-batch, pads included. A step then has as many micro-batches as that
         takes. 0 means that there is no such limit.
     by_length: Whether a step holds groups of similar length, as far as that leaves the order random.
@@ -59,8 +61,13 @@ class BatchSpec:
     by_length: bool = False
 
     def width(self, groups: RowGroups) -> np.ndarray:
-        """Number of tokens of the longest row of token ids that each group becomes, shape (u,)."""
-        return groups.length if self.layout == "separate" else groups.tokens
+        """Number of tokens of the longest row of token ids that each group becomes, or takes of one, shape (u,)."""
+        return {"separate": groups.length, "unpadded": groups.apart}.get(self.layout, groups.tokens)
+
+    @property
+    def is_one_row(self) -> bool:
+        """Whether a micro-batch is one row, without pads."""
+        return self.layout in ONE_ROW
 
     def height(self, groups: RowGroups, group: int) -> int:
         """Number of rows of token ids that a group becomes."""
@@ -82,7 +89,8 @@ class EpochPlan(Sequence[list[MicroBatch]]):
     Example: four pairs, two ranks, and one pair at a time. Each pair is half of a step.
 
     >>> ones = np.ones(4, np.int64)
-    >>> sizes = {"sizes": ones, "size": ones, "texts": 2 * ones, "length": 9 * ones, "tokens": 12 * ones}
+    >>> sizes = {"sizes": ones, "size": ones, "texts": 2 * ones}
+    >>> sizes |= {"length": 9 * ones, "tokens": 12 * ones, "apart": 18 * ones}
     >>> groups = RowGroups(rows=np.arange(4), starts=np.arange(5), **sizes)
     >>> for rank in range(2):
     ...     plan = EpochPlan(groups, BatchSpec(micro_batch=1), rank, world_size=2, seed=0, epoch=0)
@@ -129,7 +137,7 @@ class EpochPlan(Sequence[list[MicroBatch]]):
         total = 0
         for part in (part for step in range(min(steps, len(self))) for part in self._parts(step) if len(part)):
             rows = sum(self.spec.height(self.groups, group) for group in part)
-            total += int(width[part].sum() if self.spec.layout == "packed" else width[part].max() * rows)
+            total += int(width[part].sum() if self.spec.is_one_row else width[part].max() * rows)
         return total
 
 
@@ -154,7 +162,7 @@ def _deal(chosen: np.ndarray, groups: RowGroups, spec: BatchSpec, world_size: in
     """Divide the groups of a step into a multiple of ``world_size`` parts, neighbors in the list about equally long."""
     width = spec.width(groups)
     chosen = chosen[np.argsort(-width[chosen], kind="stable")]
-    is_packed = spec.layout == "packed"
+    is_packed = spec.is_one_row
     if not spec.tokens:
         number = spec.accumulation * world_size
         return _balance(chosen, width, number) if is_packed else _slice(chosen, groups.size, number)
@@ -211,7 +219,7 @@ def _fill(chosen: np.ndarray, groups: RowGroups, spec: BatchSpec, tokens: int, m
     first = total = rows = size = 0
     for i, group in enumerate(chosen):
         longest = width[chosen[first]]
-        cost = total + width[group] if spec.layout == "packed" else longest * (rows + spec.height(groups, group))
+        cost = total + width[group] if spec.is_one_row else longest * (rows + spec.height(groups, group))
         is_full = (tokens and cost > tokens) or (most_size and size + groups.size[group] > most_size)
         if i > first and is_full:
             parts.append(chosen[first:i])

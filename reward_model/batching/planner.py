@@ -5,9 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 
 from torch.utils.data import DataLoader
 
+from reward_model.batching.batch import Batch
 from reward_model.batching.collate import PlannedBatches, loader
 from reward_model.batching.groups import RowGroups, row_sizes, rows_by_prompt, rows_to_evaluate, single_rows
 from reward_model.batching.layout import Layout
@@ -71,6 +73,12 @@ class Planner:
         """The batches of a plan, in its order."""
         return loader(PlannedBatches(rows, plan, layout), on_gpu=self.context.device.type == "cuda")
 
+    def first(self, rows: Comparisons, groups: RowGroups, layout: Layout, count: int = 3) -> list[Batch]:
+        """The first micro-batches of this rank, at most so many."""
+        plan = self.epoch(groups, 0, layout.kind)
+        chosen = list(islice((micro_batch for step in plan for micro_batch in step), count))
+        return PlannedBatches(rows, [chosen], layout)[0]
+
     def advice(self, groups: RowGroups, layout: str) -> Iterator[str]:
         """What does not fit the token budget, and what pads cost where a flag would spare much of it."""
         spec, budget = self._spec(self.batches.per_device_train_batch_size, layout), self.batches.tokens_per_batch
@@ -80,7 +88,7 @@ class Planner:
             longest = (spec.width(groups) * rows).max()
             what = "groups" if self.batches.merge == "prompt" else "rows"
             yield f"--tokens_per_batch {budget}: {over} {what} have more, up to {longest}, and stay whole"
-        if layout == "packed" or self.batches.group_by_length:
+        if spec.is_one_row or self.batches.group_by_length:
             return
         share = (self.context.rank, self.context.world_size, self.seed, 0)
         drawn, grouped = (

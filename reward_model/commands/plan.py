@@ -34,6 +34,7 @@ SHARED_FLAGS = (  # with main.py
     "max_seq_len",
     "gradient_accumulation_steps",
     "gradient_checkpointing",
+    "offload_activations",
     "lora_dim",
     "lora_module_name",
     "dtype",
@@ -129,7 +130,9 @@ def launch_line(config: RunConfig, estimate: Estimate, cluster: Cluster, pairs: 
         if name in config.given:
             words += [f"--{name}", str(config.values()[name])]
     line = f"{start} {shlex.join(words)} {estimate.setting.flags}"
-    return line + (" --gradient_checkpointing" if estimate.checkpointing else "") + " --output_dir output"
+    if estimate.checkpointing:
+        line += " --gradient_checkpointing" + (" --offload_activations" if config.model.offload_activations else "")
+    return f"{line} --output_dir output"
 
 
 def gib(size: float) -> str:

@@ -313,3 +313,10 @@ def first_text(text: str) -> str:
     texts: list[str] = [""] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(texts, text)
     return next(filter(None, texts), "")
+
+
+def largest(value: float) -> float:
+    """The largest of the numbers that the ranks give."""
+    values: list[float] = [0.0] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return max(values)

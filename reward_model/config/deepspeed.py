@@ -19,6 +19,7 @@ from reward_model.common.logging import logger
 from reward_model.config.groups import Dtype, EngineConfig
 from reward_model.config.options import RunConfig
 
+SMALLEST_SIDE = 4096  # side² elements: 32 MiB in 16 bits, as much as PyTorch's DDP sends at once (25 MiB)
 ZERO_FOLDER = Path(__file__).resolve().parent / "zero"  # package data: an installed package has it too
 OFFLOADS = ("offload_optimizer", "offload_param")
 OURS = {  # sections that the trainer provides itself
@@ -56,7 +57,7 @@ def set_up_deepspeed(
         dtype: what ``--dtype auto`` means on this machine.
         world_size: the number of processes.
         hidden_size: h of the model, from which ZeRO's bucket sizes follow as in Transformers' integration: h² elements
-            to reduce at once, 0.9·h² to fetch ahead, 10·h to keep on every rank.
+            to reduce at once, 0.9·h² to fetch ahead, 10·h to keep on every rank; h² is 4096² at least.
         vocab_size: rows of the embedding, most often the largest weight: an NVMe buffer holds a rank's part of it.
         on_gpu: the run is on GPUs.
 
@@ -127,9 +128,10 @@ def _set_batch_size(content: dict, micro_batch: int, accumulation: int, world_si
 
 def _set_sizes(zero: dict, world_size: int, hidden_size: int, path: Path) -> None:
     """ZeRO's buckets, and the group of ranks that holds a second copy."""
+    bucket = max(hidden_size, SMALLEST_SIDE) ** 2
     sizes = {
-        "reduce_bucket_size": hidden_size**2,
-        "stage3_prefetch_bucket_size": int(0.9 * hidden_size**2),
+        "reduce_bucket_size": bucket,
+        "stage3_prefetch_bucket_size": int(0.9 * bucket),
         "stage3_param_persistence_threshold": 10 * hidden_size,
     }
     zero |= {key: size for key, size in sizes.items() if zero.get(key) == "auto"}

@@ -199,6 +199,11 @@ class ModelConfig(Group):
     gradient_checkpointing: bool = flag(
         False, help="Recompute activations in the backward pass, which saves memory and costs a third more compute."
     )
+    offload_activations: bool = flag(
+        False,
+        help="With --gradient_checkpointing: keep what layers are recomputed from in the memory of the host. It saves "
+        "a GPU one hidden state a layer, and costs two copies of each.",
+    )
     lora_dim: int = flag(
         0, metavar="R", help="The dimension of LoRA adapters beside the linear layers; 0 trains the whole model."
     )
@@ -219,6 +224,8 @@ class ModelConfig(Group):
         super().__post_init__()
         if self.pooling == "own":
             object.__setattr__(self, "pooling", "classifier")  # the name until November 2026
+        if self.offload_activations and not self.gradient_checkpointing:
+            raise UserError("--offload_activations needs --gradient_checkpointing, whose layers' inputs it moves")
         if self.lora_alpha and not self.lora_dim:
             raise UserError("--lora_alpha without --lora_dim: give the adapters' dimension")
 
@@ -323,6 +330,13 @@ class BatchConfig(Group):
         0,
         metavar="TOKENS",
         help="The most tokens of a forward pass, pads included; a step has as many passes as it needs. 0: no limit.",
+    )
+    attention: Literal["auto", "timed", "slices", "flex", "varlen", "dense", "separate"] = flag(
+        "auto",
+        help="How texts stand in rows. slices (a CPU), flex (a GPU) and dense share prompts; varlen writes separate "
+        "texts into one row without pads; separate gives each text a padded row. timed takes the fastest of those "
+        "that give this model's own scores, by a few batches of the run. Default: auto, which is timed on a GPU, and "
+        "on a CPU the first that is right.",
     )
     group_by_length: bool = flag(False, help="Draw batches from rows of similar length, so that there are fewer pads.")
 
@@ -444,6 +458,11 @@ class EngineConfig(Group):
         "auto",
         help="The number format of weights and activations. auto is bf16 on a GPU that supports it, fp16 on one that "
         "does not, and fp32 on a CPU.",
+    )
+    tf32: bool = flag(
+        False,
+        help="With --dtype fp32 on a GPU since Ampere: multiply in TF32 while training, several times as fast and with "
+        "11 significant bits.",
     )
     deepspeed: bool = flag(False, help="Upstream's flag, without effect: this trainer always uses DeepSpeed.")
     deepspeed_config: str | None = flag(

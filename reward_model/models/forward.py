@@ -8,10 +8,15 @@ Notation: n responses, r tokens of the longest, h hidden units.
 
 from __future__ import annotations
 
+import inspect
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from reward_model.batching.batch import Batch
 from reward_model.batching.collate import collate
@@ -19,9 +24,10 @@ from reward_model.batching.layout import Layout
 from reward_model.common.errors import UserError, first_line
 from reward_model.common.logging import logger
 from reward_model.data.comparisons import Comparison
-from reward_model.models import shared_prefix
-from reward_model.models.scorer import Scorer, embedding_rows
-from reward_model.models.shared_prefix import SEPARATE, AttentionBackend
+from reward_model.models import attention, attention_choice
+from reward_model.models.attention import SEPARATE, AttentionBackend
+from reward_model.models.attention_choice import MEASURED, RoundingMeter, Texts
+from reward_model.models.scorer import Scorer, embedding_rows, first_position, head_layer
 
 
 class ScoringModule(Protocol):
@@ -37,7 +43,7 @@ class ScoringModule(Protocol):
 class ForwardPass:
     """What computes the scores of a batch.
 
-    attention: how responses share their prompt; separate rows until another backend is chosen.
+    attention: how texts stand in rows, and what they see; separate rows until another backend is chosen.
     thresholds: those that an ordinal loss has learned, as of the last call; None: there are none.
     """
 
@@ -60,13 +66,14 @@ class ForwardPass:
         self.module, self.scorer, self.dtype, self.device = module, scorer, dtype, device
         self.pad, self.most_responses = pad, most_responses
         self.own_attention = scorer.backbone.config._attn_implementation
+        self.first_position = first_position(scorer)
         self.attention = SEPARATE
         self.thresholds: torch.Tensor | None = None
 
     @property
     def layout(self) -> Layout:
         """Of the batches that the attention wants."""
-        return Layout(self.attention.layout, self.pad, self.most_responses, self.attention.multiple)
+        return Layout(self.attention.layout, self.pad, self.most_responses, self.attention.block)
 
     def use(self, attention: AttentionBackend) -> None:
         """Take another attention from now on; what is saved should name none of ours, hence SEPARATE before that."""
@@ -81,11 +88,12 @@ class ForwardPass:
             at: Indices of tokens, such as ``batch.tokens.ends``, shape (n,), or ``batch.tokens.spans``, shape (n, r).
             states: Whether to return the hidden states instead, which have one more dimension h.
         """
-        shared = self.attention is not SEPARATE
-        tokens = batch.tokens
-        mask = shared_prefix.attention_mask(tokens, self.attention, self.dtype)
-        positions = tokens.position_ids if shared else None
-        found = self.module(tokens.input_ids, mask, at, position_ids=positions, states=states)
+        tokens, options = batch.tokens, {}
+        mask = attention.attention_mask(batch, self.attention, self.dtype)
+        if self.attention is not SEPARATE:
+            options["position_ids"] = tokens.position_ids + self.first_position
+            options["texts"] = tokens.spans, tokens.span_lengths
+        found = self.module(tokens.input_ids, mask, at, states=states, **options)
         if isinstance(found, tuple):
             found, self.thresholds = found
         return found
@@ -111,7 +119,7 @@ class ForwardPass:
         except Exception as error:  # in whatever manner a model that is not made for this refuses
             raise UserError(f"{name} cannot score a text: {first_line(error)}") from error
         apart = (together - torch.cat(alone)).abs().max().item()
-        if apart > 10 * shared_prefix.TOLERANCES[self.dtype] * together.abs().max().item():
+        if apart > 10 * attention_choice.TOLERANCES[self.dtype] * together.abs().max().item():
             logger.warning(f"{name}: pads change a score by {apart:.1g}, so that it depends on the rest of its batch")
 
     def _scores_of(self, rows: list[Comparison]) -> torch.Tensor:
@@ -119,34 +127,84 @@ class ForwardPass:
         return self(batch, batch.tokens.ends).float()
 
     @torch.no_grad()
-    def choose_attention(self, longest: int) -> str:
-        """Take the fastest attention backend by which this model shares prompts rightly; all ranks take the same.
+    def choose_attention(
+        self, longest: int, wanted: str = "auto", batches: Callable[[Layout], Sequence[Batch]] | None = None
+    ) -> str:
+        """Take the attention backend that is wanted, or the best of those that are right; all ranks take the same.
 
         Args:
             longest: tokens of the longest text that will come.
+            wanted: a backend's name; ``timed``, the fastest of those that are right; or ``auto``, the same on a GPU,
+                and on a CPU the first that is right.
+            batches: micro-batches of a layout, to time backends by.
 
         Returns:
             A line that says which, and why.
+
+        Raises:
+            UserError: the wanted one is not there, or not right for this model.
         """
-        on_gpu, chosen = self.device.type == "cuda", SEPARATE
-        if self.scorer.pooling != "last":
-            said = "prompts are not shared: only a decoder that is scored at the last token can do that"
-        elif longest > shared_prefix.window(self.scorer.config):
-            said = f"prompts are not shared: the longest text, {longest} tokens, is beyond the attention's window"
-        else:
-            backends = shared_prefix.ON_CUDA if on_gpu else shared_prefix.ON_CPU
-            ids = np.random.default_rng(0).integers(embedding_rows(self.scorer), size=60).tolist()
-            with torch.random.fork_rng([self.device] if on_gpu else []):
-                chosen, said = shared_prefix.choose(backends, self, self.dtype, ids, self.pad)
-        self.use(chosen)
-        return said
+        on_gpu = self.device.type == "cuda"
+        every = (*(attention.ON_CUDA if on_gpu else attention.ON_CPU), SEPARATE)
+        is_open = wanted in ("auto", "timed")
+        backends = [each for each in every if is_open or each.name == wanted]
+        if not backends:
+            names = ", ".join(each.name for each in every)
+            raise UserError(f"--attention {wanted}: a {self.device.type} has {names}")
+        if self.scorer.pooling != "last":  # only a decoder that is scored at the last token can share prompts
+            backends = [each for each in backends if not each.shares]
+            if not backends:
+                raise UserError(f"--attention {wanted}: this model is scored at more than the last token; take varlen")
+        ids = np.random.default_rng(0).integers(embedding_rows(self.scorer), size=90)
+        ids = ids[(ids != self.pad) & (ids != self.first_position - 1)][:60].tolist()  # RoBERTa counts no pads
+        texts = Texts(ids, self.pad, attention.window(self.scorer.config), longest)
+        with torch.random.fork_rng([self.device] if on_gpu else []):
+            if is_open:
+                timed = batches if on_gpu or wanted == "timed" else None
+                choice = attention_choice.choose(backends[:-1], self, self.dtype, texts, self._made_by(timed))
+            else:
+                choice = attention_choice.require(backends[0], self, self.dtype, texts)
+        self.use(choice.backend)
+        return str(choice)
+
+    def _made_by(self, batches: Callable[[Layout], Sequence[Batch]] | None):
+        """The same by a backend."""
+        if batches is None:
+            return None
+        return lambda each: batches(Layout(each.layout, self.pad, self.most_responses, each.block))
 
     def states(self, batch: Batch, backend: AttentionBackend, training: bool) -> torch.Tensor:
-        """The hidden state at each response's end, (n, h), by a backend."""
+        """What the head is given of each response, (n, h), by a backend."""
         self.use(backend)
         self.module.train(training)
-        batch = batch.to(self.device)
-        return self(batch, batch.tokens.ends, states=True)
+        return self._given_to_the_head(batch.to(self.device))
+
+    def _given_to_the_head(self, batch: Batch) -> torch.Tensor:
+        if self.scorer.pooling == "last":
+            return self(batch, batch.tokens.ends, states=True)
+        caught: list[torch.Tensor] = []
+        hook = head_layer(self.scorer).register_forward_pre_hook(lambda module, inputs: caught.append(inputs[0]))
+        try:
+            self(batch, batch.tokens.ends)
+        finally:
+            hook.remove()
+        return caught[-1]
+
+    @contextmanager
+    def _through_the_scorer(self, given: list[torch.Tensor]) -> Iterator[None]:
+        """Without the engine, which allows no backward pass but its own; the embedding's outputs are leaves, kept."""
+
+        def catch(module, inputs, output: torch.Tensor) -> torch.Tensor:
+            given.append(output.detach().requires_grad_())
+            return given[-1]
+
+        hook = self.scorer.backbone.get_input_embeddings().register_forward_hook(catch)
+        engine, self.module = self.module, self.scorer
+        try:
+            yield
+        finally:
+            hook.remove()
+            self.module = engine
 
     @torch.enable_grad()
     def gradient(self, batch: Batch, backend: AttentionBackend) -> torch.Tensor:
@@ -156,21 +214,11 @@ class ForwardPass:
         gets a gradient, so that nothing of DeepSpeed's takes this for a step.
         """
         given: list[torch.Tensor] = []
-
-        def catch(module, inputs, output: torch.Tensor) -> torch.Tensor:
-            given.append(output.detach().requires_grad_())
-            return given[-1]
-
         self.use(backend)
         batch = batch.to(self.device)
-        hook = self.scorer.backbone.get_input_embeddings().register_forward_hook(catch)
-        engine, self.module = self.module, self.scorer  # the engine allows no backward pass but its own
-        self.module.eval()
-        try:
-            found = self(batch, batch.tokens.ends, states=True)
-        finally:
-            hook.remove()
-            self.module = engine
+        with self._through_the_scorer(given):
+            self.module.eval()
+            found = self._given_to_the_head(batch)
         weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(0)).to(self.device)
         (gradient,) = torch.autograd.grad((found.float() * weights).sum(), given)
         is_text = batch.tokens.attention_mask.bool()
@@ -178,3 +226,55 @@ class ForwardPass:
         return gradient.new_zeros(len(tokens), gradient.shape[-1], dtype=torch.float32).index_add_(
             0, place, gradient[is_text].float()
         )
+
+    def rounding(self, batch: Batch, backend: AttentionBackend) -> list[float]:
+        """How far each layer's attention is from float32, given the same queries, keys and values."""
+        batch = batch.to(self.device)
+        meter = RoundingMeter(backend, batch.tokens)
+        ALL_ATTENTION_FUNCTIONS.register(MEASURED, meter)
+        # Transformers makes no mask for a function of ours; the meter has its own for separate rows
+        self.use(AttentionBackend("dense", SEPARATE.layout) if backend is SEPARATE else backend)
+        self.scorer.backbone.set_attn_implementation(MEASURED)
+        self.module.eval()
+        self._given_to_the_head(batch)
+        return meter.errors
+
+    @torch.enable_grad()
+    def seconds(self, batches: Sequence[Batch], backend: AttentionBackend) -> float:
+        """For the forward and the backward pass of batches, as in training.
+
+        The gradients of weights are not computed, as DeepSpeed would take them for a step's; where weights train, they
+        are taken to cost as much as the forward pass, whose products theirs are as large as. Nor can activations be
+        recomputed by reentrant calls, which ZeRO 3 needs, for a gradient by some tensors alone: the forward pass counts
+        once more for them, too.
+        """
+        given: list[torch.Tensor] = []
+        self.use(backend)
+        recomputes = self.recomputes_reentrantly
+        forward = backward = 0.0
+        with self._through_the_scorer(given):
+            self.module.train(not recomputes)  # models recompute in training only
+            for batch in batches:
+                begun = self._now()
+                batch = batch.to(self.device)
+                total = self(batch, batch.tokens.ends).float().sum()
+                computed = self._now()
+                torch.autograd.grad(total, given)
+                given.clear()
+                forward += computed - begun
+                backward += self._now() - computed
+        trains = next(self.scorer.backbone.parameters()).requires_grad
+        return (1 + trains + recomputes) * forward + backward
+
+    @property
+    def recomputes_reentrantly(self) -> bool:
+        """Whether activations are recomputed by reentrant calls."""
+        functions = (getattr(module, "_gradient_checkpointing_func", None) for module in self.scorer.modules())
+        keywords = (getattr(inspect.unwrap(function), "keywords", {}) for function in functions if function is not None)
+        return any(each.get("use_reentrant") for each in keywords)
+
+    def _now(self) -> float:
+        """Seconds of a clock, once the device has done its work."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()

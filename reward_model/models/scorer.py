@@ -7,7 +7,8 @@ Notation: b rows, s tokens, h hidden units.
 from __future__ import annotations
 
 import inspect
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -37,6 +38,7 @@ class Scorer(nn.Module):
         self.thresholds: Thresholds | None = None  # of an ordinal loss, which learns them
         takes_cache = "use_cache" in inspect.signature(self.backbone.forward).parameters  # decoders keep one by default
         self.backbone_options = {"use_cache": False} if takes_cache else {}
+        self.has_token_types = any(hasattr(module, "token_type_embeddings") for module in self.backbone.children())
 
     @property
     def unwrapped(self) -> nn.Module:
@@ -59,34 +61,93 @@ class Scorer(nn.Module):
         at: torch.Tensor,
         position_ids: torch.Tensor | None = None,
         states: bool = False,
+        texts: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Scores at given tokens, in the shape of ``at``; ``mean`` and ``classifier``: of whole rows, (b,). float32.
+        """Scores at given tokens, in the shape of ``at``; ``mean`` and ``classifier``: of whole texts, (n,). float32.
 
         With thresholds, if there are any: ZeRO 3 has the whole of a weight only while the engine computes.
 
         Args:
             input_ids: (b, s).
-            attention_mask: (b, s), padded on the right, or what ``attention_mask`` of ``shared_prefix.py`` makes.
+            attention_mask: (b, s), padded on the right, or what ``attention_mask`` of ``attention.py`` makes.
             at: indices into the b·s tokens, any shape. Only these reach the head.
             position_ids: (b, s); None: the model's own.
             states: the hidden states instead of the scores, one more dimension h (pooling ``last`` only).
+            texts: where several texts stand in one row, the indices of their tokens, (n, r), and their lengths, (n,);
+                only ``mean`` and ``classifier`` look at them.
         """
-        scores = self._scores(input_ids, attention_mask, at, position_ids, states)
+        scores = self._scores(input_ids, attention_mask, at, position_ids, states, texts)
         return scores if self.thresholds is None else (scores, self.thresholds())
 
-    def _scores(self, input_ids, attention_mask, at, position_ids, states) -> torch.Tensor:
+    def _scores(self, input_ids, attention_mask, at, position_ids, states, texts) -> torch.Tensor:
         model = self.unwrapped
+        options = {} if position_ids is None else {"position_ids": position_ids}
+        if texts is not None and self.has_token_types:  # Transformers 4 has no more of them than the longest text has
+            options["token_type_ids"] = torch.zeros_like(input_ids)
         if self.pooling == "classifier":
-            return model(input_ids, attention_mask=attention_mask).logits.squeeze(-1)
+            with _texts_in_rows(self.backbone, texts):
+                return model(input_ids, attention_mask=attention_mask, **options).logits.squeeze(-1)
         backbone, head = self.backbone, model.v_head if isinstance(model, RewardModel) else model.score
-        options = self.backbone_options | ({} if position_ids is None else {"position_ids": position_ids})
-        hidden = backbone(input_ids, attention_mask=attention_mask, **options)[0]  # (b, s, h)
+        hidden = backbone(input_ids, attention_mask=attention_mask, **self.backbone_options, **options)[0]  # (b, s, h)
         if self.pooling == "mean":
+            if texts is not None:
+                hidden, attention_mask = hidden.flatten(0, 1)[texts[0]], _is_text(*texts)
             mask = attention_mask.unsqueeze(-1)
             return head((hidden.float() * mask).sum(1) / mask.sum(1)).squeeze(-1)
         # index_select: its backward adds rows, where the one of hidden[at] sorts the indices first
         picked = hidden.flatten(0, 1).index_select(0, at.flatten()).unflatten(0, at.shape)
         return picked if states else head(picked).squeeze(-1)
+
+
+def _is_text(spans: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Ones for the tokens of texts, zeros beyond them. (n, r)"""
+    return (torch.arange(spans.shape[1], device=spans.device) < lengths[:, None]).long()
+
+
+@contextmanager
+def _texts_in_rows(backbone: nn.Module, texts: tuple[torch.Tensor, torch.Tensor] | None) -> Iterator[None]:
+    """While this lasts, an encoder's layers take texts that stand in one row, and give each a row of its own.
+
+    What comes after them, a pooler or a head, takes the first token of each row, or all.
+    """
+    if texts is None:
+        yield
+        return
+
+    def into_rows(module: nn.Module, inputs, output):
+        if isinstance(output, torch.Tensor):
+            return output.flatten(0, 1)[texts[0]]
+        output["last_hidden_state"] = output["last_hidden_state"].flatten(0, 1)[texts[0]]
+        return output
+
+    hook = _last_of_the_layers(backbone).register_forward_hook(into_rows)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _last_of_the_layers(backbone: nn.Module) -> nn.Module:
+    """What gives an encoder's hidden states: the module around its layers, or the last of them.
+
+    Raises:
+        NotImplementedError: neither is found.
+    """
+    for name in ("encoder", "transformer"):
+        if hasattr(backbone, name):
+            return getattr(backbone, name)
+    lists = [module for module in backbone.children() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise NotImplementedError(f"where the layers of {type(backbone).__name__} end is not known")
+    return max(lists, key=len)[-1]
+
+
+def first_position(scorer: Scorer) -> int:
+    """What an embedding of positions counts from: RoBERTa and its kin count from after the pad's id."""
+    for module in scorer.backbone.children():
+        if hasattr(module, "create_position_ids_from_input_ids"):
+            return module.padding_idx + 1
+    return 0
 
 
 def head_layer(scorer: Scorer) -> nn.Linear:

@@ -7,7 +7,8 @@ Notation: b rows, s tokens.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -87,6 +88,18 @@ class Meter(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
+class _Elsewhere(torch.autograd.graph.saved_tensors_hooks):
+    """Saved tensors leave the device, and come back as new ones: what ``save_on_cpu`` does on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda tensor: (tensor.shape, tensor.dtype, tensor.device), self._come_back)
+
+    @staticmethod
+    def _come_back(kept: tuple[torch.Size, torch.dtype, torch.device]) -> torch.Tensor:
+        shape, dtype, device = kept
+        return torch.empty(shape, dtype=dtype, device=device)
+
+
 def build_on_meta(config: PretrainedConfig, options: ModelConfig, dtype: str) -> Scorer:
     """The scorer that :func:`reward_model.training.engine.build_scorer` would load, without its weights.
 
@@ -141,8 +154,23 @@ def _drop_gradient(parameter: nn.Parameter) -> None:
     parameter.grad = None
 
 
-def activations(scorer: Scorer, rows: int, length: int, checkpointing: bool) -> int:
+def inputs_on_host(counts: Counts, rows: int, length: int, width: int) -> int:
+    """Bytes of pinned host memory for the inputs of all layers, with ``--offload_activations``.
+
+    PyTorch takes pinned memory in powers of two, so that is up to twice the size of the inputs.
+
+    Args:
+        width: bytes of a number.
+    """
+    return counts.layers << (rows * length * counts.hidden * width - 1).bit_length()
+
+
+def activations(scorer: Scorer, rows: int, length: int, checkpointing: bool, offload: bool = False) -> int:
     """Bytes of activations and their gradients, at most, for rows of s tokens: all layers are alike, so few are run.
+
+    Args:
+        checkpointing: layers are computed again in the backward pass.
+        offload: what they are computed from waits on the host, see :func:`inputs_on_host`.
 
     Raises:
         UserError: a model that cannot recompute its activations.
@@ -152,6 +180,8 @@ def activations(scorer: Scorer, rows: int, length: int, checkpointing: bool) -> 
             scorer.unwrapped.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         except ValueError as error:
             raise UserError(f"--gradient_checkpointing: {first_line(error)}") from error
+    if offload:
+        _keep_elsewhere(scorer)
     layers = layers_of(scorer)
     every, found = list(layers), []
     counts = MEASURED_LAYERS if len(every) > MEASURED_LAYERS[1] else (len(every),)
@@ -168,6 +198,21 @@ def activations(scorer: Scorer, rows: int, length: int, checkpointing: bool) -> 
     if len(counts) == 1:
         return found[0]
     return found[0] + (found[1] - found[0]) * (len(every) - counts[0]) // (counts[1] - counts[0])
+
+
+def _keep_elsewhere(scorer: Scorer) -> None:
+    """As :func:`reward_model.training.recompute.keep_inputs_on_host` does, until checkpointing is enabled anew."""
+
+    def around(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+        def checkpoint_elsewhere(*args: Any, **kwargs: Any) -> Any:
+            with _Elsewhere():
+                return checkpoint(*args, **kwargs)
+
+        return checkpoint_elsewhere
+
+    for module in scorer.modules():
+        if hasattr(module, "_gradient_checkpointing_func"):
+            module._gradient_checkpointing_func = around(module._gradient_checkpointing_func)
 
 
 def layers_of(scorer: Scorer) -> nn.ModuleList:

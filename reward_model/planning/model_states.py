@@ -115,15 +115,16 @@ def model_states(
         buffers += width * total / cluster.per_node  # hpZ: a second copy of the shares within each node
     share, group = width * total / n, min(own, zero.get("sub_group_size", SUB_GROUP))
     if setting.offload == "cpu":
-        return States(0, 0, buffers, 0, share + (16 + width) * own)
+        return States(0, 0, buffers, bucket, share + (16 + width) * own)
     if setting.offload == "nvme":
         part = zero["offload_param"]
         read = width * part["buffer_count"] * part["buffer_size"]
         in_memory = min(share, width * part["max_in_cpu"])
-        return States(0, 0, buffers, 0, in_memory + read + 4 * zero["offload_optimizer"]["buffer_count"] * group)
+        return States(0, 0, buffers, bucket, in_memory + read + 4 * zero["offload_optimizer"]["buffer_count"] * group)
     partitioned = share + 12 * own
     again = (6 if width < 4 else 4) * group  # flattened, then in float32
-    return States(partitioned, width * own, buffers, partitioned + width * own + again, 0)
+    # stage 3 keeps its bucket, where 1 and 2 make it anew in each backward pass
+    return States(partitioned, width * own, buffers, partitioned + width * own + again + bucket, 0)
 
 
 def deepspeed_estimate(counts: Counts, setting: Setting, cluster: Cluster) -> float | None:

@@ -17,7 +17,7 @@ from reward_model.config.deepspeed import set_up_deepspeed
 from reward_model.config.options import RunConfig, parse
 from reward_model.models.loading import DTYPES
 from reward_model.models.scorer import Scorer
-from reward_model.planning.activations import activations, count_parameters
+from reward_model.planning.activations import activations, count_parameters, inputs_on_host
 from reward_model.planning.model_states import (
     SETTINGS,
     Cluster,
@@ -67,8 +67,15 @@ class Plan:
         """Of b pairs, none of which share a token: 2·b answers of ``--max_seq_len``."""
         key = (pairs, checkpointing)
         if key not in self.known:
-            self.known[key] = activations(self.scorer, 2 * pairs, self.config.data.max_seq_len, checkpointing)
+            offload = checkpointing and self.config.model.offload_activations
+            self.known[key] = activations(self.scorer, 2 * pairs, self.config.data.max_seq_len, checkpointing, offload)
         return self.known[key]
+
+    def on_host(self, pairs: int) -> int:
+        """Of a GPU's activations: those that ``--offload_activations`` keeps on the host."""
+        if not self.config.model.offload_activations:
+            return 0
+        return inputs_on_host(self.counts, 2 * pairs, self.config.data.max_seq_len, self.width)
 
     def zero(self, setting: Setting, gpus: int) -> dict:
         """``zero_optimization`` as the trainer would have it; ZeRO++ has stage 3's sizes."""
@@ -95,7 +102,7 @@ class Plan:
                 gpu = CONTEXT + (1 + FRAGMENTS) * states.peak(size)
                 # processes that load a model read all of it, under ZeRO 3 only the first
                 load = self.width * self.counts.total * (1 if setting.stage == 3 else cluster.per_node)
-                host = max(load, states.host * cluster.per_node)
+                host = max(load, (states.host + self.on_host(pairs)) * cluster.per_node)
                 sent = communication(self.counts, setting, cluster.gpus, self.width, accumulation)
                 fits = gpu <= cluster.gpu_memory * GIB and host <= (cluster.host_memory or math.inf) * GIB
                 found.append(Estimate(setting, checkpointing, states, gpu, host, sent, fits))

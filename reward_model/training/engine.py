@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from transformers import get_scheduler
 
-from reward_model.common.errors import UserError, first_line
+from reward_model.common.errors import UserError
 from reward_model.config.groups import TrainingConfig
 from reward_model.config.settings import Settings
 from reward_model.models.loading import DTYPES, load_for_training
 from reward_model.models.lora import add_lora
 from reward_model.models.scorer import Scorer, resize_embedding
+from reward_model.training.precision import set_tf32
+from reward_model.training.recompute import recompute_layers
 
 BETAS = (0.9, 0.95)  # upstream's
 
@@ -42,16 +44,11 @@ def build_scorer(settings: Settings, rows: int) -> Scorer:
         raise UserError("--loss_level token: this model has no score per token; leave the flag out")
     resize_embedding(scorer, rows)
     if model.gradient_checkpointing:
-        try:
-            # reentrant under ZeRO 3: the other kind compares shapes of weights, which ZeRO 3 empties in between
-            reentrant = engine.zero_stage == 3
-            scorer.unwrapped.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-            if reentrant and model.lora_dim:
-                scorer.backbone.enable_input_require_grads()
-        except ValueError as error:
-            raise UserError(f"--gradient_checkpointing: {first_line(error)}") from error
+        recompute_layers(scorer, engine.zero_stage == 3, bool(model.lora_dim), model.offload_activations)
     if model.lora_dim:
         add_lora(scorer, model.lora_dim, model.lora_alpha or model.lora_dim, model.lora_module_name)
+    if engine.tf32:
+        set_tf32(scorer, engine.dtype)
     return scorer
 
 

@@ -14,6 +14,8 @@ import torch
 from transformers import set_seed
 
 import reward_model
+from reward_model.batching.batch import Batch
+from reward_model.batching.layout import Layout
 from reward_model.batching.planner import Planner
 from reward_model.common import distributed
 from reward_model.common.distributed import DistributedContext
@@ -27,10 +29,10 @@ from reward_model.data.tokenizer import SpecialTokens
 from reward_model.evaluation import pictures, score_scale
 from reward_model.evaluation.evaluate import summary
 from reward_model.models import saving
+from reward_model.models.attention import SEPARATE
 from reward_model.models.forward import ForwardPass
 from reward_model.models.loading import DTYPES, is_reward_model, read_config
 from reward_model.models.scorer import Scorer, count
-from reward_model.models.shared_prefix import SEPARATE
 from reward_model.objectives.losses import Thresholds
 from reward_model.objectives.objective import Objective
 from reward_model.training import verify
@@ -126,7 +128,11 @@ def prepare(
     trainer = Trainer(settings, context, engine, forward, objective, planner, records, rows, groups, steps)
     logger.info(described(trainer))
     forward.require_scores(data.special.end)
-    logger.info(forward.choose_attention(data.longest))
+
+    def to_time(layout: Layout) -> list[Batch]:
+        return planner.first(data.train, groups[0], layout)
+
+    logger.info(forward.choose_attention(data.longest, settings.batches.attention, to_time))
     for line in planner.advice(groups[0], forward.layout.kind):
         logger.warning(line)
     if not folder:

@@ -30,11 +30,11 @@ from reward_model.common import distributed
 from reward_model.config.options import parse
 from reward_model.config.settings import resolve
 from reward_model.data.comparisons import Comparison
+from reward_model.models.attention import ON_CPU, ON_CUDA, SEPARATE, AttentionBackend
 from reward_model.models.forward import ForwardPass
 from reward_model.models.loading import DTYPES
 from reward_model.models.lora import add_lora
 from reward_model.models.scorer import Scorer, multiply_in_float32
-from reward_model.models.shared_prefix import ON_CUDA, SEPARATE, AttentionBackend
 from reward_model.objectives.objective import Objective
 from reward_model.training.engine import start_engine
 from reward_model.training.records import Records
@@ -42,6 +42,8 @@ from reward_model.training.step_log import StepLog
 from reward_model.training.trainer import Trainer
 
 WAYS = {backend.name: backend for backend in (*ON_CUDA, SEPARATE)}
+if not torch.cuda.is_available():  # a rehearsal: FlexAttention has a reference on a CPU, the kernel of varlen has none
+    WAYS |= {backend.name: backend for backend in ON_CPU if backend.name == "varlen"}
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L4": 121e12}  # dense bfloat16, NVIDIA
 WARMUP, TIMED, BATCHES = 5, 20, 5  # steps before, steps timed, different batches
 
@@ -106,9 +108,9 @@ def draw(shape: Shape, number: int, lengths: str = "hh_rlhf_harmless_base") -> l
     return work.Draw(shape.vocabulary, shape.limit).pairs(work.read_lengths(lengths), number)
 
 
-def comparison(pair: work.Pair, apart: bool = False) -> Comparison:
-    """A pair as the trainer's data has it. apart: its texts share nothing."""
-    texts, prompt = pair.texts, 0 if apart else len(pair.prompt)
+def comparison(pair: work.Pair) -> Comparison:
+    """A pair as the trainer's data has it."""
+    texts, prompt = pair.texts, len(pair.prompt)
     return Comparison(texts[0][:prompt], [text[prompt:] for text in texts], [0], [1], [0.0])
 
 
@@ -116,9 +118,9 @@ def on_gpu(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def packed(pairs: Sequence[work.Pair], layout: Layout, device: torch.device, apart: bool = False) -> PackedBatch:
+def packed(pairs: Sequence[work.Pair], layout: Layout, device: torch.device) -> PackedBatch:
     """A batch as the loader hands it to the trainer."""
-    batch = collate([comparison(pair, apart) for pair in pairs], layout).packed()
+    batch = collate([comparison(pair) for pair in pairs], layout).packed()
     return batch.pin_memory() if on_gpu(device) else batch
 
 
@@ -235,7 +237,7 @@ def measure(
     try:
         shares = [work_of[i * pairs : (i + 1) * pairs] for i in range(BATCHES)]
         layout = steps.trainer.forward.layout
-        batches: list = [packed(share, layout, device, way == "apart") for share in shares]
+        batches: list = [packed(share, layout, device) for share in shares]
         if unpack:
             batches = [pinned_apart(share, layout, device) for share in shares]
         for batch in batches[: max(WARMUP, BATCHES)]:

@@ -5,6 +5,7 @@ python tests/benchmarks/throughput.py --output FOLDER
 python tests/benchmarks/throughput.py --output FOLDER --lengths convarg_pairs --pairs 240 --rounds 1
 python tests/benchmarks/throughput.py --output FOLDER --ranked 4                 lists of 4 answers: 6 pairs each
 python tests/benchmarks/throughput.py --output FOLDER --texts pairs.jsonl.gz     real pairs, words for tokens
+python tests/benchmarks/throughput.py --output FOLDER --model FOLDER             an encoder, or any other model
 python tests/benchmarks/throughput.py --output FOLDER --ours "plain=" --ours "zero1=--zero_stage 1"
 python tests/benchmarks/throughput.py --output FOLDER --contenders trl trl_grouped --dtype bf16 --threads 2
 DEEPSPEED_EXAMPLES=CHECKOUT python tests/benchmarks/throughput.py --output FOLDER --openrlhf CHECKOUT
@@ -54,6 +55,7 @@ def parse() -> argparse.Namespace:
     kinds = sorted(path.stem for path in work.LENGTHS.glob("*.csv"))
     parser.add_argument("--lengths", choices=kinds, default="hh_rlhf_harmless_base")
     parser.add_argument("--texts", type=Path, metavar="FILE", help="jsonl (.gz) with prompt, chosen, rejected")
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="a pretrained model instead of a random LLaMA")
     parser.add_argument("--ranked", type=int, metavar="K", help="lists of K answers, as pairs")
     parser.add_argument("--pairs", type=int, default=480)
     parser.add_argument("--limit", type=int, default=512, help="tokens of a text; the prompt loses what is over")
@@ -86,6 +88,8 @@ def settle(threads: int, folder: Path) -> None:
 
 def prepare(options: argparse.Namespace, folder: Path) -> list[work.Pair]:
     """Write the work into a folder; its pairs."""
+    if options.model:
+        options.vocabulary = work.vocabulary_of(options.model)
     draw = work.Draw(options.vocabulary, options.limit)
     if options.texts:
         pairs = draw.real(options.texts, options.pairs)
@@ -97,7 +101,8 @@ def prepare(options: argparse.Namespace, folder: Path) -> list[work.Pair]:
         raise SystemExit(f"{len(pairs)} pairs are no three steps of {options.batch}: more --pairs or a smaller --batch")
     work.write_data(folder / "data", pairs, draw)
     # by a process of its own: one that has held a model hands its peak memory on to those that it starts
-    call("work.py", folder / "model", json.dumps({name: getattr(options, name) for name in SIZES}))
+    sizes = {name: getattr(options, name) for name in SIZES}
+    call("work.py", folder / "model", json.dumps({"given": str(options.model)} if options.model else sizes))
     return pairs
 
 

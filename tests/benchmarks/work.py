@@ -8,7 +8,7 @@ contender adds.
 A word is one token. A folder of work holds ``model/`` with the tokenizer, ``data/train.jsonl`` and ``data/eval.jsonl``.
 A pair longer than the limit loses words of its prompt, and is left out where no word of the prompt would remain.
 
-python work.py FOLDER '{"vocabulary": 8192, "hidden": 256, …}' writes a model.
+python work.py FOLDER '{"vocabulary": 8192, "hidden": 256, …}' writes a model, '{"given": "folder"}' takes one.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import shutil
 import sys
 import zlib
 from itertools import combinations, groupby, zip_longest
@@ -138,11 +139,22 @@ def read_pairs(folder: Path) -> list[Pair]:
     return [Pair(*([int(word[1:]) for word in row[name].split()] for name in Pair._fields)) for row in rows]
 
 
-def write_model(folder: Path, vocabulary: int, hidden: int, intermediate: int, layers: int, heads: int) -> None:
-    """A LLaMA and a tokenizer of ``vocabulary`` tokens: pad, end, and the words w0, w1, …"""
-    import torch
+def vocabulary_of(model: Path) -> int:
+    """Rows of a model's embedding."""
+    return json.loads((model / "config.json").read_text())["vocab_size"]
+
+
+def take_model(folder: Path, given: str) -> None:
+    """A pretrained model's config and weights; its tokenizer is one of words, as many as the embedding has rows."""
+    write_tokenizer(folder, vocabulary_of(Path(given)))
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(Path(given, name), folder)
+
+
+def write_tokenizer(folder: Path, vocabulary: int) -> None:
+    """A tokenizer of so many tokens: pad, end, and the words w0, w1, …"""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     names = {"<|pad|>": PAD, "<|end|>": END} | {f"w{i}": i + 2 for i in range(vocabulary - 2)}
     words = Tokenizer(models.WordLevel(names))
@@ -151,6 +163,14 @@ def write_model(folder: Path, vocabulary: int, hidden: int, intermediate: int, l
         tokenizer_object=words, pad_token="<|pad|>", eos_token="<|end|>", model_max_length=POSITIONS
     )
     tokenizer.save_pretrained(folder)
+
+
+def write_model(folder: Path, vocabulary: int, hidden: int, intermediate: int, layers: int, heads: int) -> None:
+    """A LLaMA with random weights and a tokenizer of ``vocabulary`` tokens."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    write_tokenizer(folder, vocabulary)
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,
@@ -168,5 +188,6 @@ def write_model(folder: Path, vocabulary: int, hidden: int, intermediate: int, l
 
 
 if __name__ == "__main__":
-    write_model(Path(sys.argv[1]), **json.loads(sys.argv[2]))
+    arguments = json.loads(sys.argv[2])
+    (take_model if "given" in arguments else write_model)(Path(sys.argv[1]), **arguments)
     print(json.dumps({"model": sys.argv[1]}))

@@ -29,10 +29,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from reward_model.common.errors import UserError
 from reward_model.inference import load
 from reward_model.models import saving
+from reward_model.models.attention import SEPARATE
 from reward_model.models.forward import ForwardPass
 from reward_model.models.loading import load_for_training
 from reward_model.models.lora import add_lora
-from reward_model.models.shared_prefix import SEPARATE
 
 SIZES = {  # what configurations call their sizes
     **dict.fromkeys(("vocab_size", "n_vocab", "n_words", "vocab_size_per_layer_input"), 320),
@@ -67,12 +67,12 @@ class Outcome:
 
     kind: str
     form: str = ""
-    sharing: str = ""
+    attention: str = ""
     plain: str = ""
     lora: str = ""
 
     def row(self) -> str:
-        return f"| {self.kind} | {self.form} | {self.sharing} | {self.plain} | {self.lora} |"
+        return f"| {self.kind} | {self.form} | {self.attention} | {self.plain} | {self.lora} |"
 
 
 def sizes_of(config) -> dict:
@@ -119,7 +119,7 @@ def make(kind: str, folder: Path):
 
 
 def try_out(folder: Path, out: Path, lora: int) -> tuple[str, str]:
-    """Train a step, save, load again: the form that was saved, and how prompts are shared.
+    """Train a step, save, load again: the form that was saved, and which attention it took.
 
     Raises:
         UserError: what a user would be told.
@@ -133,7 +133,8 @@ def try_out(folder: Path, out: Path, lora: int) -> tuple[str, str]:
         add_lora(scorer, lora, lora, None)
     forward = ForwardPass(scorer, scorer, torch.float32, torch.device("cpu"), tokenizer.pad_token_id)
     forward.require_scores(tokenizer.eos_token_id)
-    said = forward.choose_attention(40)
+    forward.choose_attention(80)  # beyond a window of 64
+    taken = forward.attention.name
     forward.use(SEPARATE)
     texts = [[*range(5, 5 + length), 0] for length in (6, 9)]
     ids = torch.tensor([texts[0] + [1] * 3, texts[1]])
@@ -152,7 +153,7 @@ def try_out(folder: Path, out: Path, lora: int) -> tuple[str, str]:
     trained = single.detach() if pads else trained
     assert torch.allclose(trained, again, atol=1e-4), f"saved scores differ by {(trained - again).abs().max():.2g}"
     form = "own" if (out / saving.OWN_CONFIG).is_file() else "Transformers'"
-    return form + pads, "yes" if said.startswith("prompts are shared") else "no"
+    return form + pads, taken
 
 
 def outcome(kind: str) -> Outcome | None:
@@ -167,7 +168,7 @@ def outcome(kind: str) -> Outcome | None:
             return None
         for name, lora in (("plain", 0), ("lora", 4)):
             try:
-                found.form, found.sharing = try_out(folder, Path(place, name), lora)
+                found.form, found.attention = try_out(folder, Path(place, name), lora)
                 setattr(found, name, "works")
             except UserError as error:
                 setattr(found, name, str(error).replace(place, "").replace("|", "/"))
@@ -191,10 +192,11 @@ random weights, trained for a step on two texts of different lengths, saved, loa
 `python tests/helpers/architectures.py --write` made this table; torch {torch}, on a CPU.
 
 - form: `Transformers'`, which `AutoModelForSequenceClassification` loads, or our `own` where Transformers has no class.
-- shared: whether answers share their prompt's tokens in a row.
+- attention: which of the [ways to stand in rows](../reward_model/README.md#batches-and-speed) a CPU takes: `slices` and
+  `dense` share prompts, `varlen` writes texts into one row without pads, `separate` pads them.
 - Otherwise the line that a user is told.
 
-| type | form | shared | without LoRA | with LoRA |
+| type | form | attention | without LoRA | with LoRA |
 |---|---|---|---|---|
 """
 

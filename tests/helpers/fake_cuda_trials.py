@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trials on fake CUDA tensors, in a process of its own: prints a line of JSON for each, its name and what it raised.
 
-python fake_cuda_trials.py [GROUP …]     controls, objectives, flex
+python fake_cuda_trials.py [GROUP …]     controls, objectives, kernels
 """
 
 import json
@@ -24,7 +24,7 @@ from flags import loss_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForSequenceClassification
 
-from reward_model.batching.batch import Batch
+from reward_model.batching.batch import PackedBatch
 from reward_model.batching.collate import collate
 from reward_model.batching.layout import Layout
 from reward_model.common.distributed import DistributedContext
@@ -32,9 +32,9 @@ from reward_model.common.errors import first_line
 from reward_model.config.objectives import LIST_LOSSES, PAIR_LOSSES, POINT_LOSSES
 from reward_model.data.comparisons import Comparison
 from reward_model.data.rows import judge_answer, judge_list, judge_pair
+from reward_model.models.attention import DENSE, ON_CUDA, SEPARATE, AttentionBackend
 from reward_model.models.forward import ForwardPass
 from reward_model.models.scorer import Scorer, multiply_in_float32
-from reward_model.models.shared_prefix import DENSE, ON_CUDA, SEPARATE, AttentionBackend
 from reward_model.objectives.losses import Thresholds
 from reward_model.objectives.objective import Objective
 from reward_model.reward_model import SCORE_PENALTIES
@@ -93,11 +93,9 @@ def rows() -> list[Comparison]:
     ]
 
 
-def on_gpu(mode: FakeTensorMode, backend: AttentionBackend) -> Batch:
-    """A batch copied to the GPU as the trainer does it: one buffer, cut there."""
-    batch = collate(rows(), Layout(backend.layout, 0, multiple=backend.multiple), row_weights=[1, 1, 1])
-    packed = batch.packed()
-    return replace(packed, buffer=mode.from_tensor(packed.buffer)).to(CUDA)
+def packed(backend: AttentionBackend) -> PackedBatch:
+    """A batch as another process hands it to the trainer."""
+    return collate(rows(), Layout(backend.layout, 0, block=backend.block), row_weights=[1, 1, 1]).packed()
 
 
 def control(name: str) -> None:
@@ -119,6 +117,7 @@ def micro_batch(family: str, backend: AttentionBackend, flags: str, kind: type[O
     objective = kind(loss_options)
     name, sizes = CONFIGS[family]
     config = getattr(transformers, name)(**sizes, num_labels=1, pad_token_id=0)
+    given = packed(backend)
     with FakeTensorMode() as mode:
         with CUDA:
             model = AutoModelForSequenceClassification.from_config(config, dtype=DTYPE)
@@ -128,7 +127,7 @@ def micro_batch(family: str, backend: AttentionBackend, flags: str, kind: type[O
                 scorer.thresholds = Thresholds(torch.tensor([-0.5, 0.5]), DTYPE)
         forward = ForwardPass(scorer, scorer, DTYPE, CUDA, pad=0)
         forward.use(backend)
-        batch = on_gpu(mode, backend)
+        batch = replace(given, buffer=mode.from_tensor(given.buffer)).to(CUDA)  # one buffer, cut there
         trainer = SimpleNamespace(settings=SimpleNamespace(loss=loss_options), forward=forward, objective=objective)
         loss, chosen, rejected = Trainer.loss(trainer, batch)
         (loss * batch.weight).backward()
@@ -151,14 +150,15 @@ def trials(groups: list[str]):
         for backend in (SEPARATE, DENSE):
             for flags in FLAGS:
                 yield f"objectives {backend.name} {flags}", lambda b=backend, f=flags: micro_batch("llama", b, f)
-    if "flex" in groups:
+    if "kernels" in groups:
         trace_only()
         for family in CONFIGS:
-            yield f"flex {family}", lambda family=family: micro_batch(family, ON_CUDA[0], FLAGS[0])
+            for backend in ON_CUDA[:2]:
+                yield f"{backend.name} {family}", lambda f=family, b=backend: micro_batch(f, b, FLAGS[0])
 
 
 def main() -> None:
-    for name, trial in trials(sys.argv[1:] or ["controls", "objectives", "flex"]):
+    for name, trial in trials(sys.argv[1:] or ["controls", "objectives", "kernels"]):
         raised = None
         try:
             trial()

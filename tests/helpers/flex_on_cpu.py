@@ -7,48 +7,36 @@ PyTorch refuses gradients of FlexAttention on a CPU, as it has no kernel for the
 implementation, forward and backward, which the backend aot_eager takes.
 """
 
-import runpy
 import sys
 from pathlib import Path
 
-import aot_eager
-import torch
-
-MAIN = Path(__file__).resolve().parents[2] / "training_scripts" / "main.py"
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
-def allow(monkeypatch) -> None:
-    """Until the end of a test."""
-    from torch.nn.attention import flex_attention
-    from transformers.integrations.flex_attention import WrappedFlexAttention
-
-    monkeypatch.setattr(torch, "compile", aot_eager.traced)
-    monkeypatch.setattr(flex_attention, "_validate_device", lambda query, key, value: None)
-    # Transformers keeps what it has compiled
-    monkeypatch.setattr(WrappedFlexAttention, "_instance", None)
-    monkeypatch.setattr(WrappedFlexAttention, "_is_flex_compiled", False)
-
-
-def install() -> None:
-    """Until the end of the process; before the modules are imported that compile FlexAttention when they are."""
-    aot_eager.install()
+def allow(set_attribute=setattr) -> None:
+    """From now on, or as long as pytest's monkeypatch.setattr holds."""
+    import aot_eager
+    import torch
     from torch.nn.attention import flex_attention
 
-    flex_attention._validate_device = lambda query, key, value: None
+    from reward_model.models import attention
+
+    set_attribute(torch, "compile", aot_eager.traced)
+    set_attribute(flex_attention, "_validate_device", lambda query, key, value: None)
+    attention._compiled_flex_attention.cache_clear()
 
 
-def main() -> None:
-    sys.path.insert(0, str(MAIN.parents[1]))
+def main() -> int:
     from reward_model.common.distributed import prepare_environment
 
     prepare_environment()  # before the imports that it is for
-    install()
-    from reward_model.models import shared_prefix
+    allow()
+    from reward_model.commands import train
+    from reward_model.models import attention
 
-    shared_prefix.ON_CPU = shared_prefix.ON_CUDA
-    sys.argv[0] = str(MAIN)
-    runpy.run_path(str(MAIN), run_name="__main__")
+    attention.ON_CPU = attention.ON_CUDA[:1]
+    return train.main()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -118,10 +118,11 @@ def arrange(mode, way: str) -> None:
     """What of a run cannot be done without numbers, or says nothing of a step, is left out or done otherwise."""
     import torch
     from deepspeed.accelerator import get_accelerator
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from reward_model.batching import planner
-    from reward_model.models import shared_prefix
+    from reward_model.models import attention
     from reward_model.models.forward import ForwardPass
     from reward_model.training import run, step_log, trainer
 
@@ -136,12 +137,13 @@ def arrange(mode, way: str) -> None:
 
     def load(batches, on_gpu):
         assert on_gpu
-        for step in batches:
-            packed = [batch.packed() for batch in step]
+        for number in range(len(batches)):
+            with unset_fake_temporarily():  # by processes of their own, on a CPU
+                packed = [batch.packed() for batch in batches[number]]
             yield [replace(one, buffer=mode.from_tensor(one.buffer)) for one in packed]
 
-    def choose(forward, longest):
-        backends = {backend.name: backend for backend in (shared_prefix.SEPARATE, *shared_prefix.ON_CUDA)}
+    def choose(forward, *_):
+        backends = {backend.name: backend for backend in (attention.SEPARATE, *attention.ON_CUDA)}
         forward.use(backends[way])
         return way
 

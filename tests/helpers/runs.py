@@ -42,6 +42,8 @@ def command(launcher, processes):
     """The words that start main.py."""
     if launcher in ("python", "warm"):
         return [sys.executable, "main.py"]
+    if launcher == "flex":
+        return [sys.executable, str(TOP / "tests" / "helpers" / "flex_on_cpu.py")]
     port = str(free_port())
     if launcher == "deepspeed":
         runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", port]
@@ -61,8 +63,9 @@ def warm_parent():
 def launch(*flags, launcher="warm", processes=1, timeout=300, environment=None):
     """Run main.py where a user would; what it printed, and its exit status.
 
-    launcher: ``python``, ``deepspeed`` or ``torchrun`` start it as a user does; ``warm`` forks it from a process that
-    has done its imports, which is for tests of what comes after them. With variables of its own it starts afresh.
+    launcher: ``python``, ``deepspeed`` or ``torchrun`` start it as a user does; ``flex`` with a GPU's attention on a
+    CPU; ``warm`` forks it from a process that has done its imports, which is for tests of what comes after them. With
+    variables of its own it starts afresh.
     """
     values = {name: v for name, v in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     values |= {"HF_HUB_OFFLINE": "1"} | (environment or {})

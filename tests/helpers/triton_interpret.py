@@ -28,7 +28,7 @@ import triton_trials
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.runtime import triton_helpers, triton_heuristics
 
-from reward_model.models import shared_prefix
+from reward_model.models import attention
 
 POINTS = 64  # that a program of a pointwise kernel, or of a reduction, takes
 
@@ -85,17 +85,18 @@ def main() -> None:
     made = json.loads(Path(sys.argv[1]).read_text())
     prepare()
     row, dim = triton_trials.ROW, triton_trials.DIM
-    tokens = triton_trials.batch_of(row).tokens
+    batch = triton_trials.batch_of(row)
+    tokens = batch.tokens
     torch.manual_seed(0)
     heads = {"query": triton_trials.HEADS, "key": triton_trials.GROUPS, "value": triton_trials.GROUPS}
     states = {name: torch.randn(1, row, n, dim).transpose(1, 2).requires_grad_() for name, n in heads.items()}
     gradient = torch.randn(1, row, heads["query"], dim).transpose(1, 2) * tokens.attention_mask[:, None, :, None]
 
-    dense = shared_prefix.attention_mask(tokens, shared_prefix.DENSE, torch.float32)
+    dense = attention.attention_mask(batch, attention.DENSE, torch.float32)
     expected = torch.nn.functional.scaled_dot_product_attention(*states.values(), attn_mask=dense, enable_gqa=True)
     expected.backward(gradient)
 
-    mask = shared_prefix.attention_mask(tokens, shared_prefix.ON_CUDA[0], torch.float32)
+    mask = attention.attention_mask(batch, attention.ON_CUDA[0], torch.float32)
     inputs = {name: tensor.detach() for name, tensor in (states | triton_trials.tensors_of(mask)).items()}
     out = imported(made["forward"]).call([inputs[name] for name in made["names"]])
     outputs = len(set(re.findall(r"\btangents_\d+\b", made["backward"])))  # the others are kept for the backward pass

@@ -30,7 +30,7 @@ def batch_of(length: int):
     from reward_model.batching.collate import collate
     from reward_model.batching.layout import Layout
     from reward_model.data.comparisons import Comparison
-    from reward_model.models.shared_prefix import ON_CUDA
+    from reward_model.models.attention import ON_CUDA
 
     backend = ON_CUDA[0]
     part = (length - 20) // 8
@@ -38,7 +38,7 @@ def batch_of(length: int):
         Comparison([1] * 4 * part, [[2] * part, [3] * part], [0], [1], [0.0]),
         Comparison([1] * 9, [[2] * part, [3] * part], [0], [1], [0.0]),
     ]
-    batch = collate(rows, Layout(backend.layout, 0, multiple=backend.multiple))
+    batch = collate(rows, Layout(backend.layout, 0, block=backend.block))
     assert batch.tokens.input_ids.shape == (1, length)
     return batch
 
@@ -61,12 +61,12 @@ def attend(mode, length: int, dim: int, dtype: str, training: bool = True) -> di
     import torch
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    from reward_model.models import shared_prefix
+    from reward_model.models import attention
 
-    backend, kind = shared_prefix.ON_CUDA[0], getattr(torch, DTYPES[dtype])
+    backend, kind = attention.ON_CUDA[0], getattr(torch, DTYPES[dtype])
     batch = on_gpu(mode, batch_of(length))
     with mode, torch.set_grad_enabled(training):
-        mask = shared_prefix.attention_mask(batch.tokens, backend, kind)
+        mask = attention.attention_mask(batch, backend, kind)
         query, key, value = (
             torch.empty(1, length, heads, dim, dtype=kind, device="cuda").transpose(1, 2).requires_grad_(training)
             for heads in (HEADS, GROUPS, GROUPS)
