@@ -9,6 +9,7 @@ import models
 import pytest
 import runs
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 
 from reward_model.batching.collate import collate
 from reward_model.data.comparisons import Comparison
@@ -108,6 +109,22 @@ def test_gradients_with_lora(folder_of):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)  # zero as PEFT makes it: nothing would reach lora_A
     assert_same(scorer)
+
+
+def test_a_wrong_mask_is_noticed(folder_of, monkeypatch):
+    right = attention.attention_mask
+
+    def causal(batch, backend, dtype):
+        if backend is not FLEX:
+            return right(batch, backend, dtype)
+        size = batch.tokens.input_ids.shape[1]
+        mask = create_block_mask(lambda row, head, query, key: query >= key, 1, None, size, size, device="cpu")
+        mask.ndim = 4
+        return mask
+
+    monkeypatch.setattr(attention, "attention_mask", causal)
+    with pytest.raises(AssertionError):
+        assert_same(load_for_training(folder_of("llama"), torch.float32, seed=0, dropout=0.0).train())
 
 
 @pytest.mark.parametrize(

@@ -266,13 +266,29 @@ def kernels(options: Options) -> Iterator[Case]:
     for tokens in rows:
         for dim in (16,) if options.small else (64, 128):
             for way in [*steps.WAYS, "causal"]:
-                if way != "separate":
-                    name = f"{way}, {tokens} tokens, head {dim}"
-                    yield name, lambda given=(way, tokens, dim): attention_alone(options, *given)
+                for any_length in (False, True) if way == "flex" else (False,):
+                    if way != "separate":
+                        name = f"{way}{', any length' if any_length else ''}, {tokens} tokens, head {dim}"
+                        given = (way, tokens, dim, any_length)
+                        yield name, lambda given=given: attention_alone(options, *given)
 
 
-def attention_alone(options: Options, way: str, tokens: int, dim: int) -> dict:
-    """Milliseconds of one layer's attention over about so many tokens. causal: one text, the fastest there could be."""
+def attention_alone(options: Options, way: str, tokens: int, dim: int, any_length: bool) -> dict:
+    """Milliseconds of one layer's attention over about so many tokens. causal: one text, the fastest there could be.
+
+    any_length: what is compiled is for rows of any length, as it is from a run's second length on.
+    """
+    import steps
+    import torch
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    fixed = not any_length
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=False, assume_static_by_default=fixed):
+        return times_of_attention(options, steps.WAYS.get(way), tokens, dim)
+
+
+def times_of_attention(options: Options, backend, tokens: int, dim: int) -> dict:
     import steps
     import torch
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -280,13 +296,14 @@ def attention_alone(options: Options, way: str, tokens: int, dim: int) -> dict:
     from reward_model.models import attention
 
     device, dtype = torch.device(options.device), torch.bfloat16
-    backend = steps.WAYS.get(way, steps.WAYS["separate"])
+    is_causal = backend is None
+    backend = backend or attention.SEPARATE
     layout = steps.Layout(backend.layout, 0, block=backend.block)
     batch = steps.packed(filling(tokens, options.small), layout, device).to(device)
-    shape = batch.tokens.input_ids.shape if way != "causal" else (1, tokens)
+    shape = batch.tokens.input_ids.shape if not is_causal else (1, tokens)
     heads = (4, 2, 2) if options.small else (32, 8, 8)
     states = [torch.randn(*shape, n, dim, dtype=dtype, device=device).transpose(1, 2).requires_grad_() for n in heads]
-    mask = attention.attention_mask(batch, backend, dtype) if way != "causal" else None
+    mask = attention.attention_mask(batch, backend, dtype) if not is_causal else None
     layer = torch.nn.Module()
     layer.num_key_value_groups, layer.is_causal = heads[0] // heads[1], True
     function = ALL_ATTENTION_FUNCTIONS[backend.attention or "sdpa"]

@@ -7,8 +7,8 @@ The trainer, DeepSpeed's engine and its optimizer are the real ones, on fake ten
 process group that does nothing, with kernels that are not compiled. The last line that is printed is JSON: the waits
 of a step by their place, a mean over some steps. A place is the file and the function, and what the wait is: a number
 that is read, a shape that depends on numbers, a copy that the host waits for, or a call of synchronize. The copy of a
-batch to the GPU comes from page-locked memory there, and is none. --way: separate, or a backend of ON_CUDA. --plant: a
-fault that has to be counted, a loss that is read once a micro-batch.
+batch to the GPU comes from page-locked memory there, and is none. --way: separate, or a backend of ON_CUDA. --plant:
+faults that have to be counted, a loss that is read and copied once a micro-batch.
 """
 
 from __future__ import annotations
@@ -31,6 +31,11 @@ counted: collections.Counter[str] = collections.Counter()
 
 def note(kind: str) -> None:
     counted[f"{place_of_a_wait()}: {kind}"] += 1
+
+
+def note_copy(source, target, non_blocking) -> None:
+    if source.type != target.type and not non_blocking:
+        note(f"a copy to {target.type}")
 
 
 def place_of_a_wait() -> str:
@@ -79,9 +84,10 @@ def noting_mode():
             return 0.0 if args[0].dtype.is_floating_point else 0  # no overflow, and a norm that is not clipped
         if func in shapes:
             note("a shape depends on numbers")
-        moves = func is aten._to_copy.default and there is not None and torch.device(there).type != args[0].device.type
-        if moves and not kwargs.get("non_blocking"):
-            note(f"a copy to {torch.device(there).type}")
+        if func is aten._to_copy.default and there is not None:
+            note_copy(args[0].device, torch.device(there), kwargs.get("non_blocking"))
+        elif func is aten.copy_.default:
+            note_copy(args[1].device, args[0].device, args[2] if len(args) > 2 else (kwargs or {}).get("non_blocking"))
         return plain(func, types, args, kwargs)
 
     def tolist(tensor):
@@ -163,6 +169,8 @@ def arrange(mode, way: str) -> None:
 
 
 def plant() -> None:
+    import torch
+
     from reward_model.training.trainer import Trainer
 
     loss = Trainer.loss
@@ -170,6 +178,7 @@ def plant() -> None:
     def curious(trainer, batch):
         found = loss(trainer, batch)
         assert found[0].item() < 1e6
+        torch.empty(()).copy_(found[0].detach())
         return found
 
     Trainer.loss = curious
