@@ -12,10 +12,10 @@ prompt's answers, pairs are drawn with a rating, the difference of the grades. N
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import random
-import sys
 from pathlib import Path
 
 from reward_model.common.logging import quieten
@@ -135,11 +135,13 @@ def write_model(folder: Path, data: Path, seed: int = 0) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m reward_model.data.demo", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("demo"), help="gets data/ and model/ [demo]")
     quieten(debug=False)
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "demo")
+    folder = parser.parse_args().folder
     write_data(folder / "data")
     write_model(folder / "model", folder / "data")
 
