@@ -183,7 +183,7 @@ def test_a_checkpoint_that_is_quantized_already_is_refused(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [32, 32]}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"--lora_bits 8: .* is quantized already"):
+    with pytest.raises(UserError, match="is quantized"):
         load_for_training(str(tmp_path), torch.float32, seed=3, bits=8)
 
 
