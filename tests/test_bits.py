@@ -22,7 +22,7 @@ from reward_model.models import saving as checkpoint
 from reward_model.models.loading import load_for_training
 from reward_model.models.lora import add_lora
 from reward_model.models.quantization import dequantized, is_quantized
-from reward_model.models.scorer import count, head_layer
+from reward_model.models.scorer import count, embedding_rows, head_layer, resize_embedding
 from reward_model.planning.activations import build_on_meta, count_parameters
 from reward_model.training.engine import _optimizer
 
@@ -41,9 +41,9 @@ def quantized(family, folder, bits, dtype=torch.float32, **options):
     return scorer, tokenizer
 
 
-def moved(scorer):
+def moved(scorer, module_name=None):
     """With adapters, which have been trained."""
-    add_lora(scorer, dim=4, alpha=8, module_name=None)
+    add_lora(scorer, dim=4, alpha=8, module_name=module_name)
     torch.manual_seed(5)
     with torch.no_grad():
         for parameter in scorer.parameters():
@@ -105,20 +105,34 @@ def test_the_card_loads_the_adapter_beside_the_same_base(family, bits, tmp_path,
 
 def test_the_merged_weight_is_the_rounded_one_and_the_update(tmp_path):
     scorer, tokenizer = quantized("llama", tmp_path / "base", 8)
-    moved(scorer)
+    moved(scorer, module_name="mlp")
     checkpoint.save(scorer, tokenizer, tmp_path / "out")
     merged = load_file(tmp_path / "out" / "model.safetensors")
     adapter = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
     original = load_file(tmp_path / "base" / "model.safetensors")
-    name = "model.layers.1.mlp.up_proj"
-    a, b = (adapter[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
-    weight = original[f"{name}.weight"]
-    largest = weight.half().float().abs().amax(1, keepdim=True)  # bitsandbytes rounds to float16 first
-    rounded = (weight.half().float() * 127 / largest).round() * largest / 127
-    assert (rounded - weight).abs().max() > 1e-3
-    off = (merged[f"{name}.weight"] - rounded - 2 * b @ a).abs()
-    assert (off > 1e-5).float().mean() < 0.001  # what lies half way
-    assert (off <= 1.01 * largest / 127).all()
+    for name, has_adapter in (("model.layers.1.mlp.up_proj", True), ("model.layers.1.self_attn.q_proj", False)):
+        weight, update = original[f"{name}.weight"], 0.0
+        if has_adapter:
+            a, b = (adapter[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
+            update = 2 * b @ a
+        largest = weight.half().float().abs().amax(1, keepdim=True)  # bitsandbytes rounds to float16 first
+        rounded = (weight.half().float() * 127 / largest).round() * largest / 127
+        assert (rounded - weight).abs().max() > 1e-3
+        off = (merged[f"{name}.weight"] - rounded - update).abs()
+        assert (off > 1e-5).float().mean() < 0.001  # what lies half way
+        assert (off <= 1.01 * largest / 127).all()
+
+
+@torch.no_grad()
+def test_an_embedding_grows_beside_a_quantized_base(tmp_path):
+    scorer, tokenizer = quantized("llama", tmp_path / "base", 4)
+    resize_embedding(scorer, models.VOCABULARY + 1)
+    batch = models.batch(tokenizer)
+    expected = score(moved(scorer), batch)
+    checkpoint.save(scorer, tokenizer, tmp_path / "out")
+    loaded = load(tmp_path / "out").scorer
+    assert embedding_rows(loaded) == models.VOCABULARY + 8
+    torch.testing.assert_close(score(loaded, batch), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -183,7 +197,7 @@ def test_a_checkpoint_that_is_quantized_already_is_refused(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [32, 32]}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"--lora_bits 8: .* is quantized already"):
+    with pytest.raises(UserError, match="is quantized"):
         load_for_training(str(tmp_path), torch.float32, seed=3, bits=8)
 
 

@@ -153,6 +153,8 @@ def middling(demo, tmp_path_factory):
 
 def hold(middling, demo, folder, processes, name, dtype, more):
     """The most that any rank held at each moment of a run, in bytes."""
+    if "bit" in more:
+        pytest.importorskip("bitsandbytes")
     folder.mkdir()
     values = {key: v for key, v in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     words = [sys.executable, "-m", "torch.distributed.run", "--master_port", str(runs.free_port())]
@@ -378,6 +380,28 @@ def test_lora_on_a_small_gpu(folder, capsys):
     out = printed(capsys, f"--model {folder(shape)} --gpus 1 --gpu_memory 24 --lora_dim 16 --max_seq_len 256")
     assert "bash training_scripts/single_gpu.sh" in out
     assert "--lora_dim 16" in out.splitlines()[-1]
+
+
+def test_few_bits_in_the_plan(folder, capsys):
+    """70 billion in 4 bits on one GPU, whose weights alone would take 139 GB; stage 3 and offload are left out."""
+    shape = {**LLAMA_70B, "num_key_value_heads": 8}
+    line = f"--model {folder(shape)} --gpus 1 --gpu_memory 80 --lora_dim 16 --max_seq_len 512"
+    line += " --per_device_train_batch_size 1 --lora_dropout 0.1"
+    assert "Nothing fits" in printed(capsys, f"{line} --optim adamw_8bit", status=1)
+    out = printed(capsys, f"{line} --lora_bits 4 --optim adamw_8bit")
+    assert "and 99% of the parameters in 4 bits" in out
+    assert [row.split()[0] for row in out.split("ZeRO ")[1].splitlines()[1:3]] == ["1", "2"]
+    assert "+ CPU" not in out.split("GiB.")[0]
+    options = read(shlex.split(f"--{out.splitlines()[-1].split(' --', 1)[1]}"))
+    assert (options.lora_bits, options.optim, options.lora_dropout, options.zero_stage) == (4, "adamw_8bit", 0.1, 1)
+    assert "3 + CPU" in printed(capsys, f"{line} --gpus 8", status=0).split("GiB.")[0]
+
+
+def test_moments_by_hand():
+    counts, four = Counts(total=1000, trained=100, largest=100, quantized=800, packed=412, unpacked=60), Cluster(4, 4)
+    two = model_states(counts, BY_NAME["2"], four, 2, BUCKET, moments=2)
+    assert (two.resident, two.buffers) == (2 * 200 + 412 + (4 + 2) * 25, 2 * 10 * 2 + 60)
+    assert model_states(counts, BY_NAME["0"], four, 4, BUCKET, moments=2).resident == 4 * 200 + 412 + 2 * 100
 
 
 def test_what_would_fit(folder, capsys):

@@ -60,7 +60,7 @@ def add_lora(scorer: Scorer, dim: int, alpha: float, module_name: str | None, dr
     dtype = scorer.backbone.get_input_embeddings().weight.dtype
     for name, parameter in scorer.named_parameters():
         if ".lora_" in name:
-            parameter.data = parameter.data.to(dtype)  # float32 beside quantized weights, and on the device meta
+            parameter.data = parameter.data.to(dtype)  # PEFT's are in float32 beside quantized weights
     trained = sum(count(p) for p in scorer.parameters() if p.requires_grad)
     total = sum(count(p) for p in scorer.parameters())
     logger.info(

@@ -98,8 +98,9 @@ def prepare_quantized(model: Any, bits: int, dtype: torch.dtype) -> None:
     """
     model.quantized_by = model.hf_quantizer.quantization_config
     model.hf_quantizer = None
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+    for name in ("quantization_config", "_pre_quantization_dtype"):  # Transformers 4 has the other one
+        if hasattr(model.config, name):
+            delattr(model.config, name)
     for layer in filter(is_quantized, model.modules()):
         layer.compute_dtype = dtype
         if bits == 4:

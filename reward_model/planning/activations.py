@@ -128,6 +128,8 @@ def build_on_meta(config: PretrainedConfig, options: ModelConfig, dtype: str) ->
     if options.lora_dim:
         with torch.device("meta"):
             add_lora(scorer, options.lora_dim, options.lora_dim, options.lora_module_name, options.lora_dropout)
+        for parameter in scorer.parameters():  # PEFT gives adapters the base's dtype, but not on this device
+            parameter.data = parameter.data.to(DTYPES[dtype])
     return scorer.train()
 
 
