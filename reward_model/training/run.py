@@ -34,6 +34,7 @@ from reward_model.models.shared_prefix import SEPARATE
 from reward_model.objectives.losses import Thresholds
 from reward_model.objectives.objective import Objective
 from reward_model.training import verify
+from reward_model.training.compiling import compile_layers
 from reward_model.training.data import Data, load_data
 from reward_model.training.engine import build_scorer, partition_while_loading, start_engine
 from reward_model.training.records import Records, write_text
@@ -127,6 +128,8 @@ def prepare(
     logger.info(described(trainer))
     forward.require_scores(data.special.end)
     logger.info(forward.choose_attention(data.longest))
+    if settings.engine.compile:
+        logger.info(compile_layers(scorer, settings.model.gradient_checkpointing))
     for line in planner.advice(groups[0], forward.layout.kind):
         logger.warning(line)
     if not folder:
