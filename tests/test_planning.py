@@ -23,7 +23,7 @@ from reward_model.__main__ import main
 from reward_model.config.deepspeed import ZERO_FOLDER
 from reward_model.config.groups import ModelConfig
 from reward_model.config.options import parse
-from reward_model.models.scorer import Scorer
+from reward_model.models.scorer import Scorer, layers_of
 from reward_model.planning import on_paper
 from reward_model.planning import plan as planning
 from reward_model.planning.activations import (
@@ -33,7 +33,6 @@ from reward_model.planning.activations import (
     build_on_meta,
     count_parameters,
     inputs_on_host,
-    layers_of,
     passes,
 )
 from reward_model.planning.model_states import (

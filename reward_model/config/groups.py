@@ -485,6 +485,9 @@ class EngineConfig(Group):
         help="With --dtype fp32 on a GPU since Ampere: multiply in TF32 while training, several times as fast and with "
         "11 significant bits.",
     )
+    compile: bool = flag(
+        False, help="Compile the layers by torch.compile, not with ZeRO 3. The first steps then take longer."
+    )
     deepspeed: bool = flag(False, help="Upstream's flag, without effect: this trainer always uses DeepSpeed.")
     deepspeed_config: str | None = flag(
         None,

@@ -247,22 +247,23 @@ def attend_in_steps(
     return F.dropout(shares, dropout_p, training=dropout_p > 0) @ value
 
 
-@functools.cache
-def _compiled_flex_attention() -> Callable[..., Any]:
+def _flex_attention(query, key, value, mask, scale, softcap, options):
     from torch.nn.attention.flex_attention import flex_attention
 
-    def attend(query, key, value, mask, scale, softcap, options):
-        # or Inductor takes rows of any length, and guards each load of the kernels
-        torch._check(query.shape[2] % BLOCK == 0)
-        torch._check(key.shape[2] % BLOCK == 0)
+    # or Inductor takes rows of any length, and guards each load of the kernels
+    torch._check(query.shape[2] % BLOCK == 0)
+    torch._check(key.shape[2] % BLOCK == 0)
 
-        def capped(score, row, head, q, k):
-            return softcap * torch.tanh(score / softcap)
+    def capped(score, row, head, q, k):
+        return softcap * torch.tanh(score / softcap)
 
-        change = None if softcap is None else capped
-        return flex_attention(query, key, value, score_mod=change, block_mask=mask, scale=scale, **options)
+    change = None if softcap is None else capped
+    return flex_attention(query, key, value, score_mod=change, block_mask=mask, scale=scale, **options)
 
-    return torch.compile(attend)
+
+@functools.cache
+def _compiled_flex_attention() -> Callable[..., Any]:
+    return torch.compile(_flex_attention)
 
 
 def flex_attention(
@@ -298,7 +299,10 @@ def flex_attention(
         from torch.nn.attention.flex_attention import AuxRequest
 
         options["return_aux"] = AuxRequest(lse=True)
-    output = _compiled_flex_attention()(query, key, value, attention_mask, scaling, softcap, options)
+    attend = (
+        _flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
+    )  # with its layer, or alone
+    output = attend(query, key, value, attention_mask, scaling, softcap, options)
     if s_aux is not None:
         output, aux = output  # a sink beside the softmax's sum: its share is taken from what the keys gave
         output = output * torch.sigmoid(aux.lse - s_aux.reshape(1, -1, 1)).unsqueeze(-1).to(output.dtype)

@@ -142,6 +142,12 @@ def _last_of_the_layers(backbone: nn.Module) -> nn.Module:
     return max(lists, key=len)[-1]
 
 
+def layers_of(scorer: Scorer) -> nn.ModuleList:
+    """The backbone's layers: its longest list of modules; empty: it has none."""
+    lists = [module for module in scorer.backbone.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=len, default=nn.ModuleList())
+
+
 def first_position(scorer: Scorer) -> int:
     """What an embedding of positions counts from: RoBERTa and its kin count from after the pad's id."""
     for module in scorer.backbone.children():

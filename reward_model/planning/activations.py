@@ -24,7 +24,7 @@ from reward_model.models.loading import DTYPES
 from reward_model.models.lora import add_lora
 from reward_model.models.quantization import quantizable, quantized_bytes, unpacked_bytes
 from reward_model.models.saved_forms import no_pooler, on_drop_in, set_dropout
-from reward_model.models.scorer import Scorer, head_layer
+from reward_model.models.scorer import Scorer, head_layer, layers_of
 from reward_model.planning.model_states import Counts
 from reward_model.reward_model import ValueHead
 
@@ -214,11 +214,6 @@ def _keep_elsewhere(scorer: Scorer) -> None:
     for module in scorer.modules():
         if hasattr(module, "_gradient_checkpointing_func"):
             module._gradient_checkpointing_func = around(module._gradient_checkpointing_func)
-
-
-def layers_of(scorer: Scorer) -> nn.ModuleList:
-    lists = [module for module in scorer.backbone.modules() if isinstance(module, nn.ModuleList)]
-    return max(lists, key=len, default=nn.ModuleList())
 
 
 def count_parameters(scorer: Scorer, bits: int | None = None) -> Counts:

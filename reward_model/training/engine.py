@@ -15,6 +15,7 @@ from reward_model.config.settings import Settings
 from reward_model.models.loading import DTYPES, load_for_training
 from reward_model.models.lora import add_lora
 from reward_model.models.scorer import Scorer, resize_embedding
+from reward_model.training.compiling import require_whole_layers
 from reward_model.training.precision import set_tf32
 from reward_model.training.recompute import recompute_layers
 
@@ -33,6 +34,8 @@ def build_scorer(settings: Settings, rows: int) -> Scorer:
     from deepspeed.accelerator import get_accelerator
 
     model, engine = settings.model, settings.engine
+    if engine.compile:
+        require_whole_layers(engine.zero_stage)
     scorer = load_for_training(
         model.model_name_or_path,
         DTYPES[engine.dtype],

@@ -36,6 +36,7 @@ from reward_model.models.scorer import Scorer, count
 from reward_model.objectives.losses import Thresholds
 from reward_model.objectives.objective import Objective
 from reward_model.training import verify
+from reward_model.training.compiling import compile_layers
 from reward_model.training.data import Data, load_data
 from reward_model.training.engine import build_scorer, partition_while_loading, start_engine
 from reward_model.training.records import Records, write_text
@@ -133,6 +134,8 @@ def prepare(
         return planner.first(data.train, groups[0], layout)
 
     logger.info(forward.choose_attention(data.longest, settings.batches.attention, to_time))
+    if settings.engine.compile:
+        logger.info(compile_layers(scorer, settings.model.gradient_checkpointing))
     for line in planner.advice(groups[0], forward.layout.kind):
         logger.warning(line)
     if not folder:
