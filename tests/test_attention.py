@@ -417,29 +417,36 @@ def test_deberta_pads_and_says_why(scorer_of, one_rank):
     assert said.startswith("prompts are not shared, each answer has a padded row of its own (not varlen: ")
 
 
+def kernel(query, key, value, begins, begins_of_keys, longest, longest_key, *, scale, window_size, enable_gqa):
+    """FlashAttention's function with its arguments and its meaning of windows, text by text."""
+    assert begins.dtype == torch.int32
+    assert begins is begins_of_keys
+    lengths = begins.diff().tolist()
+    assert begins[0] == 0
+    assert (sum(lengths), max(lengths)) == (len(query), longest)
+    assert longest == longest_key
+    outputs = []
+    for q, k, v in zip(*(states.split(lengths) for states in (query, key, value))):
+        i, j = torch.arange(len(q))[:, None], torch.arange(len(q))
+        behind, ahead = (len(q) if size < 0 else size for size in window_size)
+        sees = (j >= i - behind) & (j <= i + ahead)
+        parts = (states.transpose(0, 1) for states in (q, k, v))
+        options = {"attn_mask": sees, "scale": scale, "enable_gqa": enable_gqa}
+        outputs.append(torch.nn.functional.scaled_dot_product_attention(*parts, **options).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def first_kernel(query, key, value, begins, begins_of_keys, longest, longest_key, is_causal=False):
+    """As torch 2.10 has it."""
+    options = {"scale": None, "window_size": (-1, 0 if is_causal else -1), "enable_gqa": False}
+    return kernel(query, key, value, begins, begins_of_keys, longest, longest_key, **options)
+
+
 @pytest.fixture
 def kernel_for_varlen(monkeypatch):
-    """FlashAttention's function with its arguments and its meaning of windows, text by text."""
     varlen = pytest.importorskip("torch.nn.attention.varlen")
-
-    def varlen_attn(query, key, value, begins, begins_of_keys, longest, longest_key, *, scale, window_size, enable_gqa):
-        assert begins.dtype == torch.int32
-        assert begins is begins_of_keys
-        lengths = begins.diff().tolist()
-        assert begins[0] == 0
-        assert (sum(lengths), max(lengths)) == (len(query), longest)
-        assert longest == longest_key
-        outputs = []
-        for q, k, v in zip(*(states.split(lengths) for states in (query, key, value))):
-            i, j = torch.arange(len(q))[:, None], torch.arange(len(q))
-            behind, ahead = (len(q) if size < 0 else size for size in window_size)
-            sees = (j >= i - behind) & (j <= i + ahead)
-            parts = (states.transpose(0, 1) for states in (q, k, v))
-            options = {"attn_mask": sees, "scale": scale, "enable_gqa": enable_gqa}
-            outputs.append(torch.nn.functional.scaled_dot_product_attention(*parts, **options).transpose(0, 1))
-        return torch.cat(outputs)
-
-    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    return lambda other: monkeypatch.setattr(varlen, "varlen_attn", other)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "bert", "modernbert"])
@@ -447,6 +454,27 @@ def test_varlen_calls_the_kernel_rightly(family, scorer_of, kernel_for_varlen, o
     forward = forward_of(scorer_of(family))
     fault = choice._fault(VARLEN, forward, torch.float32, Texts(IDS, 0, attention.window(forward.scorer.config), 50))
     assert fault == ""
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "bert"])
+def test_varlen_calls_the_kernel_of_an_older_torch_rightly(family, scorer_of, kernel_for_varlen):
+    kernel_for_varlen(first_kernel)
+    forward = forward_of(scorer_of(family))
+    assert choice._fault(VARLEN, forward, torch.float32, TEXTS) == ("" if family != "gemma3" else WITHOUT_WINDOW)
+
+
+WITHOUT_WINDOW = f"torch {torch.__version__}'s varlen_attn has no sliding window"
+
+
+def test_a_scale_and_grouped_heads_for_an_older_torch(kernel_for_varlen):
+    query, key = torch.randn(1, 4, 7, 8), torch.randn(1, 2, 7, 8)
+    begins = torch.tensor([0, 3, 7], dtype=torch.int32).expand(1, 1, 4, -1)
+    found = []
+    for function in (kernel, first_kernel):
+        kernel_for_varlen(function)
+        found.append(attention.varlen_attention(torch.nn.Module(), query, key, key, begins, scaling=0.3)[0])
+    torch.testing.assert_close(*found)
+    assert found[0].shape == (1, 7, 4, 8)
 
 
 def test_varlen_refuses_what_the_kernel_does_not_know(scorer_of, kernel_for_varlen):

@@ -17,6 +17,7 @@ Notation: b rows, s tokens, d units of an attention head, n responses.
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -339,6 +340,7 @@ def varlen_attention(
     behind = -1 if sliding_window is None else sliding_window - 1
     window = (behind, 0 if is_causal_in(module, is_causal) else behind)
     query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))  # (s, heads, d)
+    options = {"window_size": window, "scale": scaling, "enable_gqa": key.shape[1] != query.shape[1]}
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -347,9 +349,31 @@ def varlen_attention(
         options = {"softmax_scale": scaling, "causal": window[1] == 0, "window_size": window}
         output = flash_attn_varlen_func(query, key, value, begins, begins, longest, longest, **options)
     else:
-        options = {"scale": scaling, "window_size": window, "enable_gqa": key.shape[1] != query.shape[1]}
+        query, key, value, options = _as_it_takes(varlen_attn, query, key, value, options)
         output = varlen_attn(query, key, value, begins, begins, longest, longest, **options)
     return output.unsqueeze(0), None
+
+
+def _as_it_takes(
+    function: Callable, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """The arguments of torch's ``varlen_attn`` for its older forms: torch 2.10's knows none of the options.
+
+    Raises:
+        NotImplementedError: a sliding window for one that has none.
+    """
+    takes = inspect.signature(function).parameters
+    known = {name: value for name, value in options.items() if name in takes}
+    if "enable_gqa" not in takes and options["enable_gqa"]:
+        groups = query.shape[1] // key.shape[1]
+        key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
+    if "scale" not in takes and options["scale"] is not None:
+        query = query * (options["scale"] * query.shape[-1] ** 0.5)
+    if "window_size" not in takes:
+        if options["window_size"][0] >= 0:
+            raise NotImplementedError(f"torch {torch.__version__}'s varlen_attn has no sliding window")
+        known["is_causal"] = options["window_size"][1] == 0
+    return query, key, value, known
 
 
 for name, function in ((SLICES, sliced_attention), (FLEX, flex_attention), (VARLEN, varlen_attention)):
