@@ -382,7 +382,7 @@ def test_lora_on_a_small_gpu(folder, capsys):
 
 
 def test_few_bits_in_the_plan(folder, capsys):
-    """70 billion in 4 bits on one GPU, whose weights alone would take 139 GB; stage 3 and offload are left out."""
+    """70 billion in 4 bits on one GPU, whose weights alone would take 138 GB; stage 3 and offload are left out."""
     shape = {**LLAMA_70B, "num_key_value_heads": 8}
     line = f"--model {folder(shape)} --gpus 1 --gpu_memory 80 --lora_dim 16 --max_seq_len 512"
     line += " --per_device_train_batch_size 1 --lora_dropout 0.1"
