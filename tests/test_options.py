@@ -140,6 +140,8 @@ WRONG = [
 ]
 
 CONTRADICTIONS = [
+    ("--offload_activations", ["--offload_activations", "--gradient_checkpointing"]),
+    ("--gradient_checkpointing --offload_activations --compile", ["--compile", "--offload_activations", "one out"]),
     ("--offload --zero_stage 0", ["--offload", "--zero_stage"]),
     ("--loss_level token --pooling mean", ["--loss_level", "--pooling", "mean"]),
     ("--score_penalty_weight 0.1", ["--score_penalty_weight", "--score_penalty:"]),

@@ -121,6 +121,8 @@ def _require_agreement(config: RunConfig) -> None:
     require_bits(config.model, config.training, engine.zero_stage, engine.offload)
     if engine.offload and engine.zero_stage == 0 and not engine.deepspeed_config:
         raise UserError("--offload and --zero_stage 0: stage 0 offloads nothing; take --zero_stage 1, 2 or 3")
+    if engine.compile and config.model.offload_activations:
+        raise UserError("--compile and --offload_activations: torch compiles no layer whose inputs move; leave one out")
     if loss.loss_level == "token" and config.model.pooling not in (None, "last"):
         pooling = config.model.pooling
         raise UserError(f"--loss_level token and --pooling {pooling}: only pooling last has a score per token")
