@@ -16,7 +16,7 @@ from reward_model.common.errors import UserError
 from reward_model.common.logging import logger
 from reward_model.common.words import counted
 from reward_model.models.quantization import READ_ELSEWHERE, bits_of, how_quantized, is_quantized, is_transposed
-from reward_model.models.scorer import Scorer, count, gathered
+from reward_model.models.scorer import Scorer, count, gathered, head_layer
 from reward_model.reward_model import RewardModel
 
 
@@ -57,7 +57,7 @@ def add_lora(scorer: Scorer, dim: int, alpha: float, module_name: str | None, dr
     with _targets_as_named():
         # adapters in the base's dtype: DeepSpeed refuses mixed ones under ZeRO 3
         scorer.model = get_peft_model(model, config, autocast_adapter_dtype=False)
-    dtype = scorer.backbone.get_input_embeddings().weight.dtype
+    dtype = head_layer(scorer).weight.dtype
     for name, parameter in scorer.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.to(dtype)  # PEFT's are in float32 beside quantized weights
@@ -220,7 +220,7 @@ def write_card(scorer: Scorer, folder: Path) -> None:
     base, scale, quantized, options = config.base_model_name_or_path, config.lora_alpha / config.r, "", ""
     if bits := bits_of(scorer.unwrapped):
         quantized = ROUNDED.format(bits=bits, more=ROUNDS_MORE if bits == 8 else "")
-        dtype = str(scorer.backbone.get_input_embeddings().weight.dtype).removeprefix("torch.")
+        dtype = str(head_layer(scorer).weight.dtype).removeprefix("torch.")
         options = f', dtype="{dtype}", quantization_config={how_quantized(scorer.unwrapped)}'
     text = card.format(base=base, dim=config.r, scale=scale, quantized=quantized, options=options)
     (folder / "README.md").write_text(text, encoding="utf-8")

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from reward_model.common.errors import UserError
 from reward_model.common.logging import logger
-from reward_model.models.scorer import Scorer, count
+from reward_model.models.scorer import Scorer, count, head_layer
 
 BLOCK, SCALES = 64, 256  # bitsandbytes': weights that share a scale in 4 bits, and scales that share one themselves
 READ_ELSEWHERE = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")  # kernels read out_proj's weight
@@ -122,7 +122,7 @@ def say_quantized(scorer: Scorer, bits: int) -> None:
     if not layers:
         raise UserError(f"--lora_bits {bits}: {type(scorer.unwrapped).__name__} has no linear layer to quantize")
     share = sum(count(layer.weight) for layer in layers) / sum(map(count, scorer.parameters()))
-    dtype = str(scorer.backbone.get_input_embeddings().weight.dtype).removeprefix("torch.")
+    dtype = str(head_layer(scorer).weight.dtype).removeprefix("torch.")
     logger.info(f"base: {len(layers)} linear layers, {share:.0%} of the weights, in {bits} bits; the others in {dtype}")
 
 
