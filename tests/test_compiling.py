@@ -140,6 +140,18 @@ def test_zero_3_is_refused_before_a_model_is_loaded():
         engine.build_scorer(resolve(config, "fp32", 1, 64, 100), 100)
 
 
+@pytest.mark.parametrize(
+    ("version", "is_old"), [("2.4.1+cu121", True), ("2.5.0", True), ("2.6.0", False), ("2.13.0", False)]
+)
+def test_an_old_torch_is_refused(monkeypatch, version, is_old):
+    monkeypatch.setattr(torch, "__version__", version)
+    if is_old:
+        with pytest.raises(UserError, match=r"^--compile needs torch 2\.6 or later, this is 2\.[45]"):
+            compiling.require_whole_layers(2)
+    else:
+        compiling.require_whole_layers(2)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_a_compiled_run_is_as_one_that_is_not(demo, tmp_path, stage):

@@ -10,9 +10,13 @@ from reward_model.common.errors import UserError
 from reward_model.models.attention import SLICES, sliced_attention
 from reward_model.models.scorer import Scorer, layers_of
 
+OLDEST_TORCH = (2, 6)  # 2.4 broke each layer into twelve pieces and failed on recomputed ones; 2.13 and 2.15 compile
+
 
 def require_whole_layers(zero_stage: int) -> None:
-    """Raises UserError at ZeRO 3, whose hooks inside a layer made torch compile it anew until its limit (tried)."""
+    """Raises UserError where torch would compile pieces of layers: an old torch, or ZeRO 3 with its hooks inside."""
+    if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
+        raise UserError(f"--compile needs torch 2.6 or later, this is {torch.__version__}; leave it out")
     if zero_stage == 3:
         raise UserError(
             "--compile and ZeRO 3: DeepSpeed gathers weights within each layer, which torch compiles again and again "
