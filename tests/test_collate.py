@@ -210,6 +210,13 @@ def test_shared_and_separate_by_hand():
     assert separate.tokens.response_lengths.tolist() == shared.tokens.response_lengths.tolist() == [2, 1, 1, 3]
 
 
+def test_rows_of_a_multiple_of_tokens():
+    rows = [pair([1, 2], [3, 4], [5]), pair([6], [7], [8, 8, 8, 8])]
+    batch = collate(rows, Layout("separate", PAD, multiple=4))
+    assert batch.tokens.input_ids.shape == (4, 8)
+    assert batch.blocks.part.numel() == 0
+
+
 @kinds
 def test_the_second_response_may_be_the_better_one(kind):
     batch = collate([Comparison([1], [[2], [3]], [1], [0], [0.0])], Layout(kind, PAD))

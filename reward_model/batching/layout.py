@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ class Layout:
         what these rows hold into one row.
     pad: The id that fills the rows. The attention mask, not this id, says where a text ends.
     most_responses: The largest number of responses that merging brings together under one prompt.
+    multiple: The length of the rows is a multiple of this number.
     block: The length of the rows is a multiple of this number; beyond 1, the batch says which blocks see which.
     """
 
@@ -27,6 +29,7 @@ class Layout:
     pad: int
     most_responses: int = 16
     block: int = 1
+    multiple: int = 1
 
     def rows(self, comparisons: Sequence[Comparison]) -> list[list[Comparison]]:
         """Distribute merged comparisons over rows of token ids.
@@ -43,4 +46,5 @@ class Layout:
     def width(self, rows: Sequence[Sequence[Comparison]]) -> int:
         """Number of tokens that every row is padded to."""
         longest = max(sum(c.tokens for c in row) for row in rows)
-        return self.block * -(-longest // self.block)
+        step = math.lcm(self.block, self.multiple)
+        return step * -(-longest // step)

@@ -62,12 +62,12 @@ class Planner:
     def epoch(self, groups: RowGroups, epoch: int, layout: str) -> EpochPlan:
         """This rank's share of an epoch."""
         spec, context = self._spec(self.batches.per_device_train_batch_size, layout), self.context
-        return EpochPlan(groups, spec, context.rank, context.world_size, self.seed, epoch)
+        return EpochPlan(groups, spec, context.data_rank, context.data_size, self.seed, epoch)
 
     def evaluation(self, groups: RowGroups, layout: str) -> list[list[MicroBatch]]:
         """This rank's share of an evaluation: one micro-batch at a time, equally many on every rank."""
         spec = self._spec(self.eval_batch_size, layout)
-        return [[m] for m in plan_evaluation(groups, spec, self.context.rank, self.context.world_size)]
+        return [[m] for m in plan_evaluation(groups, spec, self.context.data_rank, self.context.data_size)]
 
     def load(self, rows: Comparisons, plan: Sequence[list[MicroBatch]], layout: Layout) -> DataLoader:
         """The batches of a plan, in its order."""
@@ -90,7 +90,7 @@ class Planner:
             yield f"--tokens_per_batch {budget}: {over} {what} have more, up to {longest}, and stay whole"
         if spec.is_one_row or self.batches.group_by_length:
             return
-        share = (self.context.rank, self.context.world_size, self.seed, 0)
+        share = (self.context.data_rank, self.context.data_size, self.seed, 0)
         drawn, grouped = (
             EpochPlan(groups, replace(spec, by_length=by_length), *share).tokens(STEPS_TO_JUDGE_BY)
             for by_length in (False, True)

@@ -15,9 +15,9 @@ import sysconfig
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -30,12 +30,38 @@ SIZES_BY_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 @dataclass(frozen=True)
+class SequenceGroup:
+    """Ranks that share their texts, a part of each: which of them this one is, how many, and torch's group of them."""
+
+    rank: int = 0
+    size: int = 1
+    group: Any = None
+
+
+ALONE = SequenceGroup()
+
+
+@dataclass(frozen=True)
 class DistributedContext:
-    """Rank of this process, how many there are, and its device."""
+    """Rank of this process, how many there are, and its device.
+
+    sequence: the ranks with which this one shares its texts.
+    """
 
     rank: int
     world_size: int
     device: torch.device
+    sequence: SequenceGroup = ALONE
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of the rows is this rank's."""
+        return self.rank // self.sequence.size
+
+    @property
+    def data_size(self) -> int:
+        """How many shares there are."""
+        return self.world_size // self.sequence.size
 
     @property
     def is_first(self) -> bool:
@@ -143,6 +169,21 @@ def start(local_rank: int = -1, offload: bool = False, debug: bool = False) -> D
         torch.distributed.get_world_size(),
         torch.device(accelerator.current_device_name()),
     )
+
+
+def share_texts(context: DistributedContext, size: int) -> DistributedContext:
+    """The same process among neighbors with which it shares its texts; all ranks call it.
+
+    Raises:
+        UserError: the number of ranks is no multiple of theirs.
+    """
+    if size == 1:
+        return context
+    if context.world_size % size:
+        raise UserError(f"--sequence_parallel_size {size}: {context.world_size} processes are no multiple of it")
+    groups = [torch.distributed.new_group(range(i, i + size)) for i in range(0, context.world_size, size)]
+    own = SequenceGroup(context.rank % size, size, groups[context.rank // size])
+    return replace(context, sequence=own)
 
 
 def require_zero(zero: dict, nvme_path: str | None) -> None:

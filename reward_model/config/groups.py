@@ -468,6 +468,7 @@ class EngineConfig(Group):
     """What DeepSpeed is told."""
 
     _argument_group_name: ClassVar[str] = "DeepSpeed"
+    _bounds: ClassVar[Bounds] = {"sequence_parallel_size": COUNT}
 
     zero_stage: Literal[0, 1, 2, 3] = flag(
         0, help="What the GPUs divide among them: 0 nothing, 1 the optimizer, 2 gradients too, 3 parameters too."
@@ -479,6 +480,12 @@ class EngineConfig(Group):
         "auto",
         help="The number format of weights and activations. auto is bf16 on a GPU that supports it, fp16 on one that "
         "does not, and fp32 on a CPU.",
+    )
+    sequence_parallel_size: int = flag(
+        1,
+        metavar="N",
+        help="The number of neighboring processes that share each text, a part of its tokens each, for texts too long "
+        "for one GPU; prompts are then not shared.",
     )
     tf32: bool = flag(
         False,

@@ -118,6 +118,8 @@ def parse(arguments: Sequence[str] | None = None) -> RunConfig:
 def _require_agreement(config: RunConfig) -> None:
     """Raises UserError where values of two groups contradict each other."""
     engine, loss, output = config.engine, config.loss, config.output
+    if engine.compile and engine.sequence_parallel_size > 1:
+        raise UserError("--compile and --sequence_parallel_size were not tried together: leave one of them out")
     require_bits(config.model, config.training, engine.zero_stage, engine.offload)
     if engine.offload and engine.zero_stage == 0 and not engine.deepspeed_config:
         raise UserError("--offload and --zero_stage 0: stage 0 offloads nothing; take --zero_stage 1, 2 or 3")

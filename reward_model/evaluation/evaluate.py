@@ -55,7 +55,8 @@ def score_batches(
     for (loaded,) in progress(batches, desc="evaluating", unit="batch", leave=False, disable=not context.is_first):
         batch = loaded.to(forward.device)
         tables = read(batch, forward(batch, batch.tokens.ends))
-        found.append([table if batch.weight else table[:0] for table in tables])
+        counts = batch.weight and context.sequence.rank == 0  # its neighbors have the same scores
+        found.append([table if counts else table[:0] for table in tables])
     return [gather_rows(torch.cat(parts)).cpu().numpy() for parts in zip(*found)]
 
 

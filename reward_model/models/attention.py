@@ -10,6 +10,7 @@ function that Transformers knows by name. :mod:`reward_model.models.attention_ch
 - ``varlen``: no prompt is shared, all texts are in one row; FlashAttention's kernel for texts of various lengths on
   CUDA, a product per text on a CPU. Also for encoders.
 - ``separate``: no prompt is shared, each text has a padded row; the model's own attention.
+- ``sequence``: the same, with the tokens of each row divided among ranks, by DeepSpeed's Ulysses.
 
 Notation: b rows, s tokens, d units of an attention head, n responses.
 """
@@ -29,9 +30,11 @@ from transformers import PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from reward_model.batching.batch import Batch, Tokens
+from reward_model.common.distributed import SequenceGroup
 
 # their names among Transformers' attention functions
 SLICES, FLEX, VARLEN = "reward_model_slices", "reward_model_flex", "reward_model_varlen"
+SEQUENCE = "reward_model_sequence"
 BLOCK = 128  # FlexAttention's blocks; rows of a multiple of it also mean fewer shapes to compile for
 
 
@@ -40,7 +43,7 @@ class AttentionBackend:
     """One of the backends above.
 
     name: as in the head of this file. layout: of the batches that it wants. attention: the name under which
-    Transformers knows its attention function; None: the one that the model came with. block: of the layout.
+    Transformers knows its attention function; None: the one that the model came with. block, multiple: of the layout.
     slides: whether it keeps to a layer's sliding window, which a mask of ours takes away.
     """
 
@@ -48,6 +51,7 @@ class AttentionBackend:
     layout: str
     attention: str | None = None
     block: int = 1
+    multiple: int = 1
     slides: bool = False
 
     @property
@@ -374,6 +378,40 @@ def _as_it_takes(
             raise NotImplementedError(f"torch {torch.__version__}'s varlen_attn has no sliding window")
         known["is_causal"] = options["window_size"][1] == 0
     return query, key, value, known
+
+
+def attention_over_ranks(sequence: SequenceGroup) -> Callable[..., tuple[torch.Tensor, None]]:
+    """An attention function in Transformers' sense, for rows of which each rank has the same share of tokens.
+
+    DeepSpeed's Ulysses (arXiv 2309.14509): ranks exchange tokens for heads, attend to whole texts with a share of the
+    heads, and exchange them back. Attention is causal; pads on the right are seen by pads alone.
+    """
+    from deepspeed.sequence.layer import DistributedAttention
+
+    def attend(query, key, value, scaling: float | None, dropout: float):
+        options: dict[str, Any] = {"is_causal": True, "scale": scaling, "dropout_p": dropout}
+        options["enable_gqa"] = key.shape[2] != query.shape[2]
+        query, key, value = (each.transpose(1, 2) for each in (query, key, value))  # (b, heads, s, d)
+        output = F.scaled_dot_product_attention(query, key, value, **options)
+        return output.transpose(1, 2)
+
+    exchanged = DistributedAttention(attend, sequence.group, scatter_idx=2, gather_idx=1)
+
+    def sequence_attention(
+        module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, **others
+    ):
+        require_known(module, others, ("softcap", "s_aux", "position_bias"))
+        heads, width = query.shape[1], query.shape[2] * sequence.size
+        if heads % sequence.size:
+            raise NotImplementedError(f"{heads} attention heads are no multiple of {sequence.size} processes")
+        if sliding_window is not None and sliding_window < width:
+            raise NotImplementedError(f"a sliding window of {sliding_window} tokens in a row of {width}")
+        if key.shape[1] % sequence.size:
+            key, value = (states.repeat_interleave(heads // key.shape[1], dim=1) for states in (key, value))
+        states = (each.transpose(1, 2).contiguous() for each in (query, key, value))  # (b, s / ranks, heads, d)
+        return exchanged(*states, batch_dim_idx=0, scaling=scaling, dropout=dropout), None
+
+    return sequence_attention
 
 
 for name, function in ((SLICES, sliced_attention), (FLEX, flex_attention), (VARLEN, varlen_attention)):

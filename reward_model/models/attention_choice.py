@@ -20,7 +20,14 @@ from reward_model.batching.layout import Layout
 from reward_model.common.distributed import first_text, largest
 from reward_model.common.errors import UserError, first_line
 from reward_model.data.comparisons import Comparison
-from reward_model.models.attention import SEPARATE, AttentionBackend, attend_in_steps, is_causal_in, visibility
+from reward_model.models.attention import (
+    SEPARATE,
+    SEQUENCE,
+    AttentionBackend,
+    attend_in_steps,
+    is_causal_in,
+    visibility,
+)
 
 # Largest relative difference of one hidden state by two backends: rounding over many layers, not a wrong mask
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -78,7 +85,7 @@ class Texts:
             Comparison(ids[:9], [first, ids[16:28], ids[28:33]], better=[0, 1], worse=[1, 2], margin=[0.0, 0.0]),
             Comparison(ids[33:37], [ids[37:40], ids[40:49]], better=[0], worse=[1], margin=[0.0]),
         ]
-        return collate(comparisons, Layout(backend.layout, self.pad, block=backend.block))
+        return collate(comparisons, Layout(backend.layout, self.pad, block=backend.block, multiple=backend.multiple))
 
     def long(self, backend: AttentionBackend) -> Batch:
         """A pair of which both texts are longer than the window, by as much as they may be."""
@@ -105,6 +112,8 @@ class Choice:
             times = ", ".join(f"{name} {1e3 * seconds:.3g} ms" for name, seconds in self.seconds.items())
             notes.insert(0, f"a row of the data takes {times}")
         because = f" ({'; '.join(notes)})" if notes else ""
+        if self.backend.attention == SEQUENCE:
+            return f"prompts are not shared, {self.backend.multiple} processes share each text"
         if self.backend.shares:
             return f"prompts are shared: {self.backend.name} attention{because}"
         if self.backend is SEPARATE:
@@ -127,9 +136,9 @@ def choose(
     """
     choice, right = Choice(), []
     for backend in backends:
-        fault = first_text(_fault(backend, probe, dtype, texts))
-        if fault:
-            choice.faults[backend.name] = fault
+        found = fault(backend, probe, dtype, texts)
+        if found:
+            choice.faults[backend.name] = found
         else:
             right.append(backend)
             if batches is None:
@@ -146,8 +155,8 @@ def require(backend: AttentionBackend, probe: Probe, dtype: torch.dtype, texts: 
     Raises:
         UserError: by it the model does not give what separate rows give.
     """
-    if backend is not SEPARATE and (fault := first_text(_fault(backend, probe, dtype, texts))):
-        raise UserError(f"--attention {backend.name}: {fault}; leave the flag out, and another is taken")
+    if backend is not SEPARATE and (found := fault(backend, probe, dtype, texts)):
+        raise UserError(f"--attention {backend.name}: {found}; leave the flag out, and another is taken")
     return Choice(backend)
 
 
@@ -159,20 +168,25 @@ def _fastest(backends: list[AttentionBackend], probe: Probe, batches: Callable, 
     least: dict[AttentionBackend, float] = {}
     for number in range(ROUNDS + 1):
         for backend in [each for each in backends if each.name not in choice.faults]:
-            seconds, fault = 0.0, ""
+            seconds, failed = 0.0, ""
             try:
                 own = batches(backend)
                 rows = sum(len(batch.points.row_weights) for batch in own)  # a token budget holds more without pads
                 seconds = probe.seconds(own, backend) / rows
             except Exception as error:  # out of memory, above all
-                fault = first_line(error) or type(error).__name__
-            if fault := first_text(fault):
-                choice.faults[backend.name] = fault
+                failed = first_line(error) or type(error).__name__
+            if failed := first_text(failed):
+                choice.faults[backend.name] = failed
                 least.pop(backend, None)
             elif number:  # the first time compiles, and fills caches
                 least[backend] = min(least.get(backend, math.inf), largest(seconds))
     choice.seconds = {backend.name: seconds for backend, seconds in least.items()}
     return min(least, key=lambda backend: least[backend], default=backends[0])
+
+
+def fault(backend: AttentionBackend, probe: Probe, dtype: torch.dtype, texts: Texts) -> str:
+    """Why a backend does not give what separate rows give, on the first rank that finds a reason; empty: it does."""
+    return first_text(_fault(backend, probe, dtype, texts))
 
 
 def _fault(backend: AttentionBackend, probe: Probe, dtype: torch.dtype, texts: Texts) -> str:
@@ -183,7 +197,8 @@ def _fault(backend: AttentionBackend, probe: Probe, dtype: torch.dtype, texts: T
         difference, leak = disagreement(probe, backend, texts)
         disagreement(probe, backend, texts, training=True)  # some models refuse only there, for their dropout
         gradients = gradient_disagreement(probe, backend, texts)  # and some GPUs have no room for the backward pass
-        further = rounding_ratio(probe, backend, texts) if dtype in HALF else 0.0
+        whole = backend.attention != SEQUENCE  # a rank that has a part of the tokens cannot compute the rest anew
+        further = rounding_ratio(probe, backend, texts) if dtype in HALF and whole else 0.0
         beyond = window_disagreement(probe, backend, texts) if texts.slides else 0.0
     except Exception as error:  # in whatever manner a model refuses, out of memory among them
         return first_line(error) or type(error).__name__

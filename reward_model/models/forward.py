@@ -16,11 +16,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch.distributed.nn.functional import all_reduce
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from reward_model.batching.batch import Batch
 from reward_model.batching.collate import collate
 from reward_model.batching.layout import Layout
+from reward_model.common.distributed import ALONE, SequenceGroup
 from reward_model.common.errors import UserError, first_line
 from reward_model.common.logging import logger
 from reward_model.data.comparisons import Comparison
@@ -55,6 +57,7 @@ class ForwardPass:
         device: torch.device,
         pad: int,
         most_responses: int = 16,
+        sequence: SequenceGroup = ALONE,
     ):
         """
         Args:
@@ -62,9 +65,12 @@ class ForwardPass:
             dtype: in which it computes.
             pad: id that fills rows.
             most_responses: of a prompt, in one row.
+            sequence: the ranks that will share each text; until an attention is chosen, each computes it whole.
         """
         self.module, self.scorer, self.dtype, self.device = module, scorer, dtype, device
-        self.pad, self.most_responses = pad, most_responses
+        self.pad, self.most_responses, self.sequence = pad, most_responses, sequence
+        if sequence.size > 1:
+            ALL_ATTENTION_FUNCTIONS.register(attention.SEQUENCE, attention.attention_over_ranks(sequence))
         self.own_attention = scorer.backbone.config._attn_implementation
         self.first_position = first_position(scorer)
         self.attention = SEPARATE
@@ -73,7 +79,10 @@ class ForwardPass:
     @property
     def layout(self) -> Layout:
         """Of the batches that the attention wants."""
-        return Layout(self.attention.layout, self.pad, self.most_responses, self.attention.block)
+        return self._layout_of(self.attention)
+
+    def _layout_of(self, backend: AttentionBackend) -> Layout:
+        return Layout(backend.layout, self.pad, self.most_responses, backend.block, backend.multiple)
 
     def use(self, attention: AttentionBackend) -> None:
         """Take another attention from now on; what is saved should name none of ours, hence SEPARATE before that."""
@@ -88,6 +97,8 @@ class ForwardPass:
             at: Indices of tokens, such as ``batch.tokens.ends``, shape (n,), or ``batch.tokens.spans``, shape (n, r).
             states: Whether to return the hidden states instead, which have one more dimension h.
         """
+        if self.attention.attention == attention.SEQUENCE:
+            return self._over_ranks(batch, at, states)
         tokens, options = batch.tokens, {}
         mask = attention.attention_mask(batch, self.attention, self.dtype)
         if self.attention is not SEPARATE:
@@ -97,6 +108,22 @@ class ForwardPass:
         if isinstance(found, tuple):
             found, self.thresholds = found
         return found
+
+    def _over_ranks(self, batch: Batch, at: torch.Tensor, states: bool) -> torch.Tensor:
+        """The same where each rank has a part of every row: what it has of ``at`` reaches all."""
+        tokens, (rank, size) = batch.tokens, (self.sequence.rank, self.sequence.size)
+        width = tokens.input_ids.shape[1]
+        part = width // size
+        here = slice(rank * part, (rank + 1) * part)
+        ids, positions = tokens.input_ids[:, here].contiguous(), tokens.position_ids[:, here].contiguous()
+        row, column = at // width, at % width
+        no_mask = torch.zeros(1, 1, 1, 1, dtype=self.dtype, device=ids.device)  # Transformers would make one of a part
+        found = self.module(ids, no_mask, row * part + column % part, position_ids=positions, states=states)
+        if isinstance(found, tuple):
+            found, self.thresholds = found
+        is_elsewhere = column // part != rank
+        found = found.masked_fill(is_elsewhere.unsqueeze(-1) if states else is_elsewhere, 0)
+        return all_reduce(found, group=self.sequence.group)
 
     @torch.no_grad()
     def require_scores(self, end: int) -> None:
@@ -144,6 +171,8 @@ class ForwardPass:
         Raises:
             UserError: the wanted one is not there, or not right for this model.
         """
+        if self.sequence.size > 1:
+            return self._share_texts(longest, wanted)
         on_gpu = self.device.type == "cuda"
         every = (*(attention.ON_CUDA if on_gpu else attention.ON_CPU), SEPARATE)
         is_open = wanted in ("auto", "timed")
@@ -155,9 +184,7 @@ class ForwardPass:
             backends = [each for each in backends if not each.shares]
             if not backends:
                 raise UserError(f"--attention {wanted}: this model is scored at more than the last token; take varlen")
-        ids = np.random.default_rng(0).integers(embedding_rows(self.scorer), size=90)
-        ids = ids[(ids != self.pad) & (ids != self.first_position - 1)][:60].tolist()  # RoBERTa counts no pads
-        texts = Texts(ids, self.pad, attention.window(self.scorer.config), longest)
+        texts = self._texts(longest)
         with torch.random.fork_rng([self.device] if on_gpu else []):
             if is_open:
                 timed = batches if on_gpu or wanted == "timed" else None
@@ -171,7 +198,29 @@ class ForwardPass:
         """The same by a backend."""
         if batches is None:
             return None
-        return lambda each: batches(Layout(each.layout, self.pad, self.most_responses, each.block))
+        return lambda each: batches(self._layout_of(each))
+
+    def _texts(self, longest: int) -> Texts:
+        """Made up, of tokens that are no pads."""
+        ids = np.random.default_rng(0).integers(embedding_rows(self.scorer), size=90)
+        ids = ids[(ids != self.pad) & (ids != self.first_position - 1)][:60].tolist()  # RoBERTa counts no pads
+        return Texts(ids, self.pad, attention.window(self.scorer.config), longest)
+
+    def _share_texts(self, longest: int, wanted: str) -> str:
+        """Take the attention by which ranks share texts; the line that says so."""
+        size = self.sequence.size
+        flag = f"--sequence_parallel_size {size}"
+        if wanted != "auto":
+            raise UserError(f"{flag} has an attention of its own: leave --attention out")
+        if self.scorer.pooling != "last":
+            raise UserError(f"{flag}: only a decoder that is scored at the last token can share a text")
+        backend = AttentionBackend("sequence", SEPARATE.layout, attention.SEQUENCE, multiple=size)
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            fault = attention_choice.fault(backend, self, self.dtype, self._texts(longest))
+        if fault:
+            raise UserError(f"{flag}: {fault}")
+        self.use(backend)
+        return str(attention_choice.Choice(backend))
 
     def states(self, batch: Batch, backend: AttentionBackend, training: bool) -> torch.Tensor:
         """What the head is given of each response, (n, h), by a backend."""
@@ -221,6 +270,10 @@ class ForwardPass:
             found = self._given_to_the_head(batch)
         weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(0)).to(self.device)
         (gradient,) = torch.autograd.grad((found.float() * weights).sum(), given)
+        if backend.attention == attention.SEQUENCE:  # each rank has that of its tokens, from the losses of all
+            parts = [torch.empty_like(gradient) for _ in range(self.sequence.size)]
+            torch.distributed.all_gather(parts, gradient.contiguous(), group=self.sequence.group)
+            gradient = torch.cat(parts, dim=1) / self.sequence.size
         is_text = batch.tokens.attention_mask.bool()
         tokens, place = torch.unique(batch.tokens.input_ids[is_text], return_inverse=True)
         return gradient.new_zeros(len(tokens), gradient.shape[-1], dtype=torch.float32).index_add_(

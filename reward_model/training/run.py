@@ -73,6 +73,7 @@ def run(config: RunConfig) -> TrainResult:
     if folder:
         refuse_used_folder(folder)
     context = distributed.start(config.engine.local_rank, config.engine.offload, config.output.debug)
+    context = distributed.share_texts(context, config.engine.sequence_parallel_size)
     explain_inherited(config)
     model_config = read_config(config.model.model_name_or_path, config.model.trust_remote_code)
     text = model_config.get_text_config()
@@ -116,14 +117,15 @@ def prepare(
         open_folder(folder, context, scorer, settings, data)
     eval_batch = settings.evaluation.per_device_eval_batch_size
     planner = Planner(settings.batches, eval_batch, seed, context, objective.by_row)
-    most = settings.evaluation.eval_iters * eval_batch * context.world_size
+    most = settings.evaluation.eval_iters * eval_batch * context.data_size
     groups = planner.training_groups(data.train), planner.evaluation_groups(data.evaluation, most)
     epochs = range(settings.training.num_train_epochs)
     steps = sum(len(planner.epoch(groups[0], epoch, SEPARATE.layout)) for epoch in epochs)
     engine = start_engine(settings, scorer, steps)
     del partitioned
     torch.manual_seed(seed + context.rank)  # dropout: another stream on each rank
-    forward = ForwardPass(engine, scorer, dtype, context.device, data.special.pad, settings.batches.max_responses)
+    most_responses, pad = settings.batches.max_responses, data.special.pad
+    forward = ForwardPass(engine, scorer, dtype, context.device, pad, most_responses, context.sequence)
     records = Records(folder, engine.monitor, context.is_first)
     rows = data.train, data.evaluation
     trainer = Trainer(settings, context, engine, forward, objective, planner, records, rows, groups, steps)
@@ -191,12 +193,15 @@ def described(trainer: Trainer) -> str:
     what = "row" if by_row else "pair"
     element = "prompt" if batches.batch_element == "prompt" else what
     each = counted(batches.per_device_train_batch_size, element)
+    shares = f"{context.data_size} {'process' if context.data_size == 1 else 'processes'}"
+    if context.sequence.size > 1:
+        shares = f"{counted(context.data_size, 'group')} of {context.sequence.size} processes that share texts"
     brought = f" in {counted(len(trainer.groups), 'group')}" if batches.merge == "prompt" else ""
     return (
         f"{counted(sizes[0], f'training {what}')}{brought}, {sizes[1]} held out; "
-        f"global batch {settings.deepspeed.config['train_batch_size']} = "
+        f"global batch {settings.deepspeed.config['train_batch_size'] // context.sequence.size} = "
         f"{each} × {batches.gradient_accumulation_steps} accumulated × "
-        f"{context.world_size} {'process' if context.world_size == 1 else 'processes'}; "
+        f"{shares}; "
         f"{counted(trainer.total_steps, 'step')}; "
         f"{context.device.type}, {engine.dtype}, ZeRO {engine.zero_stage}{', offload' if engine.offload else ''}"
     )

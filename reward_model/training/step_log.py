@@ -36,8 +36,10 @@ class StepLog:
     def add(self, loss: torch.Tensor, chosen: torch.Tensor, rejected: torch.Tensor, batch: Batch) -> None:
         """Count a micro-batch: its weighted loss (0-d) and the scores of its winners and losers (p,)."""
         self.sums[0] += loss
-        self.sums[6] += batch.tokens.input_ids.numel()
         self.sums[7] += 1
+        if self.context.sequence.rank:  # the first of its neighbors counts what they share
+            return
+        self.sums[6] += batch.tokens.input_ids.numel()
         if batch.weight:
             correct = (chosen > rejected).double() + 0.5 * (chosen == rejected)
             parts = (torch.ones_like(correct), correct, chosen, rejected)

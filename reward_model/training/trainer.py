@@ -84,7 +84,8 @@ class Trainer:
     def train_micro_batch(self, batch: Batch, log: StepLog) -> None:
         """Forward and backward pass of a batch on this device, and the optimizer's step if it is the last of one."""
         loss, chosen, rejected = self.loss(batch)
-        loss = loss * batch.weight
+        # ranks that share texts have the same loss, and each a part of its gradient, of which all is the sum
+        loss = loss * batch.weight / self.context.sequence.size
         # DeepSpeed takes the mean over the ranks, and here the sum over all micro-batches is meant
         self.engine.backward(loss * self.context.world_size, scale_wrt_gas=False)
         self.engine.step()
