@@ -567,8 +567,6 @@ def test_a_wanted_attention_is_taken_or_refused(scorer_of, one_rank):
     assert "varlen attention" in forward.choose_attention(20, "varlen")
     assert forward.attention is PACKED
     assert "padded row of its own" in forward.choose_attention(20, "separate")
-    with pytest.raises(UserError, match="--attention flex: a cpu has slices, dense, varlen, separate"):
-        forward.choose_attention(20, "flex")
     with pytest.raises(UserError, match=r"--attention slices: .*leave the flag out"):
         forward_of(scorer_of("bloom")).choose_attention(20, "slices")
     with pytest.raises(UserError, match="--attention slices: this model is scored at more than the last token"):

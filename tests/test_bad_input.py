@@ -246,3 +246,14 @@ def test_help_needs_nothing_else():
     )
     assert result.returncode == 0
     assert "--on_bad_row" in result.stdout
+
+
+def test_a_wanted_attention_of_another_machine_leaves_nothing_behind(demo, tmp_path):
+    """It is told before the data are read; and what is told after the model was loaded leaves the folder free."""
+    flags = ["--model_name_or_path", demo / "model", "--data_path", demo / "data", "--output_dir", tmp_path / "out"]
+    result = runs.launch(*flags, "--attention", "flex")
+    assert "error: --attention flex is for a GPU: leave the flag out" in result.stderr
+    assert "rows" not in result.stdout
+    result = runs.launch(*flags, "--pooling", "mean", "--attention", "slices")
+    assert "error: --attention slices: this model is scored at more than the last token; take varlen" in result.stderr
+    runs.train(demo, tmp_path / "out", "--max_train_samples", 32)

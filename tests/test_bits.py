@@ -319,3 +319,21 @@ def test_an_8_bit_optimizer_at_every_stage(stage, plain_run, demo, tmp_path):
 @pytest.fixture(scope="module")
 def plain_run(demo, tmp_path_factory):
     return runs.train(demo, tmp_path_factory.mktemp("plain") / "out", "--max_train_samples", 96)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_weight_that_the_checkpoint_lacks_is_not_quantized(bits, tmp_path):
+    """The pooler of a BERT that was saved without one, as masked language models are."""
+    import transformers
+
+    models.write("bert", tmp_path / "bert", **WIDE)
+    config = AutoConfig.from_pretrained(tmp_path / "bert")
+    torch.manual_seed(0)
+    transformers.BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
+    scorer = load_for_training(str(tmp_path / "bert"), torch.float32, seed=3, bits=bits)
+    pooler = scorer.backbone.pooler.dense
+    assert type(pooler) is nn.Linear
+    assert any(is_quantized(module) for module in scorer.modules())
+    add_lora(scorer, 4, 8, None)
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.isfinite(scorer(ids, torch.ones_like(ids), torch.tensor([2]))).all()

@@ -389,6 +389,7 @@ def test_few_bits_in_the_plan(folder, capsys):
     assert "Nothing fits" in printed(capsys, f"{line} --optim adamw_8bit", status=1)
     out = printed(capsys, f"{line} --lora_bits 4 --optim adamw_8bit")
     assert "and 99% of the parameters in 4 bits" in out
+    assert "Left out, as --lora_bits 4 and --optim adamw_8bit cannot be had there: 3, " in out
     assert [row.split()[0] for row in out.split("ZeRO ")[1].splitlines()[1:3]] == ["1", "2"]
     assert "+ CPU" not in out.split("GiB.")[0]
     options = read(shlex.split(f"--{out.splitlines()[-1].split(' --', 1)[1]}"))

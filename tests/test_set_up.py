@@ -501,3 +501,12 @@ def test_the_quick_start_on_a_machine_that_has_nothing(tmp_path):
     scored = subprocess.run([BASH, "-c", command], env=values, capture_output=True, text=True)
     assert scored.returncode == 0, scored.stderr
     assert re.search(r"\[-?\d+\.\d+\]$", scored.stdout.strip())
+
+
+def test_the_quick_start_s_help_sets_nothing_up(tmp_path):
+    shutil.copytree(TOP / "training_scripts", tmp_path / "training_scripts")
+    words = [BASH, str(tmp_path / "training_scripts" / "quickstart.sh"), "--help"]
+    done = subprocess.run(words, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "bash training_scripts/quickstart.sh [FLAG...]" in done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["training_scripts"]

@@ -7,6 +7,12 @@
 #                                                     installers and DeepSpeed print
 #   DEMO=folder bash training_scripts/quickstart.sh   where data, model and output go (default: demo/ in the checkout)
 set -euo pipefail
+case " $* " in
+  *" --help "* | *" -h "*) # nothing is set up, moved or written
+    sed -n '3,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    exit
+    ;;
+esac
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 top=$(dirname "$here")
 # shellcheck source=training_scripts/setup.sh

@@ -21,6 +21,7 @@ from reward_model.config.parser import build_parser, given_names, read_words, ru
 from reward_model.models.loading import read_config
 from reward_model.planning.activations import build_on_meta
 from reward_model.planning.model_states import (
+    SETTINGS,
     Cluster,
     Setting,
     deepspeed_estimate,
@@ -35,6 +36,9 @@ SHARED_FLAGS = (  # with main.py
     "gradient_accumulation_steps",
     "gradient_checkpointing",
     "offload_activations",
+    "tf32",  # this and what follows changes no memory that is counted
+    "compile",
+    "attention",
     "lora_dim",
     "lora_module_name",
     "lora_dropout",
@@ -220,6 +224,9 @@ def show(asked: PlanConfig, config: RunConfig) -> Generator[str, None, bool]:
     yield from table(plan, cluster, pairs, asked.verbose)
     yield ""
     yield NOTES
+    if left_out := [setting.name for setting in SETTINGS if not plan.can_be(setting)]:
+        flags = [f"--lora_bits {bits}"] * bool(bits) + [f"--optim {config.training.optim}"] * ("optim" in config.given)
+        yield f"Left out, as {' and '.join(flags)} cannot be had there: {', '.join(left_out)}"
     best = plan.best(cluster, pairs)
     if not best:
         yield "Nothing fits. What would:"

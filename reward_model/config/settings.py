@@ -81,6 +81,12 @@ def resolve(
     setup = set_up_deepspeed(config, default_dtype, world_size, hidden_size, vocab_size, on_gpu)
     require_bits(config.model, config.training, setup.zero_stage, setup.offload)
     require_bitsandbytes(config.model, config.training)
+    if config.batches.attention in (("slices",) if on_gpu else ("flex",)):
+        other = "CPU" if on_gpu else "GPU"
+        raise UserError(
+            f"--attention {config.batches.attention} is for a {other}: leave the flag out, and one that this model and "
+            "this machine take is chosen"
+        )
     if config.training.optim == "paged_adamw_8bit" and not on_gpu:
         raise UserError("--optim paged_adamw_8bit: only a GPU has memory to page out of; take adamw_8bit on a CPU")
     return Settings(

@@ -177,9 +177,6 @@ class ForwardPass:
         every = (*(attention.ON_CUDA if on_gpu else attention.ON_CPU), SEPARATE)
         is_open = wanted in ("auto", "timed")
         backends = [each for each in every if is_open or each.name == wanted]
-        if not backends:
-            names = ", ".join(each.name for each in every)
-            raise UserError(f"--attention {wanted}: a {self.device.type} has {names}")
         if self.scorer.pooling != "last":  # only a decoder that is scored at the last token can share prompts
             backends = [each for each in backends if not each.shares]
             if not backends:

@@ -24,6 +24,7 @@ from reward_model.models.scorer import Scorer, count, head_layer
 
 BLOCK, SCALES = 64, 256  # bitsandbytes': weights that share a scale in 4 bits, and scales that share one themselves
 READ_ELSEWHERE = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")  # kernels read out_proj's weight
+CLASSES = ("Linear4bit", "Linear8bitLt")  # bitsandbytes' layers
 KINDS = ("Params4bit", "Int8Params")  # bitsandbytes' parameters
 
 
@@ -101,6 +102,9 @@ def prepare_quantized(model: Any, bits: int, dtype: torch.dtype) -> None:
     for name in ("quantization_config", "_pre_quantization_dtype"):  # Transformers 4 has the other one
         if hasattr(model.config, name):
             delattr(model.config, name)
+    for layer in model.modules():
+        if type(layer).__name__ in CLASSES and not is_quantized(layer):
+            layer.__class__ = nn.Linear  # the checkpoint had no weight for it: a new one is not quantized
     for layer in filter(is_quantized, model.modules()):
         layer.compute_dtype = dtype
         if bits == 4:

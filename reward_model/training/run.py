@@ -88,7 +88,12 @@ def run(config: RunConfig) -> TrainResult:
     objective = Objective(settings.loss)
     is_trained = is_reward_model(config.model.model_name_or_path, model_config) and not config.model.new_head
     data = load_data(settings, text, objective, context, is_trained)
-    trainer = prepare(settings, context, objective, data, folder)
+    try:
+        trainer = prepare(settings, context, objective, data, folder)
+    except UserError:
+        if folder and context.is_first:
+            (folder / "run.json").unlink(missing_ok=True)  # nothing was trained: the mended command may take the folder
+        raise
     trainer.train()
     keep_scale(trainer, data.reference)
     if folder:
@@ -188,7 +193,7 @@ def open_folder(folder: Path, context: DistributedContext, scorer: Scorer, setti
 def described(trainer: Trainer) -> str:
     """What is going to be done, in a line."""
     settings, context, by_row = trainer.settings, trainer.context, trainer.objective.by_row
-    batches, engine = settings.batches, settings.engine
+    batches, engine, optim = settings.batches, settings.engine, settings.training.optim
     sizes = [(0 if by_row else part.pairs.sum()) or len(part) for part in (trainer.train_set, trainer.eval_set)]
     what = "row" if by_row else "pair"
     element = "prompt" if batches.batch_element == "prompt" else what
@@ -204,6 +209,7 @@ def described(trainer: Trainer) -> str:
         f"{shares}; "
         f"{counted(trainer.total_steps, 'step')}; "
         f"{context.device.type}, {engine.dtype}, ZeRO {engine.zero_stage}{', offload' if engine.offload else ''}"
+        f"{'' if optim == 'adamw_torch_fused' else f', {optim}'}"
     )
 
 
