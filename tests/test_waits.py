@@ -20,7 +20,8 @@ INSTALLED = {name: metadata.version(name).split("+")[0] for name in ALLOWED["ver
 
 pytestmark = [
     pytest.mark.skipif(
-        not (shutil.which("g++") or torch.version.cuda), reason="needs g++, which compiles a guard for the device"
+        bool(torch.version.cuda) or not shutil.which("g++"),
+        reason="needs a CPU build of torch, for which g++ compiles a guard: one with CUDA asks the driver",
     ),
     pytest.mark.skipif(
         ALLOWED["versions"] != INSTALLED, reason=f"waits were counted with {ALLOWED['versions']}, not {INSTALLED}"

@@ -2,8 +2,8 @@
 """Device "cuda" for fake tensors on a CPU build of PyTorch, so that code for a GPU can be tried without one.
 
 A fake tensor has a device, a shape and a dtype, and no numbers. Whatever has to see a number, and so would make the
-host wait for the GPU, raises; so do operations on tensors of two devices. A build with CUDA lets fake tensors be on a
-GPU that is not there. A CPU build does not know the device: it has no guard for it, and no hooks. :func:`install`
+host wait for the GPU, raises; so do operations on tensors of two devices. A build with CUDA knows the device, and asks
+the driver for it where gradients are computed. A CPU build does not know it: it has no guard for it, and no hooks. :func:`install`
 compiles both, which say that there is one GPU and do nothing, and loads them before torch, which asks for the hooks
 only once. Hence a process of its own. It ends by ``os._exit``: autograd has a thread for the GPU, which nothing joins.
 """
@@ -65,13 +65,17 @@ C10_REGISTER_GUARD_IMPL(CUDA, NoGpuGuard)
 
 
 def install() -> None:
-    """Let fake tensors be on "cuda"; a build with CUDA needs nothing."""
+    """Let fake tensors be on "cuda"; for a CPU build.
+
+    Raises:
+        RuntimeError: torch has been imported, or is built with CUDA.
+    """
     if "torch" in sys.modules:
         raise RuntimeError("torch has been imported, and asks for the hooks of CUDA only once")
     torch_folder = Path(importlib.util.find_spec("torch").origin).parent
     version = (torch_folder / "version.py").read_text()
     if re.search(r"^cuda\b.* = '", version, re.MULTILINE):
-        return
+        raise RuntimeError("a build of torch with CUDA asks the driver for its device")
     library = folder() / f"{hashlib.sha256((SOURCE + version).encode()).hexdigest()[:16]}.so"
     if not library.exists():
         compile_guard(torch_folder, library)
