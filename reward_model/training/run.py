@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import platform
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -92,7 +93,8 @@ def run(config: RunConfig) -> TrainResult:
         trainer = prepare(settings, context, objective, data, folder)
     except UserError:
         if folder and context.is_first:
-            (folder / "run.json").unlink(missing_ok=True)  # nothing was trained: the mended command may take the folder
+            with suppress(OSError):
+                (folder / "run.json").unlink()  # nothing was trained: the mended command may take the folder
         raise
     trainer.train()
     keep_scale(trainer, data.reference)
