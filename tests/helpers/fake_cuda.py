@@ -5,7 +5,8 @@ A fake tensor has a device, a shape and a dtype, and no numbers. Whatever has to
 host wait for the GPU, raises; so do operations on tensors of two devices. A build with CUDA knows the device, and asks
 the driver for it where gradients are computed. A CPU build does not know it: it has no guard for it, and no hooks.
 :func:`install` compiles both, which say that there is one GPU and do nothing, and loads them before torch, which asks
-for the hooks only once. Hence a process of its own. It ends by ``os._exit``: autograd has a thread for the GPU, which nothing joins.
+for the hooks only once. Hence a process of its own. It ends by ``os._exit``: autograd has a thread for the GPU, which
+nothing joins.
 """
 
 import ctypes
