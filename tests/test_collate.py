@@ -24,7 +24,7 @@ from reward_model.batching.layout import Layout
 from reward_model.batching.merging import MergedComparison, merge
 from reward_model.batching.plan import BatchSpec, EpochPlan, MicroBatch
 from reward_model.data.comparisons import Comparison
-from reward_model.models.attention import block_mask, visibility
+from reward_model.models.attention import block_mask, seen, visibility
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -93,15 +93,8 @@ def own_tokens(batch):
 def texts_in(batch):
     """Each response's whole text, read from what its last token sees."""
     tokens, width = batch.tokens, batch.tokens.input_ids.shape[1]
-    seen = visible(tokens).flatten(0, 1)
-    return [tuple(tokens.input_ids[end // width][seen[end]].tolist()) for end in tokens.ends.tolist()]
-
-
-def visible(tokens):
-    """Which token sees which, (b, s, s)."""
-    rows, width = tokens.input_ids.shape
-    row, index = torch.arange(rows)[:, None, None], torch.arange(width)
-    return visibility(tokens)(row, None, index[:, None], index)
+    visible = seen(tokens).flatten(0, 1)
+    return [tuple(tokens.input_ids[end // width][visible[end]].tolist()) for end in tokens.ends.tolist()]
 
 
 def judged_in(batch):
@@ -144,7 +137,7 @@ def test_rows_agree_with_a_slow_reference(kind, seed, block):
     rows, sizes = slow_rows(comparisons, kind)
     width = math.ceil(max(map(len, rows)) / block) * block
     names = ("input_ids", "attention_mask", "position_ids")
-    sees = visible(batch.tokens)
+    sees = seen(batch.tokens)
     assert {getattr(batch.tokens, name).shape for name in names} == {(len(rows), width)}
     for i, row in enumerate(rows):
         for j in range(width):

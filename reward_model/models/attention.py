@@ -105,11 +105,16 @@ def visibility(tokens: Tokens) -> Callable[..., torch.Tensor]:
     return sees
 
 
-def dense_mask(tokens: Tokens, dtype: torch.dtype) -> torch.Tensor:
-    """0 where a token sees another, −inf elsewhere. (b, 1, s, s)"""
+def seen(tokens: Tokens) -> torch.Tensor:
+    """Whether a token, the second dimension, sees another, the third. (b, s, s)"""
     rows, size = tokens.input_ids.shape
     row, index = (torch.arange(n, device=tokens.input_ids.device) for n in (rows, size))
-    sees = visibility(tokens)(row[:, None, None], None, index[:, None], index)
+    return visibility(tokens)(row[:, None, None], None, index[:, None], index)
+
+
+def dense_mask(tokens: Tokens, dtype: torch.dtype) -> torch.Tensor:
+    """0 where a token sees another, −inf elsewhere. (b, 1, s, s)"""
+    sees = seen(tokens)
     return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill(~sees, -math.inf)[:, None]
 
 
@@ -304,9 +309,8 @@ def flex_attention(
         from torch.nn.attention.flex_attention import AuxRequest
 
         options["return_aux"] = AuxRequest(lse=True)
-    attend = (
-        _flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
-    )  # with its layer, or alone
+    is_inside = torch.compiler.is_compiling()  # of a layer that is compiled
+    attend = _flex_attention if is_inside else _compiled_flex_attention()
     output = attend(query, key, value, attention_mask, scaling, softcap, options)
     if s_aux is not None:
         output, aux = output  # a sink beside the softmax's sum: its share is taken from what the keys gave
@@ -358,6 +362,11 @@ def varlen_attention(
     return output.unsqueeze(0), None
 
 
+@functools.cache  # every layer asks
+def _parameters_of(function: Callable) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
+
+
 def _as_it_takes(
     function: Callable, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: dict[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]]:
@@ -366,7 +375,7 @@ def _as_it_takes(
     Raises:
         NotImplementedError: a sliding window for one that has none.
     """
-    takes = inspect.signature(function).parameters
+    takes = _parameters_of(function)
     known = {name: value for name, value in options.items() if name in takes}
     if "enable_gqa" not in takes and options["enable_gqa"]:
         groups = query.shape[1] // key.shape[1]

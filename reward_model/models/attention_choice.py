@@ -26,7 +26,7 @@ from reward_model.models.attention import (
     AttentionBackend,
     attend_in_steps,
     is_causal_in,
-    visibility,
+    seen,
 )
 
 # Largest relative difference of one hidden state by two backends: rounding over many layers, not a wrong mask
@@ -166,11 +166,12 @@ def _fastest(backends: list[AttentionBackend], probe: Probe, batches: Callable, 
     Each is timed in turn, several times, and its least time counts: other work on the machine adds, and never takes.
     """
     least: dict[AttentionBackend, float] = {}
+    made: dict[AttentionBackend, Sequence[Batch]] = {}
     for number in range(ROUNDS + 1):
         for backend in [each for each in backends if each.name not in choice.faults]:
             seconds, failed = 0.0, ""
             try:
-                own = batches(backend)
+                made[backend] = own = made.get(backend) or batches(backend)
                 rows = sum(len(batch.points.row_weights) for batch in own)  # a token budget holds more without pads
                 seconds = probe.seconds(own, backend) / rows
             except Exception as error:  # out of memory, above all
@@ -288,12 +289,7 @@ class RoundingMeter:
     def _mask(self, causal: bool, window: int | None) -> torch.Tensor:
         """0 where a token sees another, −inf elsewhere. (b, 1, s, s)"""
         tokens = self.tokens
-        rows, size = tokens.input_ids.shape
-        row, index = (torch.arange(n, device=tokens.input_ids.device) for n in (rows, size))
-        if causal:
-            sees = visibility(tokens)(row[:, None, None], None, index[:, None], index)
-        else:
-            sees = tokens.begin[:, :, None] == tokens.begin[:, None]
+        sees = seen(tokens) if causal else tokens.begin[:, :, None] == tokens.begin[:, None]
         if window is not None:
             sees = sees & ((tokens.position_ids[:, :, None] - tokens.position_ids[:, None]).abs() < window)
         return torch.zeros(sees.shape, device=sees.device).masked_fill(~sees, -math.inf)[:, None]

@@ -13,8 +13,9 @@ import functools
 import math
 from dataclasses import dataclass
 
+from reward_model.common.errors import UserError
 from reward_model.config.deepspeed import set_up_deepspeed
-from reward_model.config.options import RunConfig, parse
+from reward_model.config.options import RunConfig, parse, require_bits
 from reward_model.models.loading import DTYPES
 from reward_model.models.scorer import Scorer
 from reward_model.planning.activations import activations, count_parameters, inputs_on_host
@@ -86,9 +87,12 @@ class Plan:
         return set_up_deepspeed(config, "bf16", gpus, self.counts.hidden, self.counts.vocabulary).zero
 
     def can_be(self, setting: Setting) -> bool:
-        """Whether the trainer takes a setting with a base, or an optimizer, of few bits, as ``require_bits`` says."""
-        offloads, model, optim = setting.offload != "none", self.config.model, self.config.training.optim
-        return not (model.lora_bits and setting.stage == 3) and not (optim != "adamw_torch_fused" and offloads)
+        """Whether the trainer takes a setting with a base, or an optimizer, of few bits."""
+        try:
+            require_bits(self.config.model, self.config.training, setting.stage, setting.offload != "none")
+        except UserError:
+            return False
+        return True
 
     def estimates(self, cluster: Cluster, pairs: int) -> list[Estimate]:
         """Every setting, first without checkpointing (unless the flag is given), then with it.
