@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from reward_model.inference import load
     from reward_model.training.api import train
     from reward_model.training.run import TrainResult
+    from reward_model.training.stopping import Interrupted
 
 __version__ = "0.1.0"
-__all__ = ["RunConfig", "TrainResult", "UserError", "load", "train"]
+__all__ = ["Interrupted", "RunConfig", "TrainResult", "UserError", "load", "train"]
 
 _MODULES = {
     "RunConfig": "reward_model.config.options",
+    "Interrupted": "reward_model.training.stopping",
     "TrainResult": "reward_model.training.run",
     "UserError": "reward_model.common.errors",
     "load": "reward_model.inference",

@@ -11,6 +11,7 @@ from reward_model.common.logging import quieten
 
 COMMANDS = {
     "train": ("reward_model.commands.train", "train a reward model: what training_scripts/main.py does"),
+    "export": ("reward_model.commands.export", "a model of a checkpoint, of a run that did not end"),
     "plan": ("reward_model.commands.plan", "memory and communication of a run, and the line that launches it"),
     "check": (
         "reward_model.commands.check",

@@ -14,7 +14,8 @@ import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from reward_model.common.errors import UserError
-from reward_model.config.options import refuse_used_folder
+from reward_model.config.groups import OutputConfig
+from reward_model.config.options import require_usable_folder
 from reward_model.inference import load
 from reward_model.models import attention_choice, lora
 from reward_model.models import saving as checkpoint
@@ -350,11 +351,12 @@ def test_space_is_asked_for_beforehand(tmp_path):
 
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "model.safetensors", "pytorch_model.bin"])
 def test_a_folder_with_a_run_is_refused_and_one_with_a_log_is_not(name, tmp_path):
+    output = OutputConfig(output_dir=str(tmp_path))
     (tmp_path / "training.log").write_text("")
-    refuse_used_folder(tmp_path)
+    require_usable_folder(output)
     (tmp_path / name).write_text("")
     with pytest.raises(UserError, match=name):
-        refuse_used_folder(tmp_path)
+        require_usable_folder(output)
 
 
 def test_scoring_texts_from_a_folder(tmp_path):

@@ -96,9 +96,12 @@ class _Packed(Sequence[list[PackedBatch]]):
         return [batch.packed() for batch in self.batches[i]]
 
 
-def loader(batches: PlannedBatches, on_gpu: bool) -> DataLoader:
-    """Load the items in order. Beside a GPU, separate processes prepare them ahead of time, and pack them."""
+def loader(batches: PlannedBatches, on_gpu: bool, first: int = 0) -> DataLoader:
+    """Load the items in order, from ``first`` on. Beside a GPU, other processes prepare and pack them ahead of time."""
     own = Generator()  # without it, the loader would draw from the random numbers that dropout takes
+    order = range(first, len(batches))
     if not on_gpu:
-        return DataLoader(batches, batch_size=None, generator=own)
-    return DataLoader(_Packed(batches), batch_size=None, generator=own, num_workers=WORKERS, pin_memory=True)
+        return DataLoader(batches, batch_size=None, sampler=order, generator=own)
+    return DataLoader(
+        _Packed(batches), batch_size=None, sampler=order, generator=own, num_workers=WORKERS, pin_memory=True
+    )

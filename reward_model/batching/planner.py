@@ -69,9 +69,9 @@ class Planner:
         spec = self._spec(self.eval_batch_size, layout)
         return [[m] for m in plan_evaluation(groups, spec, self.context.data_rank, self.context.data_size)]
 
-    def load(self, rows: Comparisons, plan: Sequence[list[MicroBatch]], layout: Layout) -> DataLoader:
-        """The batches of a plan, in its order."""
-        return loader(PlannedBatches(rows, plan, layout), on_gpu=self.context.device.type == "cuda")
+    def load(self, rows: Comparisons, plan: Sequence[list[MicroBatch]], layout: Layout, first: int = 0) -> DataLoader:
+        """The batches of a plan, in its order, from its step ``first`` on."""
+        return loader(PlannedBatches(rows, plan, layout), on_gpu=self.context.device.type == "cuda", first=first)
 
     def first(self, rows: Comparisons, groups: RowGroups, layout: Layout, count: int = 3) -> list[Batch]:
         """The first micro-batches of this rank, at most so many."""

@@ -14,9 +14,9 @@ from reward_model.config.options import (
     RunConfig,
     expand,
     parse,
-    refuse_used_folder,
     require_data,
     require_model_folder,
+    require_usable_folder,
 )
 
 FIRST_ROWS = 100
@@ -36,8 +36,7 @@ def main(arguments: list[str]) -> int:
         return 0
     config = parse(arguments)
     require_data(config)
-    if config.output.output_dir:
-        refuse_used_folder(Path(config.output.output_dir))
+    require_usable_folder(config.output)
     require_model_folder(config.model.model_name_or_path)
     show_messages()
     if unseen := check_data(config):

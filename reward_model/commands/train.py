@@ -10,8 +10,9 @@ import sys
 import time
 
 from reward_model.common.distributed import end, prepare_environment, release_shared_memory
-from reward_model.common.logging import quieten, show_messages
+from reward_model.common.logging import logger, quieten, show_messages
 
+RESUMABLE = os.EX_TEMPFAIL  # 75, exit status of a run that was asked to end and goes on when it is started again
 LAUNCHER_GRACE = 3.0  # seconds in which a launcher ends the other ranks once the first has said what is wrong
 
 LOST_CONTACT = ("closed by peer", "Connection reset", "Connection refused", "Broken pipe", "Timed out")
@@ -20,7 +21,8 @@ LOST_CONTACT = ("closed by peer", "Connection reset", "Connection refused", "Bro
 def main(arguments: list[str] | None = None) -> int:
     """Run and return the exit status; an error that the user can mend is one line, said by the first rank."""
     words = sys.argv[1:] if arguments is None else arguments
-    signal.signal(signal.SIGTERM, _interrupt)  # which deepspeed's launcher sends on Ctrl-C
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # deepspeed's launcher sends the first on Ctrl-C, SLURM the second
+        signal.signal(number, _interrupt)
     prepare_environment()
     debug = "--debug" in words
     quieten(debug)
@@ -29,12 +31,17 @@ def main(arguments: list[str] | None = None) -> int:
 
     from reward_model.common.errors import UserError, first_line
     from reward_model.config.options import parse
+    from reward_model.training.stopping import Interrupted
 
     try:
         config = parse(words)
         from reward_model.training.run import run  # seconds of imports, which a typo need not wait for
 
         run(config)
+    except Interrupted as end_of_run:
+        logger.info(str(end_of_run))
+        end()
+        return RESUMABLE
     except UserError as error:
         return fail(str(error), debug)
     except torch.OutOfMemoryError:
@@ -64,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _interrupt(number: int, frame) -> None:
     """Ends a run as Ctrl-C does, in a line; a second signal is not heard."""
-    for each in (signal.SIGTERM, signal.SIGINT):
+    for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(each, signal.SIG_IGN)
     raise KeyboardInterrupt
 

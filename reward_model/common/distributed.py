@@ -337,6 +337,12 @@ def sum_for_later(tensor: torch.Tensor) -> Callable[[], list[float]]:
     return read_copy
 
 
+def any_for_later(is_so: bool, device: torch.device) -> Callable[[], bool]:
+    """Begin to ask whether something is so on any rank; what is returned gives the answer, on every rank."""
+    read = sum_for_later(torch.tensor([float(is_so)], device=device))
+    return lambda: read()[0] > 0
+
+
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     """The rows of all ranks, which may give different numbers of them. (m, …) → (sum of all m, …)"""
     world_size = torch.distributed.get_world_size()
@@ -351,13 +357,21 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
 
 def first_text(text: str) -> str:
     """What the first rank that has something to say says; empty: no rank has."""
-    texts: list[str] = [""] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(texts, text)
-    return next(filter(None, texts), "")
+    return next(filter(None, gather_objects(text)), "")
 
 
 def largest(value: float) -> float:
     """The largest of the numbers that the ranks give."""
-    values: list[float] = [0.0] * torch.distributed.get_world_size()
+    return max(gather_objects(value))
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """What every rank gives, in the order of the ranks, on every rank. Only plain objects: they are pickled."""
+    values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
-    return max(values)
+    return values
+
+
+def from_first(value: Any) -> Any:
+    """What the first rank gives, on every rank."""
+    return gather_objects(value)[0]

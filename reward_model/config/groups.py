@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
@@ -68,6 +69,25 @@ def _require_bounds(name: str, value: float, low: float, high: float, reaches_lo
         raise UserError(f"{name} {value}: not in [{low}, {high})")
     if value < low or (value == low and not reaches_low):
         raise UserError(f"{name} {value}: {'below' if reaches_low else 'not above'} {low:g}")
+
+
+def seconds_of(limit: str) -> float:
+    """The seconds of a ``--time_limit``: minutes, ``HH:MM:SS`` or ``D-HH:MM:SS``.
+
+    >>> seconds_of("90"), seconds_of("1-00:00:30")
+    (5400.0, 86430.0)
+
+    Raises:
+        UserError: it has another form, or is zero.
+    """
+    found = re.fullmatch(r"(?:(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d))|(\d+)", limit)
+    if not found:
+        raise UserError(f"--time_limit {limit}: write minutes, HH:MM:SS or D-HH:MM:SS")
+    days, hours, minutes, seconds, alone = (int(part or 0) for part in found.groups())
+    total = 60.0 * alone + 86_400 * days + 3_600 * hours + 60 * minutes + seconds
+    if not total:
+        raise UserError(f"--time_limit {limit}: no time at all")
+    return total
 
 
 NUMBER = (-math.inf, math.inf, True)
@@ -371,6 +391,7 @@ class TrainingConfig(Group):
     _argument_group_name: ClassVar[str] = "training"
     _bounds: ClassVar[Bounds] = {
         "num_train_epochs": COUNT,
+        "max_steps": NOT_NEGATIVE,
         "learning_rate": POSITIVE,
         "head_learning_rate": POSITIVE,
         "lora_learning_rate": POSITIVE,
@@ -382,6 +403,9 @@ class TrainingConfig(Group):
     }
 
     num_train_epochs: int = flag(1, metavar="N", help="The number of passes over the data.")
+    max_steps: int = flag(
+        0, metavar="N", help="The number of steps, in place of --num_train_epochs: as many passes as that takes."
+    )
     learning_rate: float = flag(5e-5, metavar="RATE", help="The learning rate after the warm-up.")
     head_learning_rate: float | None = flag(
         None, metavar="RATE", help="The learning rate of the score head. Default: --learning_rate."
@@ -416,6 +440,7 @@ class EvaluationConfig(Group):
         "per_device_eval_batch_size": COUNT,
         "eval_interval": NOT_NEGATIVE,
         "eval_iters": NOT_NEGATIVE,
+        "early_stop": NOT_NEGATIVE,
     }
 
     per_device_eval_batch_size: int = flag(
@@ -429,6 +454,16 @@ class EvaluationConfig(Group):
     eval_iters: int = flag(
         0, metavar="N", help="The number of batches in an evaluation; 0 evaluates on every held-out row."
     )
+    keep_best: Literal["accuracy", "loss"] | None = flag(
+        None,
+        help="Save the weights of the evaluation with the highest accuracy, or the lowest loss, in place of the last.",
+    )
+    early_stop: int = flag(
+        0,
+        metavar="N",
+        help="End the training after so many evaluations in a row that were no better than the best one before them, "
+        "by what --keep_best names, or by the loss. 0 does not.",
+    )
 
 
 @dataclass(frozen=True)
@@ -436,9 +471,32 @@ class OutputConfig(Group):
     """What a run leaves behind, and what it shows."""
 
     _argument_group_name: ClassVar[str] = "output"
+    _bounds: ClassVar[Bounds] = {"save_interval": NOT_NEGATIVE, "keep_checkpoints": COUNT}
 
     output_dir: str | None = flag(
         None, metavar="FOLDER", help="The folder of model, metrics and report. Without it, nothing is kept."
+    )
+    save_interval: int = flag(
+        500,
+        metavar="STEPS",
+        help="Write a checkpoint every so many steps, from which an interrupted run goes on. 0 writes one only when "
+        "the run is asked to stop.",
+    )
+    keep_checkpoints: int = flag(2, metavar="K", help="The number of checkpoints that are kept, the newest ones.")
+    resume: str = flag(
+        "auto",
+        metavar="auto|none|CHECKPOINT",
+        help="auto goes on from the newest whole checkpoint in --output_dir, if a run of the same settings was "
+        "interrupted there; none refuses a folder that holds a run; or name a checkpoint.",
+    )
+    resume_anyway: bool = flag(
+        False, help="Resume although settings, data, model or versions differ from those of the checkpoint."
+    )
+    time_limit: str | None = flag(
+        None,
+        metavar="TIME",
+        help="Write a checkpoint and end in time before this limit: minutes, HH:MM:SS or D-HH:MM:SS, as SLURM has it. "
+        "Default: the end of the SLURM job, if there is one.",
     )
     normalize_scores: str | None = flag(
         None,
@@ -455,6 +513,11 @@ class OutputConfig(Group):
         help="The folder of TensorBoard's events. Default: tensorboard in the output folder, or step2_tensorboard.",
     )
     debug: bool = flag(False, help="Show tracebacks and DeepSpeed's own log.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.time_limit is not None:
+            seconds_of(self.time_limit)
 
     @property
     def tensorboard_folder(self) -> str:

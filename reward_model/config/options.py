@@ -132,6 +132,14 @@ def _require_agreement(config: RunConfig) -> None:
         raise UserError(
             f"--save_format {output.save_format} and --pooling {config.model.pooling}: step 3 scores the last token"
         )
+    if not output.output_dir:
+        for name in ("resume_anyway", "time_limit"):
+            if getattr(output, name):
+                raise UserError(f"--{name} without --output_dir: checkpoints lie there")
+        if output.resume not in ("auto", "none"):
+            raise UserError(f"--resume {output.resume} without --output_dir: name the folder of the run")
+        if config.evaluation.keep_best:
+            raise UserError("--keep_best without --output_dir: it says which weights are saved")
     if output.normalize_scores and not output.output_dir:
         raise UserError("--normalize_scores without --output_dir: it changes what is saved")
     if output.normalize_scores not in (None, "train", "eval"):
@@ -171,10 +179,23 @@ def require_bitsandbytes(model: ModelConfig, training: TrainingConfig) -> None:
         raise UserError(f"{flag}: bitsandbytes {there} is too old: pip install 'bitsandbytes>={lowest}'")
 
 
-def refuse_used_folder(folder: Path) -> None:
-    """Raises UserError if another run left something in an output folder; a log file or the like may lie there."""
-    left = [name for name in TRACES if (folder / name).exists()]
-    if left:
+def read_run(path: Path) -> dict[str, Any]:
+    """What a ``run.json`` says of the run that wrote it; empty: it is none that could be gone on from."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) and "content" in values else {}
+
+
+def require_usable_folder(output: OutputConfig) -> None:
+    """Raises UserError for an output folder that holds what no run can go on from.
+
+    Whether a run that lies there is one of these settings is found out later; a log file or the like may lie there.
+    """
+    folder = Path(output.output_dir or "")
+    left = [name for name in TRACES if (folder / name).exists()] if output.output_dir else []
+    if left and (output.resume == "none" or not read_run(folder / "run.json")):
         raise UserError(f"--output_dir {folder} holds another run ({', '.join(left)}): name a new folder")
 
 

@@ -44,8 +44,12 @@ class Settings:
     deepspeed: DeepSpeedSetup
     given: frozenset[str]
 
-    def to_json(self, versions: dict[str, str]) -> str:
-        """``run.json``: the value of every flag, the names of those that were given, and the versions of packages."""
+    def to_json(self, versions: dict[str, str], **more: Any) -> str:
+        """``run.json``: the value of every flag, the names of those that were given, and the versions of packages.
+
+        Args:
+            more: What else it says, by which a run that goes on knows its own.
+        """
         groups = (self.data, self.model, self.batches, self.training, self.evaluation, self.output, self.engine)
         values: dict[str, Any] = {name: value for group in groups for name, value in asdict(group).items()}
         loss = asdict(self.loss)
@@ -56,7 +60,7 @@ class Settings:
             "loss_level": loss.pop("level"),
             **loss,
         }
-        return json.dumps(values | {"given": sorted(self.given), "versions": versions}, indent=2) + "\n"
+        return json.dumps(values | {"given": sorted(self.given), "versions": versions} | more, indent=2) + "\n"
 
 
 def resolve(

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from reward_model.batching.batch import Batch, PackedBatch
-from reward_model.common.distributed import DistributedContext, gather_rows
+from reward_model.common.distributed import DistributedContext, any_for_later, gather_rows
 from reward_model.common.progress import progress
 from reward_model.common.words import counted
 from reward_model.evaluation.metrics import pair_metrics, point_metrics
@@ -37,26 +37,46 @@ class Evaluation:
     scores: dict[str, np.ndarray] = field(default_factory=dict)
 
 
+class Stopped(Exception):
+    """An evaluation that all ranks left together, since the run shall end."""
+
+
+def _never() -> bool:
+    return False
+
+
 @torch.no_grad()
 def score_batches(
-    forward: ForwardPass, batches: Iterable[Loaded], context: DistributedContext, read: Read
+    forward: ForwardPass,
+    batches: Iterable[Loaded],
+    context: DistributedContext,
+    read: Read,
+    is_asked: Callable[[], bool] | None = None,
 ) -> list[np.ndarray]:
     """Score batches on all ranks, each row once, and join what ``read`` takes from each batch.
 
     Args:
         batches: Lists of one batch. A batch of weight 0 is a filler, of which nothing counts.
         read: Takes a batch and its scores, shape (n,), and returns tables with a line for each pair, response or list.
+        is_asked: Whether this rank is asked to end the run; None: nobody can ask.
 
     Returns:
         The tables, with the lines of all ranks.
+
+    Raises:
+        Stopped: A rank was asked to end the run; on all of them after the same batch.
     """
     forward.module.eval()
-    found = []
+    found, any_asked = [], _never
     for (loaded,) in progress(batches, desc="evaluating", unit="batch", leave=False, disable=not context.is_first):
         batch = loaded.to(forward.device)
         tables = read(batch, forward(batch, batch.tokens.ends))
         counts = batch.weight and context.sequence.rank == 0  # its neighbors have the same scores
         found.append([table if counts else table[:0] for table in tables])
+        if any_asked():
+            raise Stopped
+        if is_asked is not None:  # known one batch later, so that none waits for it
+            any_asked = any_for_later(is_asked(), forward.device)
     return [gather_rows(torch.cat(parts)).cpu().numpy() for parts in zip(*found)]
 
 
@@ -65,13 +85,18 @@ def evaluate(
     objective: Objective,
     batches: Iterable[Loaded],
     context: DistributedContext,
+    is_asked: Callable[[], bool] | None = None,
 ) -> Evaluation | None:
-    """Metrics of the whole set, however many ranks share it; None: a score is not finite."""
+    """Metrics of the whole set, however many ranks share it; None: a score is not finite.
+
+    Raises:
+        Stopped: ``is_asked`` said so on a rank.
+    """
 
     def read(batch: Batch, scores: torch.Tensor) -> list[torch.Tensor]:
         return read_judged(batch, scores, objective, forward.thresholds)
 
-    pairs, points, hits = score_batches(forward, batches, context, read)
+    pairs, points, hits = score_batches(forward, batches, context, read, is_asked)
     if not (np.isfinite(pairs).all() and np.isfinite(points[:, 0]).all()):
         return None
     metrics: dict[str, Any] = {}

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 
 from reward_model.common.errors import UserError
+from reward_model.common.files import flush_folder, flush_tree
 from reward_model.common.logging import logger
 from reward_model.models.for_transformers_4 import write_old_keys
 from reward_model.models.lora import merge_lora, save_adapter
@@ -101,10 +102,12 @@ def save(
         if lacking := write_old_keys(staging):
             logger.warning(f"score with Transformers 5 only: Transformers 4 has no setting for {lacking}")
         _share(staging)
+        flush_tree(staging)
         names = sorted(item.name for item in staging.iterdir())
         for name in names:
             os.replace(staging / name, folder / name)
         staging.rmdir()
+        flush_folder(folder)
     except Exception as error:
         shutil.rmtree(staging, ignore_errors=True)
         # safetensors and torch.save have exceptions of their own for a write that fails

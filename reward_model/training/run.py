@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import platform
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -12,18 +15,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from transformers import set_seed
 
 import reward_model
 from reward_model.batching.batch import Batch
+from reward_model.batching.groups import RowGroups
 from reward_model.batching.layout import Layout
 from reward_model.batching.planner import Planner
 from reward_model.common import distributed
 from reward_model.common.distributed import DistributedContext
 from reward_model.common.errors import UserError
+from reward_model.common.files import write_whole
 from reward_model.common.logging import logger
 from reward_model.common.words import counted
-from reward_model.config.options import RunConfig, explain_inherited, refuse_used_folder, require_data
+from reward_model.config.groups import TrainingConfig
+from reward_model.config.options import RunConfig, explain_inherited, require_data, require_usable_folder
 from reward_model.config.settings import Settings, resolve
 from reward_model.data.comparisons import Comparisons
 from reward_model.data.tokenizer import SpecialTokens
@@ -36,14 +43,20 @@ from reward_model.models.loading import DTYPES, is_reward_model, read_config
 from reward_model.models.scorer import Scorer, count
 from reward_model.objectives.losses import Thresholds
 from reward_model.objectives.objective import Objective
-from reward_model.training import verify
+from reward_model.training import resume, verify
+from reward_model.training.best import read_weights
+from reward_model.training.checkpoint import remove_unfinished
+from reward_model.training.checkpointing import Checkpointer
 from reward_model.training.compiling import compile_layers
 from reward_model.training.data import Data, load_data
 from reward_model.training.engine import build_scorer, partition_while_loading, start_engine
-from reward_model.training.records import Records, write_text
+from reward_model.training.records import Records
+from reward_model.training.resume import FINISHED, INTERRUPTED, Start, choose_start, hash_of_model, hash_of_rows
+from reward_model.training.stopping import Interrupted, StopRequest
 from reward_model.training.trainer import Trainer
 
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "tokenizers", "peft")  # whose versions run.json has
+LOCK = ".lock"  # in the output folder
 ROWS_TO_NORMALIZE_BY = 4_096  # their standard deviation is known to about 1 %; OpenAI took 256
 
 
@@ -68,13 +81,19 @@ def run(config: RunConfig) -> TrainResult:
 
     Raises:
         UserError: whatever the user can mend.
+        Interrupted: the run was asked to end, and the same command goes on from its checkpoint.
     """
     require_data(config)
+    require_usable_folder(config.output)
     folder = Path(config.output.output_dir) if config.output.output_dir else None
-    if folder:
-        refuse_used_folder(folder)
     context = distributed.start(config.engine.local_rank, config.engine.offload, config.output.debug)
     context = distributed.share_texts(context, config.engine.sequence_parallel_size)
+    with locked(folder, context), StopRequest(config.output.time_limit).listening() as stop:
+        return run_in(folder, config, context, stop)
+
+
+def run_in(folder: Path | None, config: RunConfig, context: DistributedContext, stop: StopRequest) -> TrainResult:
+    """The same in a folder that no other run has."""
     explain_inherited(config)
     model_config = read_config(config.model.model_name_or_path, config.model.trust_remote_code)
     text = model_config.get_text_config()
@@ -89,29 +108,99 @@ def run(config: RunConfig) -> TrainResult:
     objective = Objective(settings.loss)
     is_trained = is_reward_model(config.model.model_name_or_path, model_config) and not config.model.new_head
     data = load_data(settings, text, objective, context, is_trained)
+    described_run = described_by(settings, context, data)
+    start = choose_start(settings.output, described_run, context) if folder else Start()
+    if start.finished is not None:
+        assert folder is not None
+        logger.info(f"{folder} holds this run, finished after {counted(start.finished['step'], 'step')}: nothing to do")
+        return TrainResult(start.finished["metrics"], start.finished["step"], folder, folder / "report.png")
     try:
-        trainer = prepare(settings, context, objective, data, folder)
+        trainer = prepare(settings, context, objective, data, folder, described_run, start, stop)
     except UserError:
-        if folder and context.is_first:
+        if folder and context.is_first and not start.checkpoint:
             with suppress(OSError):
                 (folder / "run.json").unlink()  # nothing was trained: the mended command may take the folder
         raise
-    trainer.train()
+    try:
+        trainer.train()
+    except Interrupted:
+        if folder and context.is_first:
+            write_whole(folder / INTERRUPTED, json.dumps({"step": trainer.step, "signal": stop.reason}) + "\n")
+        torch.distributed.barrier()
+        release(trainer)
+        raise
+    take_best(trainer)
     keep_scale(trainer, data.reference)
     if folder:
         save(trainer, data, folder)
+        finish(trainer, folder)
     summarize(trainer, folder)
     torch.distributed.barrier()
-    if settings.engine.nvme_path:
-        distributed.release_swap_files(settings.deepspeed.zero, settings.engine.nvme_path)
-    trainer.engine.destroy()
+    release(trainer)
     return TrainResult(dict(trainer.last.metrics), trainer.step, folder, folder / "report.png" if folder else None)
 
 
+@contextmanager
+def locked(folder: Path | None, context: DistributedContext) -> Iterator[None]:
+    """Keep other runs out of an output folder, and make it.
+
+    Raises:
+        UserError: another run has it, or it cannot be made.
+    """
+    lock, problem = None, ""
+    if folder and context.is_first:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(folder / LOCK)
+            lock.acquire(blocking=False)
+        except Timeout:
+            problem = f"--output_dir {folder}: another run is writing there; name another folder, or wait for its end"
+        except OSError as error:
+            problem = f"--output_dir {folder}: {error.strerror}"
+    if problem := distributed.first_text(problem):
+        raise UserError(problem)
+    try:
+        yield
+    finally:
+        if lock and folder:
+            with suppress(OSError):
+                if os.listdir(folder) == [LOCK]:  # nothing was done: leave nothing
+                    (folder / LOCK).unlink()
+                    folder.rmdir()
+            lock.release()
+
+
+def described_by(settings: Settings, context: DistributedContext, data: Data) -> dict[str, Any]:
+    """What ``run.json`` says, by which a run that goes on is known; on every rank what the first one finds."""
+    content = {}
+    if context.is_first and settings.output.output_dir:
+        content = {
+            "train": hash_of_rows(data.train),
+            "evaluation": hash_of_rows(data.evaluation),
+            "model": hash_of_model(settings.model.model_name_or_path),
+        }
+    versions = {"reward_model": reward_model.__version__, "python": platform.python_version()}
+    uses_bits = settings.model.lora_bits or settings.training.optim != "adamw_torch_fused"
+    packages = (*PACKAGES, "bitsandbytes") if uses_bits else PACKAGES
+    versions |= {name: metadata.version(name) for name in packages}
+    values = json.loads(resume.described(settings, context.world_size, versions, content))
+    special = {
+        name: sorted(value) if isinstance(value, frozenset) else value for name, value in asdict(data.special).items()
+    }
+    return distributed.from_first(values | {"special": special})
+
+
 def prepare(
-    settings: Settings, context: DistributedContext, objective: Objective, data: Data, folder: Path | None
+    settings: Settings,
+    context: DistributedContext,
+    objective: Objective,
+    data: Data,
+    folder: Path | None,
+    described_run: dict[str, Any],
+    start: Start,
+    stop: StopRequest,
 ) -> Trainer:
-    """The model, its engine and everything around them, ready to train."""
+    """The model, its engine and everything around them, ready to train, at the first step or where a run was."""
     thresholds = objective.start_thresholds(data.train)
     partitioned = partition_while_loading(settings.deepspeed.config)
     scorer = build_scorer(settings, data.special.rows)
@@ -121,35 +210,55 @@ def prepare(
     if thresholds is not None:
         scorer.thresholds = Thresholds(thresholds, dtype)
     if folder:
-        open_folder(folder, context, scorer, settings, data)
+        open_folder(folder, context, scorer, settings, data, described_run)
     eval_batch = settings.evaluation.per_device_eval_batch_size
     planner = Planner(settings.batches, eval_batch, seed, context, objective.by_row)
     most = settings.evaluation.eval_iters * eval_batch * context.data_size
     groups = planner.training_groups(data.train), planner.evaluation_groups(data.evaluation, most)
-    epochs = range(settings.training.num_train_epochs)
-    steps = sum(len(planner.epoch(groups[0], epoch, SEPARATE.layout)) for epoch in epochs)
-    engine = start_engine(settings, scorer, steps)
+    steps = steps_of_epochs(planner, groups[0], settings.training)
+    engine = start_engine(settings, scorer, steps[1])
     del partitioned
+    checkpointer = Checkpointer(settings, context, engine, scorer, data.tokenizer, folder, described_run)
+    if start.checkpoint:
+        checkpointer.restore(start.checkpoint)
     torch.manual_seed(seed + context.rank)  # dropout: another stream on each rank
     most_responses, pad = settings.batches.max_responses, data.special.pad
     forward = ForwardPass(engine, scorer, dtype, context.device, pad, most_responses, context.sequence)
     records = Records(folder, engine.monitor, context.is_first)
     rows = data.train, data.evaluation
-    trainer = Trainer(settings, context, engine, forward, objective, planner, records, rows, groups, steps)
+    trainer = Trainer(
+        settings, context, engine, forward, objective, planner, records, rows, groups, steps, checkpointer, stop
+    )
     logger.info(described(trainer))
     forward.require_scores(data.special.end)
 
     def to_time(layout: Layout) -> list[Batch]:
         return planner.first(data.train, groups[0], layout)
 
-    logger.info(forward.choose_attention(data.longest, settings.batches.attention, to_time))
+    attention = settings.batches.attention
+    if start.checkpoint and context.sequence.size == 1:
+        attention = start.state["attention"]  # another one would round otherwise
+    logger.info(forward.choose_attention(data.longest, attention, to_time))
     if settings.engine.compile:
         logger.info(compile_layers(scorer, settings.model.gradient_checkpointing))
     for line in planner.advice(groups[0], forward.layout.kind):
         logger.warning(line)
     if not folder:
         logger.warning("no --output_dir: nothing will be saved")
+    checkpointer.announce(trainer.total_steps)
+    if start.checkpoint:
+        trainer.restore(start.state)
+        checkpointer.restore_random(start.checkpoint)
+        logger.info(f"resumed from step {trainer.step} of {trainer.total_steps}: {start.checkpoint.folder}")
     return trainer
+
+
+def steps_of_epochs(planner: Planner, groups: RowGroups, training: TrainingConfig) -> tuple[list[int], int]:
+    """The steps of each epoch, and those that the run takes: all of them, or ``--max_steps``."""
+    steps: list[int] = []
+    while sum(steps) < training.max_steps if training.max_steps else len(steps) < training.num_train_epochs:
+        steps.append(len(planner.epoch(groups, len(steps), SEPARATE.layout)))
+    return steps, training.max_steps or sum(steps)
 
 
 def set_pad(scorer: Scorer, special: SpecialTokens) -> None:
@@ -165,27 +274,33 @@ def set_pad(scorer: Scorer, special: SpecialTokens) -> None:
         part.pad_token_id = special.pad
 
 
-def open_folder(folder: Path, context: DistributedContext, scorer: Scorer, settings: Settings, data: Data) -> None:
-    """Make the output folder, and write ``run.json`` into it, while an error costs nothing yet.
+def open_folder(
+    folder: Path,
+    context: DistributedContext,
+    scorer: Scorer,
+    settings: Settings,
+    data: Data,
+    described_run: dict[str, Any],
+) -> None:
+    """Write ``run.json`` into the output folder, while an error costs nothing yet, and remove what an end left there.
 
     Raises:
-        UserError: it cannot be made, there is no room for the model, or the model cannot be saved.
+        UserError: it cannot be written, there is no room for the model, or the model cannot be saved.
     """
     size = sum(count(p) for p in scorer.parameters()) * torch.finfo(DTYPES[settings.engine.dtype]).bits // 8
     if settings.output.save_format != "hf":
         saving.require_dschat(scorer, data.tokenizer)
     problem = ""
     if context.is_first:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--output_dir {folder}: {error.strerror}") from error
+        for name in (FINISHED, INTERRUPTED):
+            (folder / name).unlink(missing_ok=True)
+        if left := remove_unfinished(folder):
+            logger.warning(f"removed from {folder / 'checkpoints'}: {counted(len(left), 'checkpoint')} left unfinished")
         saving.require_space(folder, size * (2 if settings.output.save_format == "both" else 1))
-        versions = {"reward_model": reward_model.__version__, "python": platform.python_version()}
-        uses_bits = settings.model.lora_bits or settings.training.optim != "adamw_torch_fused"
-        packages = (*PACKAGES, "bitsandbytes") if uses_bits else PACKAGES
-        versions |= {name: metadata.version(name) for name in packages}
-        write_text(folder / "run.json", settings.to_json(versions))
+        try:
+            write_whole(folder / "run.json", json.dumps(described_run, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {folder / 'run.json'}: {error.strerror}") from error
         trust = settings.model.trust_remote_code
         problem = verify.rehearse(data.evaluation, scorer.config, data.tokenizer, data.special, trust)
     if problem := distributed.first_text(problem):
@@ -213,6 +328,19 @@ def described(trainer: Trainer) -> str:
         f"{context.device.type}, {engine.dtype}, ZeRO {engine.zero_stage}{', offload' if engine.offload else ''}"
         f"{'' if optim == 'adamw_torch_fused' else f', {optim}'}"
     )
+
+
+def take_best(trainer: Trainer) -> None:
+    """With ``--keep_best``: the weights of the best evaluation in place of the last, and its numbers."""
+    best, file = trainer.best, trainer.checkpointer.best_file
+    if not (trainer.settings.evaluation.keep_best and best and best.step and file):
+        if not trainer.last.scores:  # the run had been evaluated before it was resumed
+            trainer.last = trainer.scored() or trainer.last
+        return
+    trainer.engine.empty_partition_cache()
+    read_weights(trainer.forward.scorer, file)
+    trainer.last = trainer.scored() or trainer.last
+    logger.info(f"what is saved is the best of all evaluations, step {best.step}: {best.by} {best.value:.4f}")
 
 
 def keep_scale(trainer: Trainer, reference: Comparisons | None) -> None:
@@ -253,7 +381,7 @@ def save(trainer: Trainer, data: Data, folder: Path) -> None:
     save_format = trainer.settings.output.save_format
     names = saving.save(forward.scorer, data.tokenizer, folder, save_format, is_writer)
     if is_writer:
-        pictures.draw(folder / "metrics.jsonl", folder / "report.png", trainer.last.scores)
+        draw(trainer, folder)
         forms = ("hf", "dschat") if save_format == "both" else (save_format,)
         problem = verify.check(
             folder, forms, expected, data.tokenizer, data.special, trainer.settings.model.trust_remote_code
@@ -263,6 +391,33 @@ def save(trainer: Trainer, data: Data, folder: Path) -> None:
             problem = f"what was saved is not what was evaluated, and lies in {kept}: {problem}"
     if problem := distributed.first_text(problem):
         raise UserError(problem)
+
+
+def draw(trainer: Trainer, folder: Path) -> None:
+    """The picture of the run; the model is complete without it."""
+    try:
+        pictures.draw(folder / "metrics.jsonl", folder / "report.png", trainer.last.scores)
+    except OSError as error:
+        logger.warning(f"{folder / 'report.png'}: {error.strerror}; the model is complete without the picture")
+
+
+def finish(trainer: Trainer, folder: Path) -> None:
+    """Leave the mark of a finished run, once all that it leaves is on the disk."""
+    if not trainer.context.is_first:
+        return
+    trainer.records.flush()
+    if trainer.checkpointer.best_file:
+        trainer.checkpointer.best_file.unlink(missing_ok=True)
+    result = {"step": trainer.step, "metrics": trainer.last.metrics}
+    write_whole(folder / FINISHED, json.dumps(result, indent=1) + "\n")
+
+
+def release(trainer: Trainer) -> None:
+    """Give back what the engine holds."""
+    settings = trainer.settings
+    if settings.engine.nvme_path:
+        distributed.release_swap_files(settings.deepspeed.zero, settings.engine.nvme_path)
+    trainer.engine.destroy()
 
 
 def summarize(trainer: Trainer, folder: Path | None) -> None:

@@ -26,12 +26,14 @@ class StepLog:
         self.context, self.records, self.bar = context, records, bar
         self.sums = self._zeros()
         self.pending: tuple | None = None
+        self.is_asked = False  # of any rank, to end the run
+        self.seconds = 0.0  # of the last step
         self.clock = time.perf_counter()
 
     def _zeros(self) -> torch.Tensor:
         # loss, pairs, correct, chosen scores, rejected scores, tokens, those and pads, ranks' forward passes, rows,
-        # the norm of the gradients
-        return torch.zeros(10, dtype=torch.float64, device=self.context.device)
+        # the norm of the gradients, ranks that are asked to end
+        return torch.zeros(11, dtype=torch.float64, device=self.context.device)
 
     def add(self, loss: torch.Tensor, chosen: torch.Tensor, rejected: torch.Tensor, batch: Batch) -> None:
         """Count a micro-batch: its weighted loss (0-d) and the scores of its winners and losers (p,)."""
@@ -47,19 +49,21 @@ class StepLog:
             self.sums[5] += batch.tokens.attention_mask.sum()
             self.sums[8] += len(batch.points.row_weights)
 
-    def end_step(self, step: int, epoch: float, learning_rate: float, grad_norm) -> None:
+    def end_step(self, step: int, epoch: float, learning_rate: float, grad_norm, is_asked: bool = False) -> None:
         """Begin to add up the ranks, and report the step before.
 
         Args:
+            is_asked: this rank is asked to end the run, which all of them know one step later.
             grad_norm: of all ranks' gradients together; None: DeepSpeed keeps none at stage 0 in float32.
         """
         if grad_norm is not None:
             # DeepSpeed's is a tensor, and reading it would wait for the step
             self.sums[9] += grad_norm / self.context.world_size
+        self.sums[10] = float(is_asked)
         read = distributed.sum_for_later(self.sums)
         now = time.perf_counter()
-        seconds, self.clock = now - self.clock, now
-        ended = (step, epoch, seconds, read, learning_rate, grad_norm is not None)
+        self.seconds, self.clock = now - self.clock, now
+        ended = (step, epoch, self.seconds, read, learning_rate, grad_norm is not None)
         self.flush()
         self.pending = ended
         self.sums = self._zeros()
@@ -74,7 +78,8 @@ class StepLog:
             return
         step, epoch, seconds, read, learning_rate, has_norm = self.pending
         self.pending = None
-        loss, pairs, correct, chosen, rejected, tokens, computed, passes, rows, grad_norm = read()
+        loss, pairs, correct, chosen, rejected, tokens, computed, passes, rows, grad_norm, asked = read()
+        self.is_asked = self.is_asked or asked > 0
         if not math.isfinite(loss):
             raise UserError(f"step {step}: the loss is {loss}; lower --learning_rate, or take --dtype bf16")
         values = {

@@ -6,6 +6,10 @@ Notation: n responses, r tokens of the longest, p pairs.
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from itertools import accumulate
+from typing import Any
+
 import torch
 
 from reward_model.batching.batch import Batch
@@ -17,18 +21,23 @@ from reward_model.common.logging import logger
 from reward_model.common.progress import progress
 from reward_model.config.settings import Settings
 from reward_model.data.comparisons import Comparisons
-from reward_model.evaluation.evaluate import Evaluation, described, evaluate
+from reward_model.evaluation.evaluate import Evaluation, Stopped, described, evaluate
 from reward_model.models.forward import ForwardPass
+from reward_model.models.scorer import count
 from reward_model.objectives.objective import Objective
+from reward_model.training.best import Best
+from reward_model.training.checkpointing import Checkpointer
 from reward_model.training.records import Records
 from reward_model.training.step_log import StepLog
+from reward_model.training.stopping import Interrupted, StopRequest
+from reward_model.training.verify import MOST_WRITTEN, choose_texts
 
 
 class Trainer:
     """Takes an engine through the epochs.
 
-    What a resumed run would have to store of it: the engine (weights, optimizer, learning-rate schedule), ``step``, and
-    the random states of each rank. Which rows a step holds follows from seed and epoch.
+    What a checkpoint stores of it besides the engine and the random states of each rank is :meth:`state`. Which rows a
+    step holds follows from seed and epoch, so that a run goes on at any step without the batches before.
     """
 
     def __init__(
@@ -42,44 +51,142 @@ class Trainer:
         records: Records,
         rows: tuple[Comparisons, Comparisons],
         groups: tuple[RowGroups, RowGroups],
-        total_steps: int,
+        steps: tuple[list[int], int],
+        checkpointer: Checkpointer,
+        stop: StopRequest,
     ):
         """
         Args:
             engine: DeepSpeed's, around the scorer of ``forward``.
             rows, groups: for training, and for evaluations.
-            total_steps: of all epochs.
+            steps: of each epoch, and those that are taken.
+            stop: that the run shall end before that.
         """
         self.settings, self.context, self.engine, self.forward = settings, context, engine, forward
         self.objective, self.planner, self.records = objective, planner, records
         self.train_set, self.eval_set = rows
         self.groups, self.eval_groups = groups
-        self.step, self.total_steps = 0, total_steps
+        self.ends, self.total_steps = list(accumulate(steps[0])), steps[1]
+        self.checkpointer, self.stop = checkpointer, stop
+        self.step, self.evaluated = 0, -1
         self.last = Evaluation()
+        self.probe = choose_texts(self.eval_set, parameters=1)[:MOST_WRITTEN]
+        by = settings.evaluation.keep_best or ("loss" if settings.evaluation.early_stop else None)
+        self.best = Best(by) if by else None
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint stores of the loop, as JSON has it; of the rest, what ``reward-model export`` needs."""
+        thresholds = self.forward.scorer.thresholds
+        return {
+            "step": self.step,
+            "evaluated": self.evaluated,
+            "metrics": self.last.metrics,
+            "lines": self.records.lines,
+            "attention": self.forward.attention.name,
+            "best": self.best and self.best.state(),
+            "lowest_grade": float(self.objective.lowest_grade),
+            "thresholds": 0 if thresholds is None else sum(count(each) for each in thresholds.parameters()),
+            "probe": self.probe,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Be where a run was when it wrote its :meth:`state`; the attention is chosen by whoever calls this."""
+        self.step, self.evaluated = state["step"], state["evaluated"]
+        self.last = Evaluation(state["metrics"])
+        if self.best and state["best"] and state["best"]["by"] == self.best.by:
+            self.best = Best(**state["best"])
+        self.records.cut(state["lines"])
 
     def train(self) -> None:
-        """All epochs, with an evaluation before the first step, after each epoch, and every ``--eval_interval``."""
-        layout, interval = self.forward.layout, self.settings.evaluation.eval_interval
-        self.evaluate(epoch=0)
-        bar = progress(total=self.total_steps, desc="training", unit="step", disable=not self.context.is_first)
+        """All epochs, with an evaluation before the first step, after each epoch, and every ``--eval_interval``.
+
+        Raises:
+            Interrupted: the run was asked to end, and can go on from a checkpoint.
+            UserError: numbers that no training goes on from.
+        """
+        layout = self.forward.layout
+        self.records.cut(self.records.lines)
+        self.evaluate_if_due()
+        bar = progress(
+            total=self.total_steps, initial=self.step, desc="training", unit="step", disable=not self.context.is_first
+        )
         log = StepLog(self.context, self.records, bar)
-        for epoch in range(self.settings.training.num_train_epochs):
+        while self.step < self.total_steps and not self.is_good_enough:
+            epoch = bisect_right(self.ends, self.step)
+            done = self.step - (self.ends[epoch - 1] if epoch else 0)
             self.engine.train()
             plan = self.planner.epoch(self.groups, epoch, layout.kind)
-            for done, batches in enumerate(self.planner.load(self.train_set, plan, layout), 1):
+            for batches in self.planner.load(self.train_set, plan, layout, first=done):
                 for batch in batches:
                     self.engine.set_gradient_accumulation_boundary(batch is batches[-1])
                     self.train_micro_batch(batch.to(self.context.device), log)
                 self.step += 1
-                reached = epoch + done / len(plan)
-                log.end_step(self.step, reached, self.engine.get_lr()[0], self.engine.get_global_grad_norm())
-                if done == len(plan) or (interval and self.step % interval == 0):
-                    log.flush()
-                    self.evaluate(reached)
-                    self.engine.train()
-                    log.restart_clock()
+                log.end_step(
+                    self.step, self.epoch, self.engine.get_lr()[0], self.engine.get_global_grad_norm(), self.stop.asked
+                )
+                self.end_step(log)
+                if self.step == self.total_steps or self.is_good_enough:
+                    break
         log.flush()
         bar.close()
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the data so far."""
+        epoch = bisect_right(self.ends, self.step)
+        before = self.ends[epoch - 1] if epoch else 0
+        whole = epoch == len(self.ends)
+        return float(epoch) if whole else epoch + (self.step - before) / (self.ends[epoch] - before)
+
+    @property
+    def is_good_enough(self) -> bool:
+        """Whether ``--early_stop`` ends the training."""
+        most = self.settings.evaluation.early_stop
+        return bool(most and self.best and self.best.since >= most)
+
+    @property
+    def is_evaluation_due(self) -> bool:
+        """Whether held-out rows are scored after this step, and were not yet."""
+        interval = self.settings.evaluation.eval_interval
+        is_end = self.step in (0, self.total_steps) or self.step in self.ends
+        return self.evaluated != self.step and (is_end or bool(interval and self.step % interval == 0))
+
+    def end_step(self, log: StepLog) -> None:
+        """After a step: its checkpoint, its evaluation, or the end of the run."""
+        self.stop.step_seconds = max(self.stop.step_seconds, log.seconds)
+        is_alone, is_last = self.context.world_size == 1, self.step == self.total_steps
+        is_due = self.checkpointer.is_due(self.step) or (is_last and self.checkpointer.last_step > 0)
+        if not (is_due or self.is_evaluation_due or log.is_asked or (is_alone and self.stop.asked)):
+            return
+        log.flush()  # after which all ranks know what was asked in this step
+        is_asked = (log.is_asked or (is_alone and self.stop.asked)) and not is_last
+        if is_due or is_asked:
+            self.save()
+        if is_asked:
+            self.end_early()
+        self.evaluate_if_due()
+        self.engine.train()
+        log.restart_clock()
+
+    def save(self) -> str:
+        """Write a checkpoint of this step, unless it has one; why that failed, in a line."""
+        if self.checkpointer.last_step == self.step:
+            return ""
+        self.records.flush()
+        problem = self.checkpointer.save(self.step, self.state())
+        self.stop.save_seconds = self.checkpointer.seconds
+        return problem
+
+    def end_early(self) -> None:
+        """End the run, which has a checkpoint of this step if one could be written.
+
+        Raises:
+            Interrupted: always.
+        """
+        what = f"step {self.step}: ended by {self.stop.reason if self.stop.asked else 'another rank'}"
+        if self.checkpointer.last_step == self.step:
+            raise Interrupted(f"{what}; the same command goes on from here")
+        raise UserError(f"{what} before the end of the run, without a checkpoint of this step")
 
     def train_micro_batch(self, batch: Batch, log: StepLog) -> None:
         """Forward and backward pass of a batch on this device, and the optimizer's step if it is the last of one."""
@@ -102,21 +209,47 @@ class Trainer:
         loss = self.objective(batch, scores, every, self.forward.thresholds)
         return loss, scores[batch.pairs.better], scores[batch.pairs.worse]
 
-    def evaluate(self, epoch: float) -> None:
+    def evaluate_if_due(self) -> None:
+        """Score the evaluation rows if they are to be scored after this step.
+
+        Raises:
+            Interrupted: the run was asked to end meanwhile; when it goes on, the evaluation begins again.
+        """
+        if not self.is_evaluation_due:
+            return
+        try:
+            self.evaluate()
+        except Stopped:
+            self.save()
+            self.end_early()
+
+    def evaluate(self) -> None:
         """Score the evaluation rows on all ranks, each once, and record the metrics of the whole set.
 
         Raises:
             UserError: a score is not finite.
+            Stopped: the run shall end.
         """
-        layout = self.forward.layout
-        plan = self.planner.evaluation(self.eval_groups, layout.kind)
-        batches = self.planner.load(self.eval_set, plan, layout)
-        found = evaluate(self.forward, self.objective, batches, self.context)
+        found = self.scored()
         if found is None:
             advice = "lower --learning_rate, or take --dtype bf16"
             if not self.step:
                 advice = "nothing was trained yet, so look for NaN in the model's weights, or take --dtype fp32 or bf16"
             raise UserError(f"step {self.step}: a held-out score is not finite; {advice}")
-        self.last = found
-        self.records.add({"split": "eval", "step": self.step, "epoch": round(epoch, 4)} | found.metrics)
+        self.last, self.evaluated = found, self.step
+        self.records.add({"split": "eval", "step": self.step, "epoch": round(self.epoch, 4)} | found.metrics)
         logger.info(f"step {self.step}: {described(found.metrics, self.objective.names)}")
+        if self.best and self.best.judge(found.metrics, self.step) and self.settings.evaluation.keep_best:
+            self.checkpointer.save_best(self.best)
+        if self.is_good_enough and self.best:
+            logger.info(
+                f"step {self.step}: no better {self.best.by} in {self.best.since} evaluations since step "
+                f"{self.best.step}, and the training ends here"
+            )
+
+    def scored(self) -> Evaluation | None:
+        """The evaluation rows, scored; None: a score is not finite."""
+        layout = self.forward.layout
+        plan = self.planner.evaluation(self.eval_groups, layout.kind)
+        batches = self.planner.load(self.eval_set, plan, layout)
+        return evaluate(self.forward, self.objective, batches, self.context, lambda: self.stop.asked)

@@ -59,6 +59,27 @@ def ask_a_fork(question):
         return json.loads(Path(files[1]).read_text(encoding="utf-8"))
 
 
+def send_signal_at(event):
+    """Have this process get a signal at the end of a step, or in the middle of the evaluation after it."""
+    from reward_model.evaluation import evaluate
+    from reward_model.training.step_log import StepLog
+
+    end_step, read_judged, reached = StepLog.end_step, evaluate.read_judged, []
+
+    def ended(log, step, *rest):
+        end_step(log, step, *rest)
+        reached.append(step)
+        if step == event["step"] and not event.get("in_evaluation"):
+            os.kill(os.getpid(), getattr(signal, event["signal"]))
+
+    def read(*arguments):
+        if event.get("in_evaluation") and reached[-1:] == [event["step"]]:
+            os.kill(os.getpid(), getattr(signal, event["signal"]))
+        return read_judged(*arguments)
+
+    StepLog.end_step, evaluate.read_judged = ended, read
+
+
 def become_main(request, rank):
     """In the child: main.py with these flags, as ``python main.py`` or a launcher would start it."""
     os.environ.clear()
@@ -74,6 +95,9 @@ def become_main(request, rank):
     from reward_model.training import verify
 
     verify.ask = ask_a_fork
+    for each in request["signals"]:
+        if each["rank"] == rank:
+            send_signal_at(each)
     sys.argv = ["main.py", *request["flags"]]
     os.chdir(Path(MAIN).parent)
     status = 0
