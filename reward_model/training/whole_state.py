@@ -89,11 +89,12 @@ class WholeState:
                 whole = slice(shape.numel())
                 yield name, Parameter(weight[whole], {key: value[whole] for key, value in moments.items()})
 
-    def optimizer_steps(self) -> float:
-        """That Adam has counted."""
+    def optimizer_step(self) -> Any:
+        """That Adam has counted, a tensor or a number as its kind keeps it."""
         first = self.optimizers[0]
         states = first["optimizer_state_dict" if self.stage == 3 else "base_optimizer_state"]["state"]
-        return float(next(iter(states.values()))["step"])
+        step = next(iter(states.values()))["step"]
+        return step.clone() if torch.is_tensor(step) else step
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The weights that train, and buffers, by name; flat where ZeRO 3 divided them."""
@@ -123,6 +124,41 @@ def _merged(mappings: Iterator[list[dict[str, Any]]]) -> list[dict[str, None]]:
     return groups
 
 
+@dataclass(frozen=True)
+class Place:
+    """A rank's part of a parameter: ``size`` numbers from ``of`` of the whole, lying from ``begin`` of a flat tensor."""
+
+    flat: torch.Tensor
+    begin: int
+    of: int
+    size: int
+
+    def take(self, into: torch.Tensor, whole: torch.Tensor) -> None:
+        """Copy this rank's part of a whole parameter."""
+        into[self.begin : self.begin + self.size].copy_(whole[self.of : self.of + self.size])
+
+
+def places(engine: Any) -> dict[str, Place]:
+    """Of every parameter of which ZeRO 1, 2 or 3 gives this rank a part, by its name."""
+    optimizer, names = engine.optimizer, engine.param_names
+    found = {}
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # ZeRO 3
+        for flat, group in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups):
+            begin = 0
+            for parameter in group:
+                size = -(-parameter.ds_numel // engine.world_size)
+                of = engine.global_rank * size
+                found[names[parameter]] = Place(flat, begin, of, max(0, min(size, parameter.ds_numel - of)))
+                begin += size
+        return found
+    for flat, group in zip(optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups):
+        for parameter in group:
+            if (mapping := parameter._hp_mapping) is not None:
+                own, of = mapping.get_hp_fragment_address(), mapping.lp_fragment_address
+                found[names[parameter]] = Place(flat, own.start, of.start, own.numel)
+    return found
+
+
 @torch.no_grad()
 def spread(state: WholeState, engine: Any) -> None:
     """Give an engine of any number of processes, with ZeRO 1, 2 or 3, what a checkpoint says; every rank calls it.
@@ -130,55 +166,26 @@ def spread(state: WholeState, engine: Any) -> None:
     Raises:
         UserError: the checkpoint lacks a parameter.
     """
-    from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
-
     own = {name: parameter for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
+    here, moments = places(engine), engine.optimizer.optimizer.state
+    for place in here.values():
+        if not moments[place.flat]:
+            zeros = {key: torch.zeros_like(place.flat) for key in MOMENTS}
+            moments[place.flat] = {"step": state.optimizer_step(), **zeros}
     missing = set(own)
     for name, each in state.parameters():
-        parameter = own[name]
         missing.discard(name)
-        with gathered([parameter], modify=True):
-            if parameter.numel() == each.weight.numel():
-                parameter.copy_(each.weight.view(parameter.shape))
-        if hasattr(parameter, "ds_tensor"):
-            part = _partition(each, parameter.ds_tensor.ds_numel, engine.global_rank)
-            safe_set_local_fp32_param(parameter, part.weight)
-            for key, value in part.moments.items():
-                safe_set_local_optimizer_state(parameter, value, key)
-        else:
-            _set_fragment(parameter, each)
+        with gathered([own[name]], modify=True):
+            if own[name].numel() == each.weight.numel():
+                own[name].copy_(each.weight.view(own[name].shape))
+        if name in here:
+            place = here[name]
+            place.take(place.flat, each.weight)
+            for key, whole in each.moments.items():
+                place.take(moments[place.flat][key], whole)
     if missing:
         raise UserError(f"{state.checkpoint.folder} lacks {len(missing)} parameters, such as {min(missing)}")
-    _set_counters(state, engine)
-
-
-def _partition(each: Parameter, size: int, rank: int) -> Parameter:
-    """A rank's part of a parameter under ZeRO 3, filled up with zeros."""
-
-    def part(whole: torch.Tensor) -> torch.Tensor:
-        piece = whole[rank * size : (rank + 1) * size]
-        return torch.nn.functional.pad(piece, (0, size - len(piece)))
-
-    return Parameter(part(each.weight), {key: part(value) for key, value in each.moments.items()})
-
-
-def _set_fragment(parameter: Any, each: Parameter) -> None:
-    """A rank's part of a parameter under ZeRO 1 and 2, if it has one."""
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-    safe_set_full_fp32_param(parameter, each.weight)
-    for key, value in each.moments.items():
-        safe_set_full_optimizer_state(parameter, value, key)
-
-
-def _set_counters(state: WholeState, engine: Any) -> None:
-    """The steps that Adam, the schedule and the engine have counted, and the loss scale."""
-    steps, saved = state.optimizer_steps(), state.model
-    for own in engine.optimizer.optimizer.state.values():
-        if torch.is_tensor(own.get("step")):
-            own["step"].fill_(steps)
-        elif "step" in own:
-            own["step"] = int(steps)
+    saved = state.model
     engine.lr_scheduler.load_state_dict(saved["lr_scheduler"])
     for group, rate in zip(engine.optimizer.param_groups, engine.lr_scheduler.get_last_lr()):
         group["lr"] = rate

@@ -87,7 +87,7 @@ def launch(*flags, launcher="warm", processes=1, timeout=300, environment=None, 
             "".join(Path(folder, f"{name}{rank}").read_text() for rank in range(processes)) for name in ("out", "err")
         )
         result = subprocess.CompletedProcess(words, status, *said)
-    if status == -signal.SIGKILL:
+    if status == -signal.SIGKILL and not signals:  # else it is what was sent
         raise subprocess.TimeoutExpired(words, timeout, result.stdout, result.stderr)
     return result
 
