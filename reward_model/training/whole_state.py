@@ -126,7 +126,7 @@ def _merged(mappings: Iterator[list[dict[str, Any]]]) -> list[dict[str, None]]:
 
 @dataclass(frozen=True)
 class Place:
-    """A rank's part of a parameter: ``size`` numbers from ``of`` of the whole, lying from ``begin`` of a flat tensor."""
+    """A rank's part of a parameter: ``size`` numbers from ``of`` of the whole, at ``begin`` of a flat tensor."""
 
     flat: torch.Tensor
     begin: int
