@@ -7,6 +7,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -387,7 +388,7 @@ def test_a_checkpoint_becomes_the_model_that_the_run_would_have_saved(processes,
     """The run's last checkpoint is of its last step."""
     from reward_model.commands.export import main
 
-    ran(demo, tmp_path / "out", "--save_interval", 5, *flags.split(), processes=processes)
+    ran(demo, tmp_path / "out", "--save_interval", 1, *flags.split(), processes=processes)
     assert main([str(tmp_path / "out"), str(tmp_path / "model")]) == 0
     saved, exported = (what_is_left_of_model(tmp_path / name) for name in ("out", "model"))
     assert saved.keys() == exported.keys()
@@ -449,3 +450,16 @@ def test_a_pickle_in_a_checkpoint_is_not_run(demo, tmp_path):
     assert result.returncode == 1
     assert "more than tensors and numbers" in result.stderr
     assert not (tmp_path / "executed").exists()
+
+
+def test_an_adapter_alone_is_a_model_to_start_from(demo, tmp_path):
+    """With its head: the first evaluation is the last one of the run that trained it."""
+    ran(demo, tmp_path / "out", "--lora_dim", 4, "--lora_learning_rate", 1e-2)
+    shutil.copytree(tmp_path / "out" / "adapter", tmp_path / "moved")
+    said = ran(demo, tmp_path / "again", "--model_name_or_path", tmp_path / "moved", "--lora_dim", 4)
+    assert f"moved is a LoRA adapter of {demo / 'model'}: merged into" in said
+    (before, after) = (what_is_left(tmp_path / name)[1] for name in ("out", "again"))
+    for name in ("loss", "chosen_mean", "rejected_std"):
+        assert after[0][name] == pytest.approx(before[-1][name], abs=1e-5)
+    said = ran(demo, tmp_path / "beside", "--model_name_or_path", tmp_path / "out" / "adapter")
+    assert f"starting from {tmp_path / 'out'}, where it is merged" in said

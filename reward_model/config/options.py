@@ -211,7 +211,6 @@ def require_model_folder(name_or_path: str) -> None:
     if is_path and not Path(name_or_path).is_dir():
         raise UserError(f"--model_name_or_path {name_or_path}: no such folder")
     if Path(name_or_path).is_dir():
-        require_no_adapter(Path(name_or_path))
         for pattern in ("*.json", "*.safetensors", "*.bin", "*.model"):
             for file in Path(name_or_path).glob(pattern):
                 require_no_lfs_pointer(file)

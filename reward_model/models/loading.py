@@ -21,7 +21,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from reward_model.common.errors import UserError, first_line, why_not
 from reward_model.common.logging import logger
 from reward_model.common.words import counted
-from reward_model.config.options import require_model_folder
+from reward_model.config.options import require_model_folder, require_no_adapter
 from reward_model.models.heads import (
     adopt_head,
     adopt_output,
@@ -289,6 +289,7 @@ def _forget_quantization(model: nn.Module) -> None:
 def read_config(name_or_path: str, trust_remote_code: bool = False):
     """Raises UserError where there is no model, or one that cannot be trained."""
     require_model_folder(name_or_path)
+    require_no_adapter(Path(name_or_path))
     try:
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except Exception as error:  # OSError, ValueError, KeyError: missing, unreachable, unknown architecture

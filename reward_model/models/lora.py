@@ -189,7 +189,7 @@ ROUNDS_MORE = {
 }
 
 
-def save_adapter(scorer: Scorer, folder: Path, state: dict[str, torch.Tensor]) -> None:
+def save_adapter(scorer: Scorer, tokenizer, folder: Path, state: dict[str, torch.Tensor]) -> None:
     """Write the adapter alone, unless PEFT would put parts of it elsewhere when it loads it, which is said."""
     if moved := _moved_by_peft(scorer):
         logger.warning(
@@ -198,6 +198,7 @@ def save_adapter(scorer: Scorer, folder: Path, state: dict[str, torch.Tensor]) -
         )
         return
     scorer.model.save_pretrained(folder, state_dict=state)
+    tokenizer.save_pretrained(folder)  # with its template and its pad, so that a run can start from the adapter alone
     write_card(scorer, folder)
 
 

@@ -92,7 +92,7 @@ def save(
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
         if hasattr(scorer.model, "peft_config"):
-            save_adapter(scorer, staging / "adapter", state)
+            save_adapter(scorer, tokenizer, staging / "adapter", state)
             state = merge_lora(scorer, state)
         tokenizer.save_pretrained(staging)
         if save_format in ("hf", "both"):

@@ -8,7 +8,7 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from reward_model.data.comparisons import Comparisons
 from reward_model.data.tokenizer import SpecialTokens
 from reward_model.evaluation import pictures, score_scale
 from reward_model.evaluation.evaluate import summary
-from reward_model.models import saving
+from reward_model.models import adapters, saving
 from reward_model.models.attention import SEPARATE
 from reward_model.models.forward import ForwardPass
 from reward_model.models.loading import DTYPES, is_reward_model, read_config
@@ -95,6 +95,7 @@ def run(config: RunConfig) -> TrainResult:
 def run_in(folder: Path | None, config: RunConfig, context: DistributedContext, stop: StopRequest) -> TrainResult:
     """The same in a folder that no other run has."""
     explain_inherited(config)
+    config = with_whole_model(config, context)
     model_config = read_config(config.model.model_name_or_path, config.model.trust_remote_code)
     text = model_config.get_text_config()
     default_dtype = distributed.default_dtype()
@@ -138,6 +139,28 @@ def run_in(folder: Path | None, config: RunConfig, context: DistributedContext, 
     torch.distributed.barrier()
     release(trainer)
     return TrainResult(dict(trainer.last.metrics), trainer.step, folder, folder / "report.png" if folder else None)
+
+
+def with_whole_model(config: RunConfig, context: DistributedContext) -> RunConfig:
+    """A LoRA adapter to start from is replaced by the model that has it merged; the first rank makes it.
+
+    Raises:
+        UserError: it cannot be merged.
+    """
+    model = config.model
+    if not adapters.is_adapter(model.model_name_or_path):
+        return config
+    found, problem = "", ""
+    if context.is_first and (found := adapters.merged_before(model.model_name_or_path)):
+        logger.info(f"{model.model_name_or_path} is a LoRA adapter: starting from {found}, where it is merged")
+    elif context.is_first:
+        try:
+            found = adapters.merged(model.model_name_or_path, config.data.cache_folder, model.trust_remote_code)
+        except UserError as error:
+            problem = str(error)
+    if problem := distributed.first_text(problem):
+        raise UserError(problem)
+    return replace(config, model=replace(model, model_name_or_path=distributed.first_text(found)))
 
 
 @contextmanager
