@@ -16,6 +16,7 @@ import copy
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 
 from reward_model.common.errors import UserError
-from reward_model.common.files import flush_folder, flush_tree
+from reward_model.common.files import flush_folder, flush_tree, remove_folder
 from reward_model.common.logging import logger
 from reward_model.models.for_transformers_4 import write_old_keys
 from reward_model.models.lora import merge_lora, save_adapter
@@ -70,50 +71,75 @@ def save(
     folder: Path,
     save_format: str = "hf",
     is_writer: bool = True,
+    make_room: Callable[[], bool] = lambda: False,
 ) -> list[str]:
     """Write a model with its tokenizer; LoRA merged, its adapter in ``adapter/``. Called by every rank.
 
     Args:
         save_format: ``hf``, ``dschat`` or ``both``, in one folder.
         is_writer: this rank writes; the others only give their part of the weights.
+        make_room: called when the disk is full; whether it has freed some, so that another try is worth it.
 
     Returns:
         The names of what was written into the folder; none on a rank that writes nothing.
 
     Raises:
-        UserError: the disk is full, or the model has no DeepSpeed-Chat form.
+        UserError: the disk is full or takes no files, or the model has no DeepSpeed-Chat form.
     """
     state = whole_state_dict(scorer.model, keep=is_writer)
     if not is_writer:
         return []
     tell_raw_score(scorer.config)
     staging = folder / ".saving"
-    try:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        if hasattr(scorer.model, "peft_config"):
-            save_adapter(scorer, tokenizer, staging / "adapter", state)
-            state = merge_lora(scorer, state)
-        tokenizer.save_pretrained(staging)
-        if save_format in ("hf", "both"):
-            _save_for_loading(scorer, state, staging)
-        if save_format in ("dschat", "both"):
-            _save_dschat(scorer, state, tokenizer, staging)
-        if lacking := write_old_keys(staging):
-            logger.warning(f"score with Transformers 5 only: Transformers 4 has no setting for {lacking}")
-        _share(staging)
-        flush_tree(staging)
-        names = sorted(item.name for item in staging.iterdir())
-        for name in names:
-            os.replace(staging / name, folder / name)
-        staging.rmdir()
-        flush_folder(folder)
-    except Exception as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        # safetensors and torch.save have exceptions of their own for a write that fails
-        if any(words in str(error) for words in ("No space left", "Disk quota", "PytorchStreamWriter")):
-            raise UserError(f"no space left on the disk of {folder}: the model was not saved") from error
-        raise
+    while True:
+        try:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+            _write_forms(scorer, tokenizer, staging, save_format, state)
+            return _move_into(folder, staging)
+        except Exception as error:
+            shutil.rmtree(staging, ignore_errors=True)
+            # safetensors and torch.save have exceptions of their own for a write that fails
+            is_full = any(words in str(error) for words in ("No space left", "Disk quota", "PytorchStreamWriter"))
+            if is_full and make_room():
+                continue
+            if is_full or isinstance(error, OSError):
+                why = "no space left on the disk" if is_full else getattr(error, "strerror", None) or str(error)
+                raise UserError(f"{folder}: {why}: the model was not saved") from error
+            raise
+
+
+def _write_forms(
+    scorer: Scorer,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    save_format: str,
+    state: dict[str, torch.Tensor],
+) -> None:
+    """Write all that belongs to a saved model."""
+    if hasattr(scorer.model, "peft_config"):
+        save_adapter(scorer, tokenizer, folder / "adapter", state)
+        state = merge_lora(scorer, state)
+    tokenizer.save_pretrained(folder)
+    if save_format in ("hf", "both"):
+        _save_for_loading(scorer, state, folder)
+    if save_format in ("dschat", "both"):
+        _save_dschat(scorer, state, tokenizer, folder)
+    if lacking := write_old_keys(folder):
+        logger.warning(f"score with Transformers 5 only: Transformers 4 has no setting for {lacking}")
+
+
+def _move_into(folder: Path, staging: Path) -> list[str]:
+    """Move what was written into its place, once it is on the disk; the names."""
+    _share(staging)
+    flush_tree(staging)
+    names = sorted(item.name for item in staging.iterdir())
+    for name in names:
+        if (folder / name).is_dir():  # of a save that was cut short
+            remove_folder(folder / name)
+        os.replace(staging / name, folder / name)
+    staging.rmdir()
+    flush_folder(folder)
     return names
 
 

@@ -251,10 +251,12 @@ def _finish(staging: Path, place: Path, manifest: dict[str, Any]) -> None:
     flush_folder(place.parent)
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest ``keep`` checkpoints of an output folder, the newest of which was just written."""
-    for each in listed(folder)[keep:]:
+def prune(folder: Path, keep: int) -> int:
+    """Remove all but the newest ``keep`` checkpoints of an output folder; how many those were."""
+    older = listed(folder)[keep:]
+    for each in older:
         remove_folder(each.folder)
+    return len(older)
 
 
 def remove_unfinished(folder: Path) -> list[str]:

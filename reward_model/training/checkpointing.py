@@ -9,12 +9,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from reward_model.common import distributed
 from reward_model.common.distributed import DistributedContext
 from reward_model.common.errors import UserError
 from reward_model.common.logging import logger
 from reward_model.config.groups import OutputConfig
 from reward_model.config.settings import Settings
+from reward_model.models.loading import DTYPES
 from reward_model.models.scorer import Scorer, count
 from reward_model.training import checkpoint, random_states
 from reward_model.training.best import Best, write_weights
@@ -62,6 +65,8 @@ class Checkpointer:
         self.seconds, self.last_step = 0.0, -1
         self.has_frozen = any(not parameter.requires_grad for parameter in scorer.parameters())
         self.size = expected_size(scorer, settings)
+        bits = torch.finfo(DTYPES[settings.engine.dtype]).bits
+        self.model_size = sum(count(parameter) for parameter in scorer.parameters()) * bits // 8
 
     def announce(self, total_steps: int) -> None:
         """Say what checkpoints will take of the disk, if there will be any, and whether that is there."""
@@ -118,10 +123,11 @@ class Checkpointer:
         return ""
 
     def _no_room(self, folder: Path) -> str:
+        """Why the disk has no room for a checkpoint and, later, the model; empty: it has."""
         free = shutil.disk_usage(folder).free if folder.is_dir() else None
-        if free is None or free >= self.size:
+        if free is None or free >= self.size + self.model_size:
             return ""
-        return f"{folder} has {in_gb(free)} free, a checkpoint takes {in_gb(self.size)}"
+        return f"{folder} has {in_gb(free)} free; a checkpoint takes {in_gb(self.size)}, the model {in_gb(self.model_size)}"
 
     def _write(self, writer: Writer, state: dict[str, Any]) -> None:
         """This rank's files."""

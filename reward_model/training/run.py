@@ -45,7 +45,7 @@ from reward_model.objectives.losses import Thresholds
 from reward_model.objectives.objective import Objective
 from reward_model.training import resume, verify
 from reward_model.training.best import read_weights
-from reward_model.training.checkpoint import remove_unfinished
+from reward_model.training.checkpoint import prune, remove_unfinished
 from reward_model.training.checkpointing import Checkpointer
 from reward_model.training.compiling import compile_layers
 from reward_model.training.data import Data, load_data
@@ -402,7 +402,14 @@ def save(trainer: Trainer, data: Data, folder: Path) -> None:
     expected = verify.expect(forward, trainer.eval_set, data.tokenizer, data.special)
     trainer.engine.empty_partition_cache()  # ZeRO 3 may be fetching ahead, and gathers no weight twice
     save_format = trainer.settings.output.save_format
-    names = saving.save(forward.scorer, data.tokenizer, folder, save_format, is_writer)
+
+    def make_room() -> bool:
+        removed = prune(folder, 1)
+        if removed:
+            logger.warning(f"{folder}: the disk is full; removed {counted(removed, 'older checkpoint')} for the model")
+        return removed > 0
+
+    names = saving.save(forward.scorer, data.tokenizer, folder, save_format, is_writer, make_room)
     if is_writer:
         draw(trainer, folder)
         forms = ("hf", "dschat") if save_format == "both" else (save_format,)
