@@ -80,9 +80,7 @@ class Checkpointer:
             f"{in_gb(free)} free"
         )
         if free < count_of * self.size:
-            logger.warning(
-                f"{line}: they will not fit, and the run would go on without; free some, or take another disk"
-            )
+            logger.warning(f"{line}: they will not all fit, and what does not fit is left out")
         else:
             logger.info(line)
 
@@ -105,7 +103,7 @@ class Checkpointer:
         if self.folder is None:
             return "there is no --output_dir"
         begun = time.monotonic()
-        problem = self._no_room(self.folder) if self.context.is_first else ""
+        problem = self._made_room(self.folder) if self.context.is_first else ""
         problem = distributed.first_text(problem)
         if not problem:
             versions = self.run["versions"]
@@ -121,6 +119,13 @@ class Checkpointer:
             checkpoint.prune(self.folder, self.output.keep_checkpoints)
         logger.info(f"step {step}: checkpoint written in {self.seconds:.1f} s, {in_gb(self.size)}")
         return ""
+
+    def _made_room(self, folder: Path) -> str:
+        """:meth:`_no_room`, after all but the newest checkpoint were removed if that is needed."""
+        problem = self._no_room(folder)
+        if problem and checkpoint.prune(folder, 1):
+            return self._no_room(folder)
+        return problem
 
     def _no_room(self, folder: Path) -> str:
         """Why the disk has no room for a checkpoint and, later, the model; empty: it has."""
