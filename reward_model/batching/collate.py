@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 
 import numpy as np
@@ -103,5 +104,17 @@ def loader(batches: PlannedBatches, on_gpu: bool, first: int = 0) -> DataLoader:
     if not on_gpu:
         return DataLoader(batches, batch_size=None, sampler=order, generator=own)
     return DataLoader(
-        _Packed(batches), batch_size=None, sampler=order, generator=own, num_workers=WORKERS, pin_memory=True
+        _Packed(batches),
+        batch_size=None,
+        sampler=order,
+        generator=own,
+        num_workers=WORKERS,
+        pin_memory=True,
+        worker_init_fn=_leave_signals_to_the_run,
     )
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """A request to end that reaches a whole process group is for the run, which still needs its batches."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

@@ -132,7 +132,8 @@ class Checkpointer:
         free = shutil.disk_usage(folder).free if folder.is_dir() else None
         if free is None or free >= self.size + self.model_size:
             return ""
-        return f"{folder} has {in_gb(free)} free; a checkpoint takes {in_gb(self.size)}, the model {in_gb(self.model_size)}"
+        needed = f"a checkpoint takes {in_gb(self.size)}, the model {in_gb(self.model_size)}"
+        return f"{folder} has {in_gb(free)} free; {needed}"
 
     def _write(self, writer: Writer, state: dict[str, Any]) -> None:
         """This rank's files."""
