@@ -3,22 +3,15 @@
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from transformers import set_seed
 
-import reward_model
 from reward_model.batching.batch import Batch
 from reward_model.batching.groups import RowGroups
 from reward_model.batching.layout import Layout
@@ -26,7 +19,6 @@ from reward_model.batching.planner import Planner
 from reward_model.common import distributed
 from reward_model.common.distributed import DistributedContext
 from reward_model.common.errors import UserError
-from reward_model.common.files import write_whole
 from reward_model.common.logging import logger
 from reward_model.common.words import counted
 from reward_model.config.groups import TrainingConfig
@@ -40,23 +32,22 @@ from reward_model.models import adapters, saving
 from reward_model.models.attention import SEPARATE
 from reward_model.models.forward import ForwardPass
 from reward_model.models.loading import DTYPES, is_reward_model, read_config
-from reward_model.models.scorer import Scorer, count
+from reward_model.models.scorer import Scorer
 from reward_model.objectives.losses import Thresholds
 from reward_model.objectives.objective import Objective
-from reward_model.training import resume, verify
+from reward_model.training import verify
 from reward_model.training.best import read_weights
-from reward_model.training.checkpoint import prune, remove_unfinished
+from reward_model.training.checkpoint import prune
 from reward_model.training.checkpointing import Checkpointer
 from reward_model.training.compiling import compile_layers
 from reward_model.training.data import Data, load_data
 from reward_model.training.engine import build_scorer, partition_while_loading, start_engine
+from reward_model.training.output_folder import described_by, locked, mark, open_folder
 from reward_model.training.records import Records
-from reward_model.training.resume import FINISHED, INTERRUPTED, Start, choose_start, hash_of_model, hash_of_rows
+from reward_model.training.resume import FINISHED, INTERRUPTED, Start, choose_start
 from reward_model.training.stopping import Interrupted, StopRequest
 from reward_model.training.trainer import Trainer
 
-PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "tokenizers", "peft")  # whose versions run.json has
-LOCK = ".lock"  # in the output folder
 ROWS_TO_NORMALIZE_BY = 4_096  # their standard deviation is known to about 1 %; OpenAI took 256
 
 
@@ -88,8 +79,8 @@ def run(config: RunConfig) -> TrainResult:
     folder = Path(config.output.output_dir) if config.output.output_dir else None
     context = distributed.start(config.engine.local_rank, config.engine.offload, config.output.debug)
     context = distributed.share_texts(context, config.engine.sequence_parallel_size)
-    with locked(folder, context), StopRequest(config.output.time_limit).listening() as stop:
-        return run_in(folder, config, context, stop)
+    with locked(folder, context):
+        return run_in(folder, config, context, StopRequest(config.output.time_limit))
 
 
 def run_in(folder: Path | None, config: RunConfig, context: DistributedContext, stop: StopRequest) -> TrainResult:
@@ -122,19 +113,20 @@ def run_in(folder: Path | None, config: RunConfig, context: DistributedContext, 
             with suppress(OSError):
                 (folder / "run.json").unlink()  # nothing was trained: the mended command may take the folder
         raise
-    try:
-        trainer.train()
-    except Interrupted:
-        if folder and context.is_first:
-            write_whole(folder / INTERRUPTED, json.dumps({"step": trainer.step, "signal": stop.reason}) + "\n")
-        torch.distributed.barrier()
-        release(trainer)
-        raise
-    take_best(trainer)
-    keep_scale(trainer, data.reference)
-    if folder:
-        save(trainer, data, folder)
-        finish(trainer, folder)
+    with stop.listening():
+        try:
+            trainer.train()
+        except Interrupted:
+            if folder and context.is_first:
+                mark(folder, INTERRUPTED, {"step": trainer.step, "signal": stop.reason})
+            torch.distributed.barrier()
+            release(trainer)
+            raise
+        take_best(trainer)
+        keep_scale(trainer, data.reference)
+        if folder:
+            save(trainer, data, folder)
+            finish(trainer, folder)
     summarize(trainer, folder)
     torch.distributed.barrier()
     release(trainer)
@@ -161,56 +153,6 @@ def with_whole_model(config: RunConfig, context: DistributedContext) -> RunConfi
     if problem := distributed.first_text(problem):
         raise UserError(problem)
     return replace(config, model=replace(model, model_name_or_path=distributed.first_text(found)))
-
-
-@contextmanager
-def locked(folder: Path | None, context: DistributedContext) -> Iterator[None]:
-    """Keep other runs out of an output folder, and make it.
-
-    Raises:
-        UserError: another run has it, or it cannot be made.
-    """
-    lock, problem = None, ""
-    if folder and context.is_first:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(folder / LOCK)
-            lock.acquire(blocking=False)
-        except Timeout:
-            problem = f"--output_dir {folder}: another run is writing there; name another folder, or wait for its end"
-        except OSError as error:
-            problem = f"--output_dir {folder}: {error.strerror}"
-    if problem := distributed.first_text(problem):
-        raise UserError(problem)
-    try:
-        yield
-    finally:
-        if lock and folder:
-            with suppress(OSError):
-                if os.listdir(folder) == [LOCK]:  # nothing was done: leave nothing
-                    (folder / LOCK).unlink()
-                    folder.rmdir()
-            lock.release()
-
-
-def described_by(settings: Settings, context: DistributedContext, data: Data) -> dict[str, Any]:
-    """What ``run.json`` says, by which a run that goes on is known; on every rank what the first one finds."""
-    content = {}
-    if context.is_first and settings.output.output_dir:
-        content = {
-            "train": hash_of_rows(data.train),
-            "evaluation": hash_of_rows(data.evaluation),
-            "model": hash_of_model(settings.model.model_name_or_path),
-        }
-    versions = {"reward_model": reward_model.__version__, "python": platform.python_version()}
-    uses_bits = settings.model.lora_bits or settings.training.optim != "adamw_torch_fused"
-    packages = (*PACKAGES, "bitsandbytes") if uses_bits else PACKAGES
-    versions |= {name: metadata.version(name) for name in packages}
-    values = json.loads(resume.described(settings, context.world_size, versions, content))
-    special = {
-        name: sorted(value) if isinstance(value, frozenset) else value for name, value in asdict(data.special).items()
-    }
-    return distributed.from_first(values | {"special": special})
 
 
 def prepare(
@@ -295,39 +237,6 @@ def set_pad(scorer: Scorer, special: SpecialTokens) -> None:
         )
     for part in (scorer.config, text):
         part.pad_token_id = special.pad
-
-
-def open_folder(
-    folder: Path,
-    context: DistributedContext,
-    scorer: Scorer,
-    settings: Settings,
-    data: Data,
-    described_run: dict[str, Any],
-) -> None:
-    """Write ``run.json`` into the output folder, while an error costs nothing yet, and remove what an end left there.
-
-    Raises:
-        UserError: it cannot be written, there is no room for the model, or the model cannot be saved.
-    """
-    size = sum(count(p) for p in scorer.parameters()) * torch.finfo(DTYPES[settings.engine.dtype]).bits // 8
-    if settings.output.save_format != "hf":
-        saving.require_dschat(scorer, data.tokenizer)
-    problem = ""
-    if context.is_first:
-        for name in (FINISHED, INTERRUPTED):
-            (folder / name).unlink(missing_ok=True)
-        if left := remove_unfinished(folder):
-            logger.warning(f"removed from {folder / 'checkpoints'}: {counted(len(left), 'checkpoint')} left unfinished")
-        saving.require_space(folder, size * (2 if settings.output.save_format == "both" else 1))
-        try:
-            write_whole(folder / "run.json", json.dumps(described_run, indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {folder / 'run.json'}: {error.strerror}") from error
-        trust = settings.model.trust_remote_code
-        problem = verify.rehearse(data.evaluation, scorer.config, data.tokenizer, data.special, trust)
-    if problem := distributed.first_text(problem):
-        raise UserError(f"the model could not be saved after the training: {problem}")
 
 
 def described(trainer: Trainer) -> str:
@@ -438,8 +347,7 @@ def finish(trainer: Trainer, folder: Path) -> None:
     trainer.records.flush()
     if trainer.checkpointer.best_file:
         trainer.checkpointer.best_file.unlink(missing_ok=True)
-    result = {"step": trainer.step, "metrics": trainer.last.metrics}
-    write_whole(folder / FINISHED, json.dumps(result, indent=1) + "\n")
+    mark(folder, FINISHED, {"step": trainer.step, "metrics": trainer.last.metrics})
 
 
 def release(trainer: Trainer) -> None:
