@@ -24,7 +24,7 @@ import numpy as np
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
-from reward_model.common.errors import UserError
+from reward_model.common.errors import UserError, printable
 from reward_model.common.logging import logger
 from reward_model.common.words import counted
 from reward_model.data import chats, comparisons, files, layouts, rows
@@ -397,8 +397,8 @@ def read_text(source: Source, row: dict, tokenizer, chat: bool) -> Texts | str:
         return read_row(source.read(row), tokenizer, chat)
     except BadRow as problem:
         return str(problem)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        return f"the row lacks what its layout needs ({type(error).__name__}: {error})"
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+        return printable(f"the row lacks what its layout needs ({type(error).__name__}: {error})")
 
 
 def _hash(content: bytes) -> int:
@@ -434,9 +434,10 @@ def compare(
         names: of the answers, for messages.
 
     Raises:
-        BadRow: the same ids twice, or an answer longer than the limit.
+        BadRow: the same ids twice, an answer that adds no token to its prompt, or one longer than the limit.
     """
     require_different(whole, names, how=" once tokenized")
+    _require_tokens(prompt, whole, names)
     prompt_length = min(common_prefix(prompt, text) for text in whole)
     surplus = max(map(len, whole)) - max_seq_len
     if surplus > 0:
