@@ -37,12 +37,23 @@ def main(arguments: list[str]) -> int:
     config = parse(arguments)
     require_data(config)
     require_usable_folder(config.output)
-    require_model_folder(config.model.model_name_or_path)
+    require_model_folder(config.model.model_name_or_path, config.model.trust_remote_code)
+    _check_deepspeed(config)
     show_messages()
     if unseen := check_data(config):
         logger.info(f"not looked at: {', '.join(unseen)}, which would have to come from the hub")
     print("nothing found that would stop the run")
     return 0
+
+
+def _check_deepspeed(config: RunConfig) -> None:
+    """Have DeepSpeed read the file of --deepspeed_config, unless its batch size asks how many processes there are."""
+    if not config.engine.deepspeed_config:
+        return
+    from reward_model.config.deepspeed import read_file, set_up_deepspeed
+
+    if read_file(config.engine).get("train_batch_size", "auto") == "auto":
+        set_up_deepspeed(config, "fp32", world_size=1, hidden_size=1024)
 
 
 def check_data(config: RunConfig) -> list[str]:

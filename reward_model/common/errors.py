@@ -58,7 +58,7 @@ def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if ADVICE.search(str(error)):
         is_code = "trust_remote_code" in str(error)
-        return REMOTE_CODE if is_code else "it is no file of plain weights, and what else is in it was not run"
+        return REMOTE_CODE if is_code else "it holds more than weights, such as code, of which nothing was run"
     return lines[0].rstrip(":") if lines else type(error).__name__
 
 

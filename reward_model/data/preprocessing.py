@@ -434,13 +434,13 @@ def compare(
         names: of the answers, for messages.
 
     Raises:
-        BadRow: the same ids twice, an answer that adds no token to its prompt, or one longer than the limit.
+        BadRow: the same ids twice, an answer longer than the limit, or one that adds no token to a prompt that is cut.
     """
     require_different(whole, names, how=" once tokenized")
-    _require_tokens(prompt, whole, names)
     prompt_length = min(common_prefix(prompt, text) for text in whole)
     surplus = max(map(len, whole)) - max_seq_len
     if surplus > 0:
+        _require_tokens(prompt, whole, names)
         # a start token stays: the model has never seen a text without one
         start = 1 if prompt_length and prompt[0] in special.starts else 0
         if start + surplus > prompt_length:
