@@ -212,4 +212,7 @@ def load(
         scorer = load_for_training(
             str(folder), dtype or "auto", seed=0, expect_head=True, trust_remote_code=trust_remote_code
         )
-    return RewardScorer(scorer, tokenizer, device, _pad_of(scorer, tokenizer, its_form == "dschat"))
+    try:
+        return RewardScorer(scorer, tokenizer, device, _pad_of(scorer, tokenizer, its_form == "dschat"))
+    except UserError as error:  # of the tokenizer's tokens
+        raise UserError(f"{folder}: {error}") from error
