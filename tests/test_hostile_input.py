@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Any input ends in a result or in one line, and every row is used or reported.
 
-The properties are hypothesis's: a short, fixed choice of inputs always, 100,000 with ``--all``. ``fuzz/guided.py`` gives
-the same properties to atheris, which looks for inputs that reach new code.
+The properties are hypothesis's: a short, fixed choice of inputs always, 100,000 with ``--all``.
+``fuzz/guided.py`` gives the same properties to atheris, which looks for inputs that reach new code.
 """
 
 import contextlib
@@ -11,7 +11,13 @@ import datetime
 import io
 import json
 import os
+import re
 import shutil
+import subprocess
+import sys
+import threading
+import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import hostile
@@ -24,6 +30,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from reward_model import inference
+from reward_model.commands import check, plan
 from reward_model.common.errors import UserError
 from reward_model.config import deepspeed
 from reward_model.config.config_file import read_config_file
@@ -31,12 +38,15 @@ from reward_model.config.options import parse
 from reward_model.config.parser import run_parser
 from reward_model.data import files, preprocessing, rendering, sources
 from reward_model.data.chat_template import settle_template
+from reward_model.data.comparisons import BadRow
 from reward_model.data.layouts import layout_of
 from reward_model.data.tokenizer import choose_special_tokens
+from reward_model.models.loading import read_config
 
 TOTAL = 100_000
 SHARES = {  # of the inputs, by what one takes
-    "lines": 30, "csv": 12, "arrow": 12, "chats": 20, "deepspeed": 8, "yaml": 8, "run_json": 4, "folders": 3, "bytes": 3,
+    "lines": 30, "csv": 12, "arrow": 12, "chats": 20, "deepspeed": 8, "yaml": 8, "run_json": 4, "folders": 3,
+    "bytes": 3,
 }  # fmt: skip
 FEW = {"folders": 25, "deepspeed": 40}
 SLOW = [
@@ -170,10 +180,12 @@ def chats(found, template, arguments):
 
 ZERO = [json.loads(file.read_text()) for file in sorted(deepspeed.ZERO_FOLDER.glob("*.json"))]
 MORE = {
-    "communication_data_type": "fp32", "prescale_gradients": False, "wall_clock_breakdown": False, "aio": {"block_size": 1},
+    "communication_data_type": "fp32", "prescale_gradients": False, "wall_clock_breakdown": False,
+    "aio": {"block_size": 1},
     "activation_checkpointing": {"partition_activations": False}, "flops_profiler": {"enabled": False},
     "comms_logger": {"enabled": False, "verbose": False}, "checkpoint": {"tag_validation": "Warn"},
-    "data_types": {"grad_accum_dtype": "fp32"}, "zero_allow_untested_optimizer": True, "compile": {}, "steps_per_print": 5,
+    "data_types": {"grad_accum_dtype": "fp32"}, "zero_allow_untested_optimizer": True, "compile": {},
+    "steps_per_print": 5,
 }  # fmt: skip
 
 
@@ -236,7 +248,7 @@ def folder():
 
         PLACE.mkdir(mode=0o700, exist_ok=True)
         tiny.tokenizer(place)
-        kind, config, sizes = models.DECODERS["llama"]
+        _, config, sizes = models.DECODERS["llama"]
         import transformers
 
         made = getattr(transformers, "LlamaForSequenceClassification")(  # noqa: B009
@@ -288,3 +300,197 @@ def test_a_result_or_one_line(name, monkeypatch):
 def test_a_result_or_one_line_for_a_hundred_thousand_inputs(name):
     assert sum(SHARES.values()) == 100
     tried(name, TOTAL * SHARES[name] // 100)()
+
+
+# Kinds that were seen, each once.
+
+ENDLESS = (
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(9) %}{% endfor %}{% endfor %}{% endfor %}"
+)
+PAIR = {"prompt": "question: ", "chosen": " fish", "rejected": " the mat"}
+
+
+def write(path, *found):
+    """A file of rows, which are objects or lines as they are."""
+    lines = [each if isinstance(each, bytes) else json.dumps(each).encode() for each in found]
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    return path
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_every_row_is_used_or_reported(tmp_path, capsys):
+    """A file with a bad row of each kind, through the whole of what a run does with it."""
+    bad = [
+        b'{"prompt": "a", "chosen": ',
+        b"\xff\xfe",
+        b"5",
+        b"[" * 60_000,
+        b'{"prompt": "a", "prompt": "b", "chosen": "c", "rejected": "d"}',
+        PAIR | {"chosen": "\ud83d"},
+        PAIR | {"chosen": [{"role": "\ud83d", "content": "a"}]},
+        {"\ud800\x1b[2J": 1},
+        PAIR | {"chosen": ""},
+        PAIR | {"margin": 10**400},
+        PAIR | {"chosen_score": 3e38, "rejected_score": -3e38},
+    ]
+    path = write(tmp_path / "a\x1b[2J\r.jsonl", PAIR, *[each for row in bad for each in (row, PAIR | {"x": "\x1b[2J"})])
+    (source,), _ = sources.read_sources(str(path), seed=0)
+    made = tiny.chatml()
+    special = choose_special_tokens(made, len(made))
+    rules = preprocessing.PreprocessingConfig(64, "skip", tmp_path / "cache", 1)
+    used = preprocessing.tokenize(source, made, special, rules)
+    said = capsys.readouterr().out
+    assert "\x1b" not in said and "\r" not in said
+    reported = sum(int(count) for count in re.findall(r"skipped (\d+) of 23 rows", said))
+    assert (len(used), reported) == (12, len(bad))
+    with pytest.raises(UserError, match=r"row 2: it is not JSON: .*11 of 23 rows cannot be used"):
+        preprocessing.tokenize(source, made, special, preprocessing.PreprocessingConfig(64, "stop", rules.cache, 1))
+
+
+def test_an_answer_that_adds_no_token_to_a_prompt_that_is_cut_is_a_bad_row():
+    special = preprocessing.SpecialTokens(end=0, pad=1, endings=frozenset({0}), starts=frozenset(), rows=50)
+    for limit in (4, 3):
+        with pytest.raises(BadRow, match="rejected is empty once tokenized"):
+            preprocessing.compare([5, 0], [[5, 0, 7, 8, 9], [5, 0]], special, limit)
+
+
+@pytest.mark.parametrize("name", ["train-00001-of-00002.jsonl", "train"])
+def test_a_broken_link_in_a_folder_stops(name, tmp_path):
+    write(tmp_path / "train-00000-of-00002.jsonl", PAIR)
+    (tmp_path / name).symlink_to("../blobs/missing")
+    with pytest.raises(UserError, match=r"is a link to \.\./blobs/missing, which is not there"):
+        sources.read_sources(str(tmp_path), seed=0)
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_shards_behind_a_linked_folder_are_read_once(tmp_path):
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "blobs" / "b.jsonl", PAIR)
+    (tmp_path / "data" / "train").symlink_to(tmp_path / "blobs")
+    (tmp_path / "blobs" / "round").symlink_to(tmp_path / "data")
+    (train,), _ = sources.read_sources(str(tmp_path / "data"), seed=0)
+    assert len(train.rows) == 1
+
+
+def test_what_is_no_file_stops(tmp_path):
+    write(tmp_path / "train-0.jsonl", PAIR)
+    os.mkfifo(tmp_path / "train-1.jsonl")
+    with pytest.raises(UserError, match=r"train-1.jsonl is named like a file of rows"):
+        sources.read_sources(str(tmp_path), seed=0)
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_a_parquet_file_with_one_column_named_json(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"json": ["{", "5"]}), tmp_path / "a.parquet")
+    (source,), _ = sources.read_sources(str(tmp_path / "a.parquet"), seed=0)
+    require_whole(source, 2)
+
+
+def test_a_layout_is_that_of_the_first_row_that_can_be_read(tmp_path):
+    row = {"instruction": "Who?", "chosen": "he", "rejected": "she"}
+    path = write(tmp_path / "a.jsonl", b"{", row, row)
+    (source,), _ = sources.read_sources(str(path), seed=0, first=10)
+    assert source.columns == tuple(row)
+    assert source.read(source.rows[1])["prompt"] == [{"role": "user", "content": "Who?"}]
+
+
+@pytest.mark.parametrize("template", [ENDLESS, "{{ 10 ** 10 ** 9 }}", "x{% set y = 9 ** (9 ** 9) %}"])
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_a_template_that_does_not_end(template, in_thread, monkeypatch):
+    monkeypatch.setattr(rendering, "LIMIT", 0.3)
+    made, said = tiny.chatml(chat_template=template), []
+
+    def settle():
+        with pytest.raises(UserError, match="chat template does not end") as caught:
+            settle_template(made, TODAY)
+        said.append(str(caught.value))
+
+    start = time.monotonic()
+    if in_thread:
+        thread = threading.Thread(target=settle)
+        thread.start()
+        thread.join(20)
+    else:
+        settle()
+    assert len(said) == 1
+    assert time.monotonic() - start < 5
+
+
+def test_a_template_that_does_not_end_over_some_rows_takes_no_more_than_three_limits(monkeypatch):
+    monkeypatch.setattr(rendering, "LIMIT", 0.3)
+    monkeypatch.setattr(rendering, "_overrun", rendering.Counter())
+    template = "{% if messages[0].content == 'bad' %}" + ENDLESS + "{% endif %}" + tiny.CHATML
+    made = tiny.chatml(chat_template=template)
+    settle_template(made, TODAY)
+    chat = [{"role": "user", "content": "bad"}]
+    start = time.monotonic()
+    for _ in range(50):
+        with pytest.raises(rendering.TemplateTooSlow, match=r"ran for more than 0\.3 s"):
+            rendering.render(made, chat)
+    assert time.monotonic() - start < 5
+
+
+def test_a_template_with_stars_is_no_power():
+    template = "**bold** {{ namespace(**{'a': 1}).a }} {{ '**' }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    made = tiny.chatml(chat_template=template)
+    assert rendering.render(made, [{"role": "user", "content": "x"}]) == "**bold** 1 **x"
+
+
+SPOILT = {
+    "layers": ({"num_hidden_layers": 1_000_000}, "num_hidden_layers in its config.json is 1000000"),
+    "width": ({"hidden_size": 10**12}, "hidden_size in its config.json is 1000000000000"),
+    "parameters": ({"hidden_size": 2**20, "num_hidden_layers": 50}, "billion parameters, and its weights have 0.1 MB"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_a_model_of_absurd_size_is_refused_before_it_is_built(case, tmp_path):
+    changes, says = SPOILT[case]
+    place = shutil.copytree(folder(), tmp_path / "model")
+    (place / "config.json").write_text(json.dumps(json.loads((place / "config.json").read_text()) | changes))
+    loaders = [inference.load, lambda place: read_config(str(place))]
+    loaders += [lambda place: plan.main(["--model_name_or_path", str(place)])] if case != "parameters" else []
+    start = time.monotonic()
+    for load in loaders:
+        with pytest.raises(UserError, match=says):
+            load(place)
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize("text", ['{"a": 1, "a": 2}', "[" * 100_000, "{"])
+def test_deepspeed_json_that_is_none(text):
+    path = PLACE / "broken.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match="DeepSpeed configuration"):
+        deepspeed.set_up_deepspeed(parse([*FLAGS, str(path)]), "fp32", 1, 64)
+
+
+FLAGS = ["--model_name_or_path", "m", "--data_path", "d", "--deepspeed_config"]
+
+
+@pytest.mark.parametrize("content, says", [
+    ({"zero_optimization": {"stage": 2, "overlap_comm": "maybe"}}, "refuses it at zero_optimization.overlap_comm: "),
+    ({"comms_logger": 5}, "refuses it at comms_logger: "),
+    ({"zero_optimization": {"stage": 3}, "gradient_allreduce_op": "sum"}, "refuses it at gradient_allreduce_op: "),
+])  # fmt: skip
+def test_what_deepspeed_refuses_is_said_before_a_model_is_loaded(content, says, tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(content))
+    look = ["--model_name_or_path", "someone/model", "--data_path", str(tmp_path), *FLAGS[4:], str(path)]
+    for refuse in (
+        lambda: deepspeed.set_up_deepspeed(parse([*FLAGS, str(path)]), "fp32", 2, 64),
+        lambda: check.main(look),
+    ):
+        with pytest.raises(UserError, match=f"{path}: DeepSpeed {says}"):
+            refuse()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("atheris") is None, reason="atheris is not installed: pip install atheris")
+@pytest.mark.parametrize("name", PROPERTIES)
+def test_guided(name, tmp_path):
+    runs = "200" if name == "folders" else "2000"
+    words = [sys.executable, str(Path(__file__).parent / "fuzz" / "guided.py"), name, f"-atheris_runs={runs}"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=1_200)
+    assert done.returncode == 0, done.stderr[-3_000:]

@@ -13,7 +13,7 @@ UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u20
 LOGIN = re.compile(r"(?<=://)[^/\s@]+(?=@)")  # https://user:token@host
 SIGNED = re.compile(r"(?i)([?&;](?:[\w-]*(?:token|secret|signature|password|api_?key|credential)|sig|key)=)[^&\s\"']+")
 TOKEN = re.compile(r"\b(hf_|api_org_|ghp_|github_pat_|sk-|xox[abp]-|AKIA)[\w-]{8,}")
-ADVICE = re.compile(r"weights_only\W{1,7}False|trust_remote_code\W{1,7}True|TORCH_FORCE_NO_WEIGHTS_ONLY")
+ADVICE = re.compile(r"weights_only|trust_remote_code\W{1,7}(set\W{1,3})?(to\W{1,3})?True|TORCH_FORCE_NO_WEIGHTS_ONLY")
 
 
 def printable(text: str) -> str:

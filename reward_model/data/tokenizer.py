@@ -50,6 +50,7 @@ def load_tokenizer(
     try:
         with never_asking(trust_remote_code):
             tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+        tokenizer("a b")  # what its files say wrongly of lengths, patterns or tokens shows at the first text
     except Exception as error:  # Transformers raises OSError, ValueError, KeyError and the tokenizers' own
         raise UserError(f"no tokenizer in {name_or_path}: {why_not(error)}") from error
     if add_eot_token:

@@ -3,7 +3,6 @@
 
 import contextlib
 import json
-import os
 import re
 import signal
 import threading
@@ -15,41 +14,11 @@ from reward_model.common.errors import LONGEST, UNPRINTABLE, UserError
 PATIENCE = 20  # seconds for one input; the slowest take a twentieth of one
 
 ODD = (
-    *(
-        "",
-        " ",
-        "\0",
-        "\r",
-        "\n",
-        "\r\n",
-        "\x1b[2J\x1b]0;title\x07",
-        "\u202eabc",
-        "\ud83d",
-        "a\udc00b",
-        "\u2028",
-        "\ufeff",
-    ),
-    *(
-        "\u200b",
-        "<|endoftext|>",
-        "<|im_end|>",
-        "<|pad|>",
-        "\n\nHuman: a\n\nAssistant: b",
-        "Human: a Assistant:",
-        "None",
-    ),
-    *(
-        '[{"role": "user", "content": "a"}]',
-        "[{'role': 'user', 'content': 'a'}]",
-        "nan",
-        "1e999",
-        "true",
-        "{}",
-        "[",
-        "-",
-    ),
-    *("../../etc/passwd", "$(id)", "'; --", "=1+1", "%s%n", "{{ 7 * 7 }}", "hf_abcdefghijklmnop", "x" * 3_000),
-)
+    "", " ", "\0", "\r", "\n", "\r\n", "\x1b[2J\x1b]0;title\x07", "\u202eabc", "\ud83d", "a\udc00b", "\u2028", "\ufeff",
+    "\u200b", "<|endoftext|>", "<|im_end|>", "<|pad|>", "\n\nHuman: a\n\nAssistant: b", "Human: a Assistant:", "None",
+    '[{"role": "user", "content": "a"}]', "[{'role': 'user', 'content': 'a'}]", "nan", "1e999", "true", "{}", "[", "-",
+    "../../etc/passwd", "$(id)", "'; --", "=1+1", "%s%n", "{{ 7 * 7 }}", "hf_abcdefghijklmnop", "x" * 3_000,
+)  # fmt: skip
 characters = st.characters(exclude_categories=())  # with surrogates, which hypothesis leaves out otherwise
 texts = st.one_of(st.sampled_from(ODD), st.text(characters, max_size=12), st.sampled_from(("a", " fish", "the cat")))
 numbers = st.one_of(
@@ -183,8 +152,7 @@ def require_line(text, *places):
 @contextlib.contextmanager
 def only_user_errors(*places):
     """What is inside may end with a UserError of one line that names the places, and with nothing else."""
-    with patience(), open(os.devnull) as nothing:
-        assert nothing
+    with patience():
         try:
             yield
         except UserError as error:
