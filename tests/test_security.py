@@ -177,7 +177,7 @@ LOADERS = {
     "model": lambda place: load_for_training(str(place), torch.float32, 0),
     "inference": inference.load,
     "encoder of sentences": similarity,
-    "plan": lambda place: plan.main(["--model_name_or_path", str(place)]),
+    "plan": lambda place: plan.main(["--model_name_or_path", str(place), "--gpu_memory", "80"]),
     "check": lambda place: check.main(["--model_name_or_path", str(place), "--data_path", str(place / "rows.jsonl")]),
 }
 

@@ -120,6 +120,8 @@ def _load_pretrained(
         labels = _labels_of_head(PretrainedConfig.get_config_dict(name_or_path)[0])
     except Exception as error:  # OSError, ValueError, KeyError: missing, unreachable, unknown architecture
         raise UserError(f"no model in {name_or_path}: {why_not(error)}") from error
+    if not is_deepspeed_zero3_enabled():  # then it was asked before
+        require_its_size(name_or_path, config, how["trust_remote_code"])
     if dropout is not None:
         set_dropout(config, dropout)
     require_text_model(name_or_path, config)
