@@ -43,12 +43,12 @@ from reward_model.data.layouts import layout_of
 from reward_model.data.tokenizer import choose_special_tokens
 from reward_model.models.loading import read_config
 
-TOTAL = 100_000
+TOTAL = int(os.environ.get("HOSTILE_INPUTS", 100_000))
 SHARES = {  # of the inputs, by what one takes
     "lines": 30, "csv": 12, "arrow": 12, "chats": 20, "deepspeed": 8, "yaml": 8, "run_json": 4, "folders": 3,
     "bytes": 3,
 }  # fmt: skip
-FEW = {"folders": 25, "deepspeed": 40}
+FEW = {"folders": 12, "deepspeed": 30}
 SLOW = [
     HealthCheck.too_slow,
     HealthCheck.data_too_large,
@@ -292,7 +292,7 @@ def tried(name, inputs, **how):
 @pytest.mark.parametrize("name", PROPERTIES)
 def test_a_result_or_one_line(name, monkeypatch):
     monkeypatch.setattr(rendering, "LIMIT", 2.0)
-    tried(name, FEW.get(name, 100), derandomize=True)()
+    tried(name, FEW.get(name, 40), derandomize=True)()
 
 
 @pytest.mark.slow
