@@ -31,7 +31,7 @@ from hypothesis import strategies as st
 
 from reward_model import inference
 from reward_model.commands import check, plan
-from reward_model.common.errors import UserError
+from reward_model.common.errors import UserError, printable
 from reward_model.config import deepspeed
 from reward_model.config.config_file import read_config_file
 from reward_model.config.options import parse
@@ -42,11 +42,12 @@ from reward_model.data.comparisons import BadRow
 from reward_model.data.layouts import layout_of
 from reward_model.data.tokenizer import choose_special_tokens
 from reward_model.models.loading import read_config
+from reward_model.training import checkpoint as checkpoints
 
 TOTAL = int(os.environ.get("HOSTILE_INPUTS", 100_000))
 SHARES = {  # of the inputs, by what one takes
-    "lines": 30, "csv": 12, "arrow": 12, "chats": 20, "deepspeed": 8, "yaml": 8, "run_json": 4, "folders": 3,
-    "bytes": 3,
+    "lines": 30, "csv": 12, "arrow": 12, "chats": 20, "deepspeed": 8, "yaml": 6, "run_json": 3, "folders": 3,
+    "bytes": 3, "manifests": 3,
 }  # fmt: skip
 FEW = {"folders": 12, "deepspeed": 30}
 SLOW = [
@@ -277,9 +278,57 @@ def model_folders(data):
         assert len(reward.score(["the cat"], [" sat"])) == 1
 
 
+def checkpoint():
+    """A small checkpoint, made once, and its manifest."""
+    place = PLACE / "checkpoints" / "step-00000040"
+    manifest = {"format": checkpoints.FORMAT, "step": 40, "world_size": 1, "versions": {}}
+    if not place.is_dir():
+        staging = PLACE / "checkpoints" / "new"
+        checkpoints._make_anew(staging)
+        writer = checkpoints.Writer(staging)
+        writer.write_bytes("state.json", b'{"step": 40}')
+        writer.write_bytes("engine/model.pt", b"1234")
+        checkpoints._finish(staging, place, manifest | {"files": writer.files})
+    return checkpoints.Checkpoint(place), json.loads((place / "manifest.json").read_text())
+
+
+@st.composite
+def manifests(draw):
+    """A manifest that is changed, with a hash that fits or not, or that is none."""
+    if draw(st.integers(0, 4)) == 0:
+        return draw(st.binary(max_size=40))
+    made = draw(hostile.changed(checkpoint()[1]))
+    if isinstance(made, dict) and draw(st.integers(0, 3)):  # whoever can write to the folder can hash
+        made.pop("sha256", None)
+        made["sha256"] = checkpoints._hash_of(made)
+    return json.dumps(made).encode()
+
+
+@given(manifests(), st.one_of(st.just(b'{"step": 40}'), st.binary(max_size=20), st.just(b"[" * 60_000)))
+def checkpoint_manifests(content, state):
+    """A checkpoint is whole, or one line says why not."""
+    made, _ = checkpoint()
+    place = PLACE / "spoilt" / "step-00000040"
+    shutil.rmtree(place.parent, ignore_errors=True)
+    shutil.copytree(made.folder, place)
+    (place / "manifest.json").write_bytes(content)
+    (place / "state.json").write_bytes(state)
+    spoilt = checkpoints.Checkpoint(place)
+    with hostile.only_user_errors(place):
+        spoilt.manifest()
+    with hostile.only_user_errors(place):
+        assert isinstance(spoilt.state(), dict)
+    with hostile.patience():
+        if fault := spoilt.fault():
+            hostile.require_line(printable(fault))
+        else:
+            assert state == (made.folder / "state.json").read_bytes()
+
+
 PROPERTIES = {
     "lines": lines, "csv": csv_rows, "arrow": arrow_rows, "chats": chats, "deepspeed": deepspeed_json,
     "yaml": config_yaml, "run_json": run_json, "folders": model_folders, "bytes": raw,
+    "manifests": checkpoint_manifests,
 }  # fmt: skip
 
 

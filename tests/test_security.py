@@ -32,6 +32,7 @@ from reward_model.data.tokenizer import choose_special_tokens, load_tokenizer
 from reward_model.models.loading import load_for_training, read_config
 from reward_model.objectives.answer_similarity import with_cosines
 from reward_model.training import fresh_load
+from reward_model.training.engine_files import load_file as load_file_of_engine
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -115,6 +116,13 @@ def test_the_planted_pickle_would_run(tmp_path):
     pickled(tmp_path / "a.bin", trace, "zip")
     torch.load(tmp_path / "a.bin", weights_only=False)
     assert trace.read_text() == "run\n"
+
+
+@pytest.mark.parametrize("how", ["zip", "old form", "bare pickle"])
+def test_no_pickle_of_a_checkpoint_is_run(how, tmp_path, trace):
+    """Not even where somebody has written a manifest to match."""
+    pickled(tmp_path / "mp_rank_00_model_states.pt", trace, how)
+    refused(lambda: load_file_of_engine(str(tmp_path / "mp_rank_00_model_states.pt")), tmp_path)
 
 
 def test_a_pickle_named_like_other_files_is_not_read(folder, trace):
