@@ -105,7 +105,7 @@ def _check_rows(source, tokenizer, missing, config: RunConfig) -> None:
     plain = glued = 0
     problems: dict[int, str] = {}
     rows = source.rows.select(range(min(FIRST_ROWS, len(source.rows))))
-    for number, row in zip(source.numbers, rows):
+    for number, row in source.stored(FIRST_ROWS):
         text = read_text(source, row, tokenizer, config.data.chat)
         problem = text if isinstance(text, str) else reason_of(missing, Comparison([], [], **text.judged))
         problems |= {number: problem} if problem else {}

@@ -58,6 +58,20 @@ class Source:
         assert self.numbers is not None  # filled in when the object was made
         return replace(self, rows=self.rows.select(indices), numbers=self.numbers[indices])
 
+    def stored(self, most: int | None = None) -> Iterator[tuple[int, dict]]:
+        """The rows as stored, the first so many of them, each with its number.
+
+        Raises:
+            UserError: one that cannot be taken out of its file, such as text in Parquet that is not UTF-8; names it.
+        """
+        assert self.numbers is not None
+        for index, number in enumerate(self.numbers[:most]):
+            try:
+                row = self.rows[index]
+            except (ValueError, OverflowError, pyarrow.ArrowException) as error:  # UnicodeDecodeError is a ValueError
+                raise UserError(f"{self.name}, row {number} cannot be read: {first_line(error)}") from error
+            yield int(number), row
+
     def named(self, row: dict) -> dict:
         """A row as stored, its columns under the names by which they are read.
 

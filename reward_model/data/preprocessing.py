@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,6 +21,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
@@ -257,16 +258,20 @@ def tokenize(
     processes = preprocessing.processes or min(cores, len(source.rows) // ROWS_PER_PROCESS)
     # whoever comes first on this machine does the work, the others wait here and then read the cache
     with FileLock(preprocessing.cache / f"{key}.lock"):
-        table = source.rows.map(
-            work,
-            batched=True,
-            num_proc=processes if processes > 1 else None,
-            remove_columns=source.rows.column_names,
-            features=FEATURES,
-            new_fingerprint=key,
-            cache_file_name=str(preprocessing.cache / f"{key}.arrow"),
-            desc=f"tokenizing {os.path.basename(source.name)}",
-        )
+        try:
+            table = source.rows.map(
+                work,
+                batched=True,
+                num_proc=processes if processes > 1 else None,
+                remove_columns=source.rows.column_names,
+                features=FEATURES,
+                new_fingerprint=key,
+                cache_file_name=str(preprocessing.cache / f"{key}.arrow"),
+                desc=printable(f"tokenizing {os.path.basename(source.name)}"),
+            )
+        except (UnicodeDecodeError, OverflowError, pyarrow.ArrowException):
+            deque(source.stored(), maxlen=0)  # says which row it was
+            raise
     return Comparisons(_without_bad_rows(source, table, preprocessing, missing, tokenizer))
 
 

@@ -158,7 +158,7 @@ def _names_in(source: Source, names: dict[str, str]) -> dict[str, str]:
 
 
 def _layout(source: Source, chat: bool) -> Layout:
-    for row in source.rows if source.is_text else source.rows.select(range(1)):
+    for _, row in source.stored(None if source.is_text else 1):
         try:
             return layout_of(source.fields(), source.named(row), chat)
         except BadRow:

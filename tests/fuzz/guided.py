@@ -19,14 +19,12 @@ with atheris.instrument_imports(include=["reward_model"]):
     import reward_model.inference  # noqa: F401
 
 import test_hostile_input as properties
-from hypothesis import settings
 
 
 def main():
     name, *flags = sys.argv[1:]
     properties.PLACE.mkdir(mode=0o700, exist_ok=True)
-    wanted = settings(deadline=None, suppress_health_check=properties.SLOW, database=None)
-    take = wanted(properties.PROPERTIES[name]).hypothesis.fuzz_one_input
+    take = properties.tried(name, 1).hypothesis.fuzz_one_input
     atheris.Setup([sys.argv[0], "-len_control=0", "-max_len=4096", "-print_final_stats=1", *flags], take)
     atheris.Fuzz()
 
