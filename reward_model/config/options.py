@@ -222,7 +222,10 @@ def require_no_adapter(folder: Path) -> None:
     """Raises UserError for a LoRA adapter, which is no model; names what it belongs to."""
     file = folder / "adapter_config.json"
     if file.is_file() and not (folder / "config.json").is_file():
-        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path") or "its base model"
+        try:
+            base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path") or "its base model"
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise UserError(f"{file} is not the configuration of an adapter: {error}") from error
         merged = folder.resolve().parent
         where = f"start from {merged}, where it is merged" if (merged / "config.json").is_file() else "merge it first"
         raise UserError(f"{folder} is a LoRA adapter of {base}: {where}")

@@ -116,8 +116,12 @@ def _load_pretrained(
 ) -> tuple[Scorer, bool]:
     """A model as Transformers stores it, and whether it has a trained score head; how: of :func:`_from_pretrained`."""
     try:
+        values = PretrainedConfig.get_config_dict(name_or_path)[0]
+        require_plausible(name_or_path, values, how["trust_remote_code"])
         config = AutoConfig.from_pretrained(name_or_path, num_labels=1, trust_remote_code=how["trust_remote_code"])
-        labels = _labels_of_head(PretrainedConfig.get_config_dict(name_or_path)[0])
+        labels = _labels_of_head(values)
+    except UserError:
+        raise
     except Exception as error:  # OSError, ValueError, KeyError: missing, unreachable, unknown architecture
         raise UserError(f"no model in {name_or_path}: {why_not(error)}") from error
     if not is_deepspeed_zero3_enabled():  # then it was asked before
