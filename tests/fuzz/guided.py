@@ -5,6 +5,8 @@ python tests/fuzz/guided.py lines -atheris_runs=10000        any flag of libFuzz
 python tests/fuzz/guided.py lines -max_total_time=600
 """
 
+import atexit
+import shutil
 import sys
 from pathlib import Path
 
@@ -24,6 +26,7 @@ import test_hostile_input as properties
 def main():
     name, *flags = sys.argv[1:]
     properties.PLACE.mkdir(mode=0o700, exist_ok=True)
+    atexit.register(shutil.rmtree, properties.PLACE, ignore_errors=True)
     take = properties.tried(name, 1).hypothesis.fuzz_one_input
     atheris.Setup([sys.argv[0], "-len_control=0", "-max_len=4096", "-print_final_stats=1", *flags], take)
     atheris.Fuzz()
