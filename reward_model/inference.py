@@ -18,6 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from reward_model.batching.collate import collate
 from reward_model.common.errors import UserError
 from reward_model.common.logging import logger
+from reward_model.common.remote_code import never_asking
+from reward_model.config.model_folder import require_plausible_folder
 from reward_model.config.options import require_no_adapter
 from reward_model.data.chats import half_character, in_plain, is_chat, write
 from reward_model.data.comparisons import BadRow, Comparison
@@ -195,6 +197,7 @@ def load(
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     require_no_adapter(folder)
+    require_plausible_folder(folder, trust_remote_code)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no model: there is no config.json in it")
     dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
@@ -203,9 +206,13 @@ def load(
     tokenizer = load_tokenizer(str(folder), trust_remote_code=trust_remote_code)
     its_form = form_of(folder, form)
     if its_form:
-        scorer = load_form(folder, its_form, dtype, trust_remote_code)
+        with never_asking(trust_remote_code):
+            scorer = load_form(folder, its_form, dtype, trust_remote_code)
     else:
         scorer = load_for_training(
             str(folder), dtype or "auto", seed=0, expect_head=True, trust_remote_code=trust_remote_code
         )
-    return RewardScorer(scorer, tokenizer, device, _pad_of(scorer, tokenizer, its_form == "dschat"))
+    try:
+        return RewardScorer(scorer, tokenizer, device, _pad_of(scorer, tokenizer, its_form == "dschat"))
+    except UserError as error:  # of the tokenizer's tokens
+        raise UserError(f"{folder}: {error}") from error

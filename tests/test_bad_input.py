@@ -75,7 +75,7 @@ def test_a_bad_row_names_file_row_and_reason(demo, tmp_path):
     refuse(demo, tmp_path, "--data_path", file, says=[str(file), "row 7", "equal"])
     rows[3] = '{"prompt": "p", "chosen": '
     file.write_text("\n".join(rows))
-    refuse(demo, tmp_path, "--data_path", file, says=[str(file), "line 4"])
+    refuse(demo, tmp_path, "--data_path", file, says=[str(file), "row 4: it is not JSON"])
     file.write_text("")
     refuse(demo, tmp_path, "--data_path", file, says=[str(file), "no rows"])
 

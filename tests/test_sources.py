@@ -195,20 +195,57 @@ GOOD = json.dumps(ROWS[0]) + "\n"
 
 
 @pytest.mark.parametrize(
-    "name, text, line",
+    "text, line, reason",
     [
-        ("cut.jsonl", GOOD + GOOD + GOOD[:30] + "\n", 3),
-        ("word.jsonl", GOOD + "hello\n", 2),
-        ("blank_lines.jsonl", "\n" + GOOD + "\n{]\n", 4),
-        ("number.jsonl", GOOD + "5\n" + GOOD, 2),
-        ("list.jsonl", GOOD + "[1]\n", 2),
-        ("array.json", json.dumps(ROWS, indent=1).replace("},", "}"), 7),
+        (GOOD + GOOD + GOOD[:30] + "\n", 3, "it is not JSON: "),
+        (GOOD + "hello\n" + GOOD, 2, "it is not JSON: Expecting value at column 1"),
+        ("\n" + GOOD + "\n{]\n", 4, "it is not JSON: "),
+        (GOOD + "5\n" + GOOD, 2, "it is not an object"),
+        (GOOD + "[1]\n", 2, "it is not an object"),
+        ("{]\n" + 3 * GOOD, 1, "it is not JSON: "),
+        (GOOD + "[" * 100_000 + "\n" + GOOD, 2, "it is nested too deeply"),
+        (GOOD + '{"margin": ' + "9" * 5_000 + "}\n", 2, "Exceeds the limit"),
+        (GOOD + '{"prompt": "\udcff"}\n', 2, "it is not UTF-8: byte 0xff at character 13"),
+        (f"[{GOOD}, 5, {GOOD}]", 2, "it is not an object"),
     ],
 )
-def test_unreadable_json_names_the_line(name, text, line, tmp_path):
-    assert f"line {line} is not " in refusal(tmp_path / name, text)
-    (tmp_path / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
-    assert f"line {line} is not " in refusal(tmp_path / f"{name}.gz")
+def test_a_row_that_cannot_be_read_is_one_bad_row(text, line, reason, tmp_path):
+    (tmp_path / "a.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(text.encode("utf-8", "surrogateescape")))
+    for name in ("a.json", "a.json.gz"):
+        (source,), _ = read(tmp_path / name)
+        bad = []
+        for number, row in zip(source.numbers, source.rows):
+            try:
+                assert source.read(row) == json.loads(GOOD)
+            except BadRow as problem:
+                bad.append((number, str(problem)))
+        assert [number for number, _ in bad] == [line]
+        assert bad[0][1].startswith(reason)
+        assert len(source.rows) == sum(bool(part.strip()) for part in text.splitlines()) or text.startswith("[")
+
+
+def test_text_that_is_neither_lines_nor_a_document_is_refused(tmp_path):
+    text = json.dumps(ROWS, indent=1).replace("},", "}")
+    assert "line 7 is not JSON" in refusal(tmp_path / "a.json", text)
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(text.encode()))
+    assert "line 7 is not JSON" in refusal(tmp_path / "a.json.gz")
+    document = json.dumps({"data": ROWS[:1], "examples": ROWS[1:]}, indent=1)
+    assert "it has rows under data and under examples" in refusal(tmp_path / "two.json", document)
+    assert "data is given twice" in refusal(tmp_path / "twice.json", '{"data": [{}],\n "data": [{}]}')
+    beyond = json.dumps(ROWS[0], indent=1) + "\n]\n" + json.dumps(ROWS[1], indent=1)
+    assert "is not JSON" in refusal(tmp_path / "bracket.json", beyond)
+
+
+def test_rows_under_a_key_are_those_at_the_top(tmp_path):
+    text = json.dumps({"meta": {"data": [1, 2]}, "data": ROWS}, indent=1)
+    (source,), _ = read(write_text(tmp_path / "a.json", text))
+    assert rows_of(source) == ROWS
+
+
+def write_text(path, text):
+    path.write_text(text)
+    return path
 
 
 def test_csv_cells_beyond_the_header_and_columns_given_twice(tmp_path):
@@ -267,8 +304,8 @@ def test_first_rows_alone(name, tmp_path):
 
 def test_json_file_that_is_not_text(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_bytes(b"\xff\xfe\x00" + GOOD.encode())
-    assert "utf-8" in refusal(path)
+    path.write_text(GOOD, encoding="utf-16")
+    assert "it is not UTF-8: byte 0xff at character 1" in refusal(path)
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(GOOD.encode())
     assert "gzip" in refusal(path)

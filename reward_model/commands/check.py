@@ -37,12 +37,23 @@ def main(arguments: list[str]) -> int:
     config = parse(arguments)
     require_data(config)
     require_usable_folder(config.output)
-    require_model_folder(config.model.model_name_or_path)
+    require_model_folder(config.model.model_name_or_path, config.model.trust_remote_code)
+    _check_deepspeed(config)
     show_messages()
     if unseen := check_data(config):
         logger.info(f"not looked at: {', '.join(unseen)}, which would have to come from the hub")
     print("nothing found that would stop the run")
     return 0
+
+
+def _check_deepspeed(config: RunConfig) -> None:
+    """Have DeepSpeed read the file of --deepspeed_config, unless its batch size asks how many processes there are."""
+    if not config.engine.deepspeed_config:
+        return
+    from reward_model.config.deepspeed import read_file, set_up_deepspeed
+
+    if read_file(config.engine).get("train_batch_size", "auto") == "auto":
+        set_up_deepspeed(config, "fp32", world_size=1, hidden_size=1024)
 
 
 def check_data(config: RunConfig) -> list[str]:
@@ -94,7 +105,7 @@ def _check_rows(source, tokenizer, missing, config: RunConfig) -> None:
     plain = glued = 0
     problems: dict[int, str] = {}
     rows = source.rows.select(range(min(FIRST_ROWS, len(source.rows))))
-    for number, row in zip(source.numbers, rows):
+    for number, row in source.stored(FIRST_ROWS):
         text = read_text(source, row, tokenizer, config.data.chat)
         problem = text if isinstance(text, str) else reason_of(missing, Comparison([], [], **text.judged))
         problems |= {number: problem} if problem else {}

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import torch
 
-from reward_model.common.errors import UserError
+from reward_model.common.errors import UserError, printable_lines
 from reward_model.config.groups import COUNT, POSITIVE, Bounds, Group, flag
 from reward_model.config.options import RunConfig
 from reward_model.config.parser import build_parser, given_names, read_words, run_parser
@@ -265,6 +265,6 @@ def main(arguments: list[str] | None = None) -> int:
     lines = show(*parse(sys.argv[1:] if arguments is None else arguments))
     while True:
         try:
-            print(next(lines), flush=True)
+            print(printable_lines(next(lines)), flush=True)
         except StopIteration as end:
             return 0 if end.value else 1

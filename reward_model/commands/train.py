@@ -10,6 +10,7 @@ import sys
 import time
 
 from reward_model.common.distributed import end, prepare_environment, release_shared_memory
+from reward_model.common.errors import printable
 from reward_model.common.logging import logger, quieten, show_messages
 
 RESUMABLE = os.EX_TEMPFAIL  # 75, exit status of a run that was asked to end and goes on when it is started again
@@ -90,6 +91,7 @@ def fail(message: str, debug: bool, wait: float = 0.0) -> int:
         traceback.print_exc()
     elif rank != "0":
         time.sleep(LAUNCHER_GRACE)  # only one voice, unless the fault is this rank's alone
+    message = printable(message)
     print(f"error: {message}" if rank == "0" else f"error on rank {rank}: {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     time.sleep(wait)

@@ -15,6 +15,8 @@ import sys
 import warnings
 from collections.abc import Iterator
 
+from reward_model.common.errors import printable_lines
+
 logger = logging.getLogger("reward_model")
 
 
@@ -35,7 +37,13 @@ def _is_error(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.ERROR
 
 
+def _make_printable(record: logging.LogRecord) -> bool:
+    record.msg, record.args = printable_lines(record.getMessage()), ()
+    return True
+
+
 logger.addFilter(_is_of_first_rank)
+logger.addFilter(_make_printable)
 
 
 def show_messages() -> None:

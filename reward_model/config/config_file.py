@@ -49,7 +49,10 @@ def read_config_file(path: Path, parser) -> list[str]:
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: it has no keys; write a line such as learning_rate: 1e-5 for each flag")
     if "versions" in values:  # run.json
-        values = given_of_run(values, parser)
+        try:
+            values = given_of_run(values, parser)
+        except UserError as error:
+            raise UserError(f"--config {path}: {error}") from error
     for name, value in values.items():
         require_known(str(name), FLAGS, f"--config {path}: ")
         if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(v, (dict, list)) for v in value)):
@@ -70,7 +73,9 @@ def given_of_run(values: dict[str, Any], parser) -> dict[str, Any]:
     version 0.1.0 do not say what was given: there it is what differs from the default.
     """
     if "given" in values:
-        given = set(values["given"])
+        if not isinstance(values["given"], list):
+            raise UserError("given is no list of the flags that were given")
+        given = set(map(str, values["given"]))
         return {name: value for name, value in values.items() if name in given and name not in NOT_OF_A_FILE}
     defaults = {action.dest: action.default for action in parser._actions}
     defaults |= {"margin": 0.0, "label_smoothing": 0.0, "loss_weight": [1.0] * len(values.get("loss") or [1])}

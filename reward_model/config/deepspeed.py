@@ -7,15 +7,17 @@ something else than a flag is an error that names both.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from reward_model.common.errors import UserError
-from reward_model.common.logging import logger
+from reward_model.common.errors import UserError, first_line
+from reward_model.common.logging import hushed, logger
 from reward_model.config.groups import Dtype, EngineConfig
 from reward_model.config.options import RunConfig
 
@@ -62,7 +64,7 @@ def set_up_deepspeed(
         on_gpu: the run is on GPUs.
 
     Raises:
-        UserError: no such file, not JSON, a contradiction, an "auto" that nothing fills.
+        UserError: no such file, not JSON, a contradiction, an "auto" that nothing fills, or what DeepSpeed refuses.
     """
     path = _path(config.engine)
     content = _read(path)
@@ -102,6 +104,8 @@ def set_up_deepspeed(
     if config.output.enable_tensorboard:
         _set_tensorboard(content, config.output.tensorboard_folder, path)
     _refuse_auto(content, path)
+    if config.engine.deepspeed_config:
+        require_accepted(path, content)
     return DeepSpeedSetup(content, stage, offload, dtype, micro_batch, accumulation, max_grad_norm)
 
 
@@ -222,15 +226,77 @@ def _set_nvme(
 
 
 def _read(path: Path) -> dict:
+    def once(pairs: list[tuple[str, Any]]) -> dict:
+        keys = [key for key, _ in pairs]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise UserError(f"DeepSpeed configuration {path}: {twice[0]} is given twice")
+        return dict(pairs)
+
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
     except OSError as error:
         raise UserError(f"DeepSpeed configuration {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"DeepSpeed configuration {path} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise UserError(f"DeepSpeed configuration {path} is not a JSON object")
     return config
+
+
+def require_accepted(path: str | Path, content: dict[str, Any]) -> None:
+    """Have DeepSpeed read a configuration that is filled in, before a model is loaded for it.
+
+    Args:
+        path: of the file, for the message.
+
+    Raises:
+        UserError: DeepSpeed does not take it; names the key without which it would.
+    """
+    content = {key: value for key, value in content.items() if key != "train_batch_size"}  # checked here, for all ranks
+    if complaint := _complaint(content):
+        place = _place_of_complaint(content)
+        at = f" at {'.'.join(place)}" if place else ""
+        raise UserError(f"{path}: DeepSpeed refuses it{at}: {complaint}")
+
+
+def _complaint(content: dict[str, Any]) -> str:
+    """What DeepSpeed has against a configuration; empty: nothing."""
+    from deepspeed.runtime.config import DeepSpeedConfig  # half a second, and it writes to the terminal
+
+    try:
+        with hushed(debug=False), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            DeepSpeedConfig(copy.deepcopy(content))
+    except Exception as error:  # AssertionError, ValueError, TypeError, KeyError, pydantic's own, …
+        if callable(errors := getattr(error, "errors", None)):  # pydantic's: a line for each, and one before them
+            return "; ".join(f"{each['msg']}, given {each.get('input')!r}"[:200] for each in errors()[:2])
+        return first_line(error) if str(error) else type(error).__name__
+    return ""
+
+
+def _place_of_complaint(content: dict[str, Any]) -> list[str]:
+    """The keys, from the outermost on, that lead to what DeepSpeed complains of: it does not without the last."""
+    place: list[str] = []
+    inner: Any = content
+    while isinstance(inner, dict):
+        found = next((key for key in inner if not _complaint(_without(content, [*place, key]))), None)
+        if found is None:
+            return place
+        place, inner = [*place, found], inner[found]
+    return place
+
+
+def _without(content: dict[str, Any], place: list[str]) -> dict[str, Any]:
+    """A configuration that lacks the key at one place."""
+    key, *rest = place
+    if not rest:
+        return {name: value for name, value in content.items() if name != key}
+    return content | {key: _without(content[key], rest)}
+
+
+def read_file(engine: EngineConfig) -> dict[str, Any]:
+    """The ZeRO file that the flags choose, as it is."""
+    return _read(_path(engine))
 
 
 def _section(config: dict, name: str, path: Path) -> dict:

@@ -56,6 +56,9 @@ class Group:
                     _require_bounds(f"--{each.name}", number, *self._bounds[each.name])
 
 
+MOST = 2**63  # a number of 64 bits
+
+
 def _choices(hint: Any) -> tuple:
     """The values that a ``Literal``, or a ``Literal | None``, allows; empty: any."""
     literals = [part for part in (hint, *get_args(hint)) if get_origin(part) is Literal]
@@ -63,8 +66,10 @@ def _choices(hint: Any) -> tuple:
 
 
 def _require_bounds(name: str, value: float, low: float, high: float, reaches_low: bool) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < math.inf:
         raise UserError(f"{name} {value}: not a finite number")
+    if abs(value) >= MOST:
+        raise UserError(f"{name} {value}: beyond {MOST:.2g}")
     if value >= high:
         raise UserError(f"{name} {value}: not in [{low}, {high})")
     if value < low or (value == low and not reaches_low):

@@ -28,6 +28,7 @@ from reward_model.config.groups import (
     TrainingConfig,
 )
 from reward_model.config.loss import resolve_loss
+from reward_model.config.model_folder import require_plausible_folder
 from reward_model.config.parser import HINT, given_names, read_words, require_known, run_parser, words_of
 
 TRACES = ("config.json", "metrics.jsonl", "run.json", "model.safetensors", "pytorch_model.bin", "checkpoints")
@@ -205,12 +206,13 @@ def require_data(config: RunConfig) -> None:
         raise UserError("--data_path is missing: name a file, a folder or a hub name, such as Dahoas/rm-static")
 
 
-def require_model_folder(name_or_path: str) -> None:
-    """Raises UserError for what can only be a path and is no folder, and for a folder of Git LFS pointers."""
+def require_model_folder(name_or_path: str, trust_remote_code: bool = False) -> None:
+    """Raises UserError for what can only be a path and is no folder, and for a folder that holds no real model."""
     is_path = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1 or " " in name_or_path
     if is_path and not Path(name_or_path).is_dir():
         raise UserError(f"--model_name_or_path {name_or_path}: no such folder")
     if Path(name_or_path).is_dir():
+        require_plausible_folder(Path(name_or_path), trust_remote_code)
         for pattern in ("*.json", "*.safetensors", "*.bin", "*.model"):
             for file in Path(name_or_path).glob(pattern):
                 require_no_lfs_pointer(file)
@@ -220,7 +222,10 @@ def require_no_adapter(folder: Path) -> None:
     """Raises UserError for a LoRA adapter, which is no model; names what it belongs to."""
     file = folder / "adapter_config.json"
     if file.is_file() and not (folder / "config.json").is_file():
-        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path") or "its base model"
+        try:
+            base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path") or "its base model"
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise UserError(f"{file} is not the configuration of an adapter: {error}") from error
         merged = folder.resolve().parent
         where = f"start from {merged}, where it is merged" if (merged / "config.json").is_file() else "merge it first"
         raise UserError(f"{folder} is a LoRA adapter of {base}: {where}")

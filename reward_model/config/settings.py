@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from reward_model.common.errors import UserError
+from reward_model.common.errors import UserError, masked
 from reward_model.config.deepspeed import DeepSpeedSetup, set_up_deepspeed
 from reward_model.config.groups import (
     BatchConfig,
@@ -60,7 +60,15 @@ class Settings:
             "loss_level": loss.pop("level"),
             **loss,
         }
+        values = {name: _without_login(value) for name, value in values.items()}
         return json.dumps(values | {"given": sorted(self.given), "versions": versions} | more, indent=2) + "\n"
+
+
+def _without_login(value: Any) -> Any:
+    """A flag's value as it may be kept: the folder is given away with the model."""
+    if isinstance(value, (list, tuple)):
+        return [_without_login(each) for each in value]
+    return masked(value) if isinstance(value, str) else value
 
 
 def resolve(

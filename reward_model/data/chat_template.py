@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from reward_model.common.errors import UserError
 from reward_model.common.logging import logger
+from reward_model.data.rendering import TemplateTooSlow, render
 
 BUILT_IN = {
     # Anthropic's marks, which upstream trains on; closed with the end token, as our texts are
@@ -106,13 +107,16 @@ def _closed(template: str) -> str:
 
 
 def _rendered(tokenizer, **options) -> str:
-    return tokenizer.apply_chat_template(PROBE, tokenize=False, **options)
+    return render(tokenizer, PROBE, **options)
 
 
 def _closed_before_space(tokenizer) -> str | None:
     """The special token that closes a chat, if the template writes white space after it."""
     try:
         text = _rendered(tokenizer)
+    except TemplateTooSlow as error:
+        advice = "--chat_template gives another"
+        raise UserError(f"the tokenizer's chat template does not end: {error}; {advice}") from error
     except Exception:  # a template that refuses these two turns is left as it is; rows will say why
         return None
     special = {str(token) for token in tokenizer.all_special_tokens}

@@ -11,7 +11,9 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 
+from reward_model.common.errors import first_line
 from reward_model.data.comparisons import BadRow, common_prefix
+from reward_model.data.rendering import TemplateTooSlow, render
 
 ROLES = {  # ShareGPT's names, and what others write there
     **dict.fromkeys(("human", "user", "prompter"), "user"),
@@ -22,6 +24,10 @@ WRITTEN_OUT = re.compile(r"\s*\[?\s*\{\s*['\"](role|content|from|value)['\"]\s*:
 SURROGATE = re.compile("[\ud800-\udfff]")
 TURN = re.compile(r"(?:^|\n\n)\s*(Human|Assistant):")  # Anthropic's marks
 ONE_TURN = re.compile(r"\s*Human: (?P<asked>.*?)\s*Assistant:\s*", re.DOTALL)  # upstream's prompts
+OF_THE_CALL = {  # arguments of apply_chat_template that are not for the template
+    *("conversation", "chat_template", "tokenize", "padding", "truncation", "max_length", "return_tensors"),
+    *("return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "add_generation_prompt"),
+}
 Message = dict
 Chat = list[Message]
 
@@ -184,6 +190,8 @@ def template_arguments(row: dict) -> dict:
         if not isinstance(value, kind):
             raise BadRow(f"{name} is not {what}")
         given[name] = _without_none(value)
+    if taken := OF_THE_CALL.intersection(given.get("chat_template_kwargs", {})):
+        raise BadRow(f"chat_template_kwargs has {min(taken)}, which is no variable of a template")
     return ({"tools": given["tools"]} if "tools" in given else {}) | given.get("chat_template_kwargs", {})
 
 
@@ -212,9 +220,20 @@ def write(tokenizer, chats: Iterable[Chat], arguments: dict | None = None) -> li
             "--chat_template, a file or the name human_assistant"
         )
     try:
-        return [tokenizer.apply_chat_template(chat, tokenize=False, **arguments or {}) for chat in chats]
+        return [_whole(render(tokenizer, chat, **arguments or {})) for chat in chats]
+    except TemplateTooSlow as error:
+        raise BadRow(f"the chat template does not end: {error}") from error
+    except BadRow:
+        raise
     except Exception as error:  # templates raise what they like
-        raise BadRow(f"the chat template refuses it: {error}") from error
+        raise BadRow(f"the chat template refuses it: {first_line(error)}") from error
+
+
+def _whole(text: str) -> str:
+    """What a template wrote; half a character may also come from a role, a tool, a name of a key, or the template."""
+    if half := half_character(text):
+        raise BadRow(f"what the chat template writes has half a character, {half}, which is no text")
+    return text
 
 
 def shared_text(tokenizer, chats: list[Chat], written: list[str], arguments: dict) -> str:

@@ -10,6 +10,8 @@ import datasets
 import numpy as np
 import pyarrow
 
+from reward_model.common.errors import printable
+
 GRADES = {  # Llama 2's, arXiv 2307.09288, table 27; as numbers they are its large margins, a third of them its small
     "significantly better": 3.0,
     "better": 2.0,
@@ -22,6 +24,9 @@ GRADES = {  # Llama 2's, arXiv 2307.09288, table 27; as numbers they are its lar
 
 class BadRow(Exception):
     """Why a row cannot be used."""
+
+    def __init__(self, reason: str):
+        super().__init__(printable(reason))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import gzip
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -39,6 +39,7 @@ class Source:
     numbers: each row's number in the file or split, from 1.
     columns: of a text file, the fields of its first row; where a later row lacks one, it is None.
     names: field → the column that holds it, where that has another name.
+    is_text: the rows are those of a text file.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Source:
     numbers: np.ndarray | None = None
     columns: tuple[str, ...] = ()
     names: dict[str, str] = field(default_factory=dict)
+    is_text: bool = False
 
     def __post_init__(self):
         if self.numbers is None and self.rows is not None:
@@ -56,14 +58,30 @@ class Source:
         assert self.numbers is not None  # filled in when the object was made
         return replace(self, rows=self.rows.select(indices), numbers=self.numbers[indices])
 
+    def stored(self, most: int | None = None) -> Iterator[tuple[int, dict]]:
+        """The rows as stored, the first so many of them, each with its number.
+
+        Raises:
+            UserError: one that cannot be taken out of its file, such as text in Parquet that is not UTF-8; names it.
+        """
+        assert self.numbers is not None
+        for index, number in enumerate(self.numbers[:most]):
+            try:
+                row = self.rows[index]
+            except (ValueError, OverflowError, pyarrow.ArrowException) as error:  # UnicodeDecodeError is a ValueError
+                raise UserError(f"{self.name}, row {number} cannot be read: {first_line(error)}") from error
+            yield int(number), row
+
     def named(self, row: dict) -> dict:
         """A row as stored, its columns under the names by which they are read.
 
         Raises:
-            BadRow: a key that the row has twice, or more cells than its file has columns.
+            BadRow: it could not be read, has a key twice, or more cells than its file has columns.
         """
-        if list(row) == ["json"]:
+        if self.is_text:
             row = dict.fromkeys(self.columns) | json.loads(row["json"], object_pairs_hook=_once)
+        if UNREADABLE in row:
+            raise BadRow(str(row[UNREADABLE]))
         if BEYOND in row:
             raise BadRow(f"the row has more cells than the file has columns, {row[BEYOND]!r} the first of them")
         if self.names:
@@ -89,8 +107,10 @@ class Source:
         return [named.get(column, column) for column in columns]
 
 
+UNREADABLE = "\0unreadable"  # the key of a row that is none: why it could not be read
 BEYOND = "\0beyond"  # the key under which a row holds what it has beyond the header of its CSV file
-SPACE, COMMA = re.compile(r"\s*"), re.compile(r"\s*,?\s*")
+SPACE, COMMA, COLON = re.compile(r"\s*"), re.compile(r"\s*,?\s*"), re.compile(r"\s*:\s*")
+UNDECODED = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of bytes that are not UTF-8
 DOCUMENTS = ("instances", "data", "rows", "examples")  # keys under which one JSON object holds all rows
 
 
@@ -133,8 +153,9 @@ def read_file(path: Path, first: int | None = None) -> Source:
             raise UserError(f"{path} holds no rows") from error
         raise UserError(f"{path}: {first_line(cause)}") from error
     numbers = np.asarray(rows.with_format("numpy")["number"][:])
-    columns = tuple(name for name in json.loads(rows[0]["json"]) if name != BEYOND)
-    return Source(str(path), rows.remove_columns("number"), numbers=numbers, columns=columns)
+    readable = (row for row in map(json.loads, rows["json"]) if UNREADABLE not in row)
+    columns = tuple(name for name in next(readable, ()) if name != BEYOND)
+    return Source(str(path), rows.remove_columns("number"), numbers=numbers, columns=columns, is_text=True)
 
 
 def _parquet(path: Path, first: int | None) -> datasets.Dataset:
@@ -169,11 +190,13 @@ def _digest(path: Path) -> str:
 def _text_rows(path: str, content: str) -> Iterator[dict]:
     """The rows of a .json, .jsonl or .csv file as JSON text, each with its number; ``content`` names the version read.
 
+    One that cannot be read comes with the reason why, so that it is counted among the others.
+
     Raises:
-        UserError: a line that is not a JSON object; says which.
+        UserError: a file in which nothing says where a row begins; says in which line.
     """
     opener = gzip.open if path.endswith(".gz") else open
-    with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+    with opener(path, "rt", encoding="utf-8-sig", newline="", errors="surrogateescape") as file:
         if loader_of(Path(path)) == "csv":
             yield from _csv_rows(file)
             return
@@ -185,30 +208,73 @@ def _text_rows(path: str, content: str) -> Iterator[dict]:
             text = file.read()
             _parse(text, None)
             yield from _array_rows(text)
-            return
-        is_first = True
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            if is_first and not _is_row(line):
-                file.seek(0)
-                yield from _document_rows(file.read())
-                return
-            _require_object(_parse(line, number), f"line {number}")
-            yield {"json": line, "number": number}
-            is_first = False
+        elif _is_row(next((line for line in file if line.strip()), "{}")):
+            file.seek(0)
+            yield from _line_rows(file)
+        else:
+            file.seek(0)
+            yield from _rows_of_either(file.read())
+
+
+def _line_rows(lines: Iterable[str]) -> Iterator[dict]:
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield _row(line, number)
+
+
+def _rows_of_either(text: str) -> Iterator[dict]:
+    """Rows of a text whose first line is none: objects over several lines, or lines of which the first is broken."""
+    try:
+        found = list(_document_rows(text))
+    except UserError as error:
+        found = list(_line_rows(text.splitlines(keepends=True)))
+        if 2 * sum(UNREADABLE in json.loads(row["json"]) for row in found) >= len(found):
+            raise UserError(_undecoded(text) or str(error)) from error
+    yield from found
+
+
+def _row(text: str, number: int) -> dict:
+    """A row's JSON text with its number, or why it cannot be read."""
+    try:
+        if reason := _undecoded(text):
+            raise ValueError(reason)
+        if not isinstance(json.loads(text), dict):
+            raise ValueError("it is not an object")
+    except json.JSONDecodeError as error:
+        return _unreadable(f"it is not JSON: {error.msg} at column {error.colno}", number)
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, a list in a list in a list …
+        return _unreadable(_nested(error), number)
+    return {"json": text, "number": number}
+
+
+def _undecoded(text: str) -> str:
+    found = UNDECODED.search(text)
+    return f"it is not UTF-8: byte 0x{ord(found[0]) - 0xDC00:02x} at character {found.start() + 1}" if found else ""
+
+
+def _unreadable(reason: str, number: int) -> dict:
+    return {"json": json.dumps({UNREADABLE: reason}), "number": number}
+
+
+def _nested(error: Exception) -> str:
+    return "it is nested too deeply" if isinstance(error, RecursionError) else first_line(error)
 
 
 def _csv_rows(file) -> Iterator[dict]:
     csv.field_size_limit(2**31 - 1)
     reader = csv.DictReader(file, strict=True)
     names = reader.fieldnames or []
+    if UNDECODED.search("".join(names)):
+        raise UserError("the names of its columns are not UTF-8")
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"column {twice[0]} is given twice")
     number = 0
     try:
         for number, row in enumerate(reader, 1):
             beyond = [cell for cell in row.pop(None, None) or [] if cell.strip()]
+            if UNDECODED.search("".join(cell for cell in (*row.values(), *beyond) if cell)):
+                yield _unreadable("it is not UTF-8", number)
+                continue
             row |= {name: number_of(row[name]) for name in NUMBERS if name in row}
             row |= {BEYOND: beyond[0]} if beyond else {}
             yield {"json": json.dumps(row), "number": number}
@@ -221,6 +287,8 @@ def _parse(text: str, line: int | None):
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"line {line or error.lineno} is not JSON: {error.msg} at column {error.colno}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"its JSON cannot be read: {_nested(error)}") from error
 
 
 def _is_row(line: str) -> bool:
@@ -229,33 +297,55 @@ def _is_row(line: str) -> bool:
         return _rows_inside(json.loads(line)) is None
     except json.JSONDecodeError:
         return False
+    except (ValueError, RecursionError):
+        return True
 
 
 def _rows_inside(row) -> str | None:
-    """The key under which one object holds all rows."""
-    found = [name for name in DOCUMENTS if isinstance(row, dict) and isinstance(row.get(name), list)]
-    return found[0] if found and all(isinstance(each, dict) for each in row[found[0]]) else None
+    """The key under which one object holds all rows.
+
+    Raises:
+        UserError: there are two.
+    """
+    lists = {name: row[name] for name in DOCUMENTS if isinstance(row, dict) and isinstance(row.get(name), list)}
+    found = [name for name, rows in lists.items() if all(isinstance(each, dict) for each in rows)]
+    if len(found) > 1:
+        raise UserError(f"it has rows under {' and under '.join(found)}: keep one of them")
+    return found[0] if found else None
 
 
 def _document_rows(text: str) -> Iterator[dict]:
     """The rows of objects over several lines: each a row, or one that holds all of them."""
     values = list(_values(text, 0, SPACE))
-    if len(values) == 1 and (name := _rows_inside(json.loads(values[0]))):
-        yield from _array_rows(text, re.search(rf'"{name}"\s*:\s*(?=\[)', text).end())  # type: ignore[union-attr]
+    if len(values) == 1 and (name := _rows_inside(_parse(values[0], None))):
+        places = [place for key, place in _members(text) if key == name]
+        if len(places) > 1:
+            raise UserError(f"{name} is given twice")
+        yield from _array_rows(text, places[0])
         return
     for number, value in enumerate(values, 1):
-        _require_object(json.loads(value), f"row {number}")
-        yield {"json": value, "number": number}
+        yield _row(value, number)
 
 
 def _array_rows(text: str, start: int = 0) -> Iterator[dict]:
     """The rows of a JSON array that begins after a place of a text; each as it is written there."""
-    for number, value in enumerate(_values(text, text.index("[", start) + 1, COMMA), 1):
-        _require_object(json.loads(value), f"row {number}")
-        yield {"json": value, "number": number}
+    for number, value in enumerate(_values(text, text.index("[", start) + 1, COMMA, "]"), 1):
+        yield _row(value, number)
 
 
-def _values(text: str, at: int, between: re.Pattern) -> Iterator[str]:
+def _members(text: str) -> Iterator[tuple[str, int]]:
+    """The keys of an object, each with the place at which its value begins."""
+    decoder = json.JSONDecoder()
+    at = SPACE.match(text, text.index("{") + 1).end()  # type: ignore[union-attr]
+    while text[at] != "}":
+        key, end = decoder.raw_decode(text, at)
+        place = COLON.match(text, end).end()  # type: ignore[union-attr]
+        yield key, place
+        _, end = decoder.raw_decode(text, place)
+        at = COMMA.match(text, end).end()  # type: ignore[union-attr]
+
+
+def _values(text: str, at: int, between: re.Pattern, closing: str = "") -> Iterator[str]:
     """JSON values from a place of a text on, as they are written, up to the end or the bracket that closes them.
 
     Raises:
@@ -265,16 +355,13 @@ def _values(text: str, at: int, between: re.Pattern) -> Iterator[str]:
     while True:
         found = between.match(text, at)
         at = found.end() if found else at
-        if at == len(text) or text[at] == "]":
+        if at == len(text) or text[at] == closing:
             return
         try:
             _, end = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:
             raise UserError(f"line {error.lineno} is not JSON: {error.msg} at column {error.colno}") from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"line {text.count(chr(10), 0, at) + 1} cannot be read: {_nested(error)}") from error
         yield text[at:end]
         at = end
-
-
-def _require_object(row, where: str) -> None:
-    if not isinstance(row, dict):
-        raise UserError(f"{where} is not an object")

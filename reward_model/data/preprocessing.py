@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,10 +21,11 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
-from reward_model.common.errors import UserError
+from reward_model.common.errors import UserError, printable
 from reward_model.common.logging import logger
 from reward_model.common.words import counted
 from reward_model.data import chats, comparisons, files, layouts, rows
@@ -257,16 +258,20 @@ def tokenize(
     processes = preprocessing.processes or min(cores, len(source.rows) // ROWS_PER_PROCESS)
     # whoever comes first on this machine does the work, the others wait here and then read the cache
     with FileLock(preprocessing.cache / f"{key}.lock"):
-        table = source.rows.map(
-            work,
-            batched=True,
-            num_proc=processes if processes > 1 else None,
-            remove_columns=source.rows.column_names,
-            features=FEATURES,
-            new_fingerprint=key,
-            cache_file_name=str(preprocessing.cache / f"{key}.arrow"),
-            desc=f"tokenizing {os.path.basename(source.name)}",
-        )
+        try:
+            table = source.rows.map(
+                work,
+                batched=True,
+                num_proc=processes if processes > 1 else None,
+                remove_columns=source.rows.column_names,
+                features=FEATURES,
+                new_fingerprint=key,
+                cache_file_name=str(preprocessing.cache / f"{key}.arrow"),
+                desc=printable(f"tokenizing {os.path.basename(source.name)}"),
+            )
+        except (UnicodeDecodeError, OverflowError, pyarrow.ArrowException):
+            deque(source.stored(), maxlen=0)  # says which row it was
+            raise
     return Comparisons(_without_bad_rows(source, table, preprocessing, missing, tokenizer))
 
 
@@ -397,8 +402,8 @@ def read_text(source: Source, row: dict, tokenizer, chat: bool) -> Texts | str:
         return read_row(source.read(row), tokenizer, chat)
     except BadRow as problem:
         return str(problem)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        return f"the row lacks what its layout needs ({type(error).__name__}: {error})"
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+        return printable(f"the row lacks what its layout needs ({type(error).__name__}: {error})")
 
 
 def _hash(content: bytes) -> int:
@@ -434,12 +439,13 @@ def compare(
         names: of the answers, for messages.
 
     Raises:
-        BadRow: the same ids twice, or an answer longer than the limit.
+        BadRow: the same ids twice, an answer longer than the limit, or one that adds no token to a prompt that is cut.
     """
     require_different(whole, names, how=" once tokenized")
     prompt_length = min(common_prefix(prompt, text) for text in whole)
     surplus = max(map(len, whole)) - max_seq_len
     if surplus > 0:
+        _require_tokens(prompt, whole, names)
         # a start token stays: the model has never seen a text without one
         start = 1 if prompt_length and prompt[0] in special.starts else 0
         if start + surplus > prompt_length:

@@ -37,6 +37,7 @@ DIALOGUE = re.compile(  # marks of turns in a text that holds its prompt, by the
     re.IGNORECASE,
 )
 PAIR = ("chosen", "rejected")
+LARGEST = float(np.finfo(np.float32).max)
 FIELDS = (  # that a row may have; everything else is not read
     *("prompt", *PAIR, "responses", "response", "scores", "ranks", "score", "label", "margin", "rating", "probability"),
     *("chosen_score", "rejected_score", "score_chosen", "score_rejected", "tools", "chat_template_kwargs"),
@@ -177,7 +178,7 @@ def judge_pair(row: dict) -> dict:
     return {
         "better": [0],
         "worse": [1],
-        "margin": [scores[0] - scores[1] if math.isnan(margin) else margin],
+        "margin": [_difference(*scores) if math.isnan(margin) else margin],
         "rating": [_within(row.get("rating"), 3, GRADES)],
         "probability": [_within(row.get("probability"), 1)],
         "ranks": [0, 1],
@@ -223,7 +224,7 @@ def judge_list(size: int, scores: list[float] | None = None, ranks: list[float] 
     return {
         "better": [i for i, _ in pairs],
         "worse": [j for _, j in pairs],
-        "margin": [scores[i] - scores[j] if scores else math.nan for i, j in pairs],
+        "margin": [_difference(scores[i], scores[j]) if scores else math.nan for i, j in pairs],
         "rating": [math.nan] * len(pairs),
         "probability": [math.nan] * len(pairs),
         "ranks": dense,
@@ -245,6 +246,13 @@ def judge_answer(row: dict) -> dict:
     return nothing | {"targets": [_number(row, "score", "label")]}
 
 
+def _difference(better: float, worse: float) -> float:
+    """By how much one score beats another, as the margin of a pair, which is kept in float32."""
+    if abs(better - worse) > LARGEST:
+        raise BadRow(f"the scores {better:g} and {worse:g} are too far apart")
+    return better - worse
+
+
 def _number(row: dict, *names: str) -> float:
     """The number under the first of some names that holds a value, or NaN if none does."""
     name, value = next(((name, row[name]) for name in names if row.get(name) is not None), ("", None))
@@ -252,7 +260,7 @@ def _number(row: dict, *names: str) -> float:
         return math.nan
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise BadRow(f"{name} is {_type(value)}, not a number")
-    if not abs(value) <= float(np.finfo(np.float32).max):
+    if not abs(value) <= LARGEST:
         raise BadRow(f"{name} is {value}")
     return float(value)
 

@@ -158,11 +158,12 @@ def _names_in(source: Source, names: dict[str, str]) -> dict[str, str]:
 
 
 def _layout(source: Source, chat: bool) -> Layout:
-    try:
-        row = source.named(source.rows[0])
-    except BadRow:
-        return OWN  # it will be said of the row
-    return layout_of(source.fields(), row, chat)
+    for _, row in source.stored(None if source.is_text else 1):
+        try:
+            return layout_of(source.fields(), source.named(row), chat)
+        except BadRow:
+            continue  # it will be said of the row
+    return OWN
 
 
 def _say_layouts(path: str, sources: list[Source]) -> None:
@@ -248,17 +249,29 @@ def _read_folder(folder: Path, splits: Splits, first: int | None) -> tuple[list[
 
 
 def _files(folder: Path) -> list[Path]:
-    """The files of rows in a folder and those below it, hidden ones left out.
+    """The files of rows in a folder and those below it, also behind links; hidden ones are left out.
 
     Raises:
-        UserError: a link to a file that is not there.
+        UserError: a link to what is not there, a folder that cannot be listed, or what is no file and named like one.
     """
-    paths = [path for path in sorted(folder.rglob("*")) if loader_of(path)]
-    paths = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
-    for path in paths:
-        if path.is_symlink() and not path.exists():
-            raise UserError(f"{path} is a link to {os.readlink(path)}, which is not there")
-    return [path for path in paths if path.is_file()]
+    found, seen = [], set()
+    for place, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
+        seen.add(os.path.realpath(place))
+        folders[:] = sorted(
+            name for name in folders if name[0] != "." and os.path.realpath(os.path.join(place, name)) not in seen
+        )
+        for path in (Path(place, name) for name in names if name[0] != "."):
+            if path.is_symlink() and not path.exists() and (loader_of(path) or not path.suffix):
+                raise UserError(f"{path} is a link to {os.readlink(path)}, which is not there")
+            if loader_of(path) and path.exists() and not path.is_file():
+                raise UserError(f"{path} is named like a file of rows, and is none that could be read twice")
+            if loader_of(path):
+                found.append(path)
+    return sorted(found)
+
+
+def _raise(error: OSError):
+    raise UserError(f"{error.filename}: {error.strerror}") from error
 
 
 def _read_hub(name: str, splits: Splits) -> tuple[list[Source], list[Source]]:

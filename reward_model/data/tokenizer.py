@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from reward_model.common.errors import UserError, why_not
 from reward_model.common.logging import logger
+from reward_model.common.remote_code import never_asking
 
 EOT_TOKEN = "<|endoftext|>"  # what upstream's --add_eot_token adds
 NEW_PAD_TOKEN = "<|pad|>"
@@ -47,7 +48,9 @@ def load_tokenizer(
     if name_or_path.startswith((".", "/", "~")) and not os.path.isdir(name_or_path):
         raise UserError(f"{name_or_path}: no such folder")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+        with never_asking(trust_remote_code):
+            tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+        tokenizer("a b")  # what its files say wrongly of lengths, patterns or tokens shows at the first text
     except Exception as error:  # Transformers raises OSError, ValueError, KeyError and the tokenizers' own
         raise UserError(f"no tokenizer in {name_or_path}: {why_not(error)}") from error
     if add_eot_token:

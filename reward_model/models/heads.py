@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers.utils import cached_file
 
-from reward_model.common.errors import UserError
+from reward_model.common.errors import UserError, first_line
 from reward_model.common.logging import logger
 from reward_model.models.scorer import Scorer, gathered, head_layer
 
@@ -163,7 +163,7 @@ def read_weights(name_or_path: str, names: Iterable[str]) -> dict[str, torch.Ten
                 there = set(file.keys())
                 found |= {name: file.get_tensor(name) for name in names if name in there}
         else:
-            state = _mapped(path)
+            state = read_pickled(path)
             found |= {name: state[name] for name in names if name in state}
     if missing := [name for name in names if name not in found]:
         raise UserError(f"{name_or_path}: cannot read {missing[0]} from its files; --new_head draws a new head")
@@ -189,13 +189,24 @@ def shapes_of(name_or_path: str, names: Iterable[str]) -> Shapes:
 
 def _shapes_in(path: Path) -> Shapes:
     if path.suffix != ".safetensors":
-        return {name: tuple(tensor.shape) for name, tensor in _mapped(path).items()}
+        return {name: tuple(tensor.shape) for name, tensor in read_pickled(path).items()}
     with safe_open(path, "pt") as file:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
-def _mapped(path: Path) -> dict[str, torch.Tensor]:
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+def read_pickled(path: Path) -> dict[str, torch.Tensor]:
+    """The weights in a file of ``torch.save``, mapped where it can be, so that host memory holds them once.
+
+    Raises:
+        UserError: anything else is in it; a pickle can hold code, and none of it is run.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # UnpicklingError, RuntimeError, EOFError, and what a broken pickle comes to
+        raise UserError(f"{path} cannot be read: {first_line(error)}") from error
+    if not isinstance(state, dict) or not all(isinstance(each, torch.Tensor) for each in state.values()):
+        raise UserError(f"{path} is no file of weights by name")
+    return state
 
 
 def _weight_files(name_or_path: str) -> list[Path]:

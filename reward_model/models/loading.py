@@ -20,7 +20,9 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from reward_model.common.errors import UserError, first_line, why_not
 from reward_model.common.logging import logger
+from reward_model.common.remote_code import never_asking
 from reward_model.common.words import counted
+from reward_model.config.model_folder import require_plausible
 from reward_model.config.options import require_model_folder, require_no_adapter
 from reward_model.models.heads import (
     adopt_head,
@@ -40,6 +42,7 @@ from reward_model.models.scorer import (
     init_head,
     multiply_in_float32,
 )
+from reward_model.models.size import require_its_size
 
 
 def load_for_training(
@@ -69,6 +72,15 @@ def load_for_training(
     Raises:
         UserError: no model there, weights missing, a head that cannot be read, or a model that cannot be quantized.
     """
+    with never_asking(trust_remote_code):
+        return _load(
+            name_or_path, dtype, seed, pooling, dropout, expect_head, trust_remote_code, new_head, bits, device
+        )
+
+
+def _load(
+    name_or_path: str, dtype, seed, pooling, dropout, expect_head, trust_remote_code, new_head, bits, device
+) -> Scorer:
     form = form_of(Path(name_or_path)) if Path(name_or_path).is_dir() else None
     if form and bits:
         raise UserError(f"--lora_bits {bits}: {name_or_path} is in a form that is not quantized; leave the flag out")
@@ -104,10 +116,16 @@ def _load_pretrained(
 ) -> tuple[Scorer, bool]:
     """A model as Transformers stores it, and whether it has a trained score head; how: of :func:`_from_pretrained`."""
     try:
+        values = PretrainedConfig.get_config_dict(name_or_path)[0]
+        require_plausible(name_or_path, values, how["trust_remote_code"])
         config = AutoConfig.from_pretrained(name_or_path, num_labels=1, trust_remote_code=how["trust_remote_code"])
-        labels = _labels_of_head(PretrainedConfig.get_config_dict(name_or_path)[0])
+        labels = _labels_of_head(values)
+    except UserError:
+        raise
     except Exception as error:  # OSError, ValueError, KeyError: missing, unreachable, unknown architecture
         raise UserError(f"no model in {name_or_path}: {why_not(error)}") from error
+    if not is_deepspeed_zero3_enabled():  # then it was asked before
+        require_its_size(name_or_path, config, how["trust_remote_code"])
     if dropout is not None:
         set_dropout(config, dropout)
     require_text_model(name_or_path, config)
@@ -288,14 +306,20 @@ def _forget_quantization(model: nn.Module) -> None:
 
 def read_config(name_or_path: str, trust_remote_code: bool = False):
     """Raises UserError where there is no model, or one that cannot be trained."""
-    require_model_folder(name_or_path)
+    require_model_folder(name_or_path, trust_remote_code)
     require_no_adapter(Path(name_or_path))
     try:
-        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+        with never_asking(trust_remote_code):
+            require_plausible(name_or_path, PretrainedConfig.get_config_dict(name_or_path)[0], trust_remote_code)
+            config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+    except UserError:
+        raise
     except Exception as error:  # OSError, ValueError, KeyError: missing, unreachable, unknown architecture
         place = "" if Path(name_or_path).is_dir() else "no such folder here, and from the hub: "
         raise UserError(f"--model_name_or_path {name_or_path}: {place}{why_not(error)}") from error
     whole_numbers(name_or_path, config)  # refuses before the data is read
+    with never_asking(trust_remote_code):
+        require_its_size(name_or_path, config, trust_remote_code)
     return config
 
 

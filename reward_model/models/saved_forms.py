@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +17,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from reward_model.common.errors import UserError, why_not
+from reward_model.models.heads import read_pickled
 from reward_model.models.saving import DSCHAT_WEIGHTS, OWN_CONFIG, OWN_WEIGHTS
 from reward_model.models.scorer import Scorer, embedding_name, embedding_rows
+from reward_model.models.size import require_its_size
 from reward_model.reward_model import RewardModel
 
 Form = Literal["own", "dschat"]
@@ -73,14 +74,14 @@ def load_form(
     try:
         scorer.model.load_state_dict(state)
     except RuntimeError as error:
-        raise UserError(f"{folder / DSCHAT_WEIGHTS} does not fit its config.json: {error}") from error
+        raise UserError(
+            f"{folder / DSCHAT_WEIGHTS} does not fit its config.json: {' '.join(str(error).split())}"
+        ) from error
     return scorer
 
 
 def _dschat_state(folder: Path) -> dict[str, torch.Tensor]:
-    file = folder / DSCHAT_WEIGHTS
-    # mapped: host memory holds the model once
-    state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    state = read_pickled(folder / DSCHAT_WEIGHTS)
     # before October 2023 upstream spelt it otherwise
     return {name.replace("rwtranrsformer.", BACKBONE, 1): weight for name, weight in state.items()}
 
@@ -103,6 +104,7 @@ def _empty(folder: Path, dtype: torch.dtype | None, pooling: str, trust: bool, d
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
     except Exception as error:  # OSError, ValueError, KeyError
         raise UserError(f"no model in {folder}: {why_not(error)}") from error
+    require_its_size(str(folder), config, trust)
     if dropout is not None:
         set_dropout(config, dropout)
     dtype = dtype or getattr(config, "dtype", None) or torch.float32

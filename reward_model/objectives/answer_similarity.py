@@ -13,8 +13,9 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
 from reward_model.common import distributed
 from reward_model.common.distributed import DistributedContext
-from reward_model.common.errors import UserError, first_line
+from reward_model.common.errors import UserError, why_not
 from reward_model.common.logging import logger
+from reward_model.common.remote_code import never_asking
 from reward_model.data.comparisons import Comparisons
 
 BATCH = 64  # texts that are embedded at a time
@@ -22,22 +23,29 @@ ROWS = 1_000  # whose texts are held at a time
 
 
 def with_cosines(
-    comparisons: Comparisons, tokenizer: PreTrainedTokenizerBase, encoder: str, context: DistributedContext
+    comparisons: Comparisons,
+    tokenizer: PreTrainedTokenizerBase,
+    encoder: str,
+    context: DistributedContext,
+    trust_remote_code: bool = False,
 ) -> Comparisons:
     """Comparisons with a cosine for each judged pair. Every rank embeds a part of them.
 
     Args:
         tokenizer: of the rows, which are read back from their tokens.
         encoder: a folder or a hub name.
+        trust_remote_code: run the code that the encoder brings.
 
     Raises:
         UserError: no such model.
     """
     try:
-        words = AutoTokenizer.from_pretrained(encoder)
-        model = AutoModel.from_pretrained(encoder, dtype=torch.float32).to(context.device).eval()
+        with never_asking(trust_remote_code):
+            words = AutoTokenizer.from_pretrained(encoder, trust_remote_code=trust_remote_code)
+            model = AutoModel.from_pretrained(encoder, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        model = model.to(context.device).eval()
     except Exception as error:  # OSError, ValueError, KeyError: missing, unreachable, unknown architecture
-        raise UserError(f"--prior_model {encoder}: {first_line(error)}") from error
+        raise UserError(f"--prior_model {encoder}: {why_not(error)}") from error
     longest = min(words.model_max_length, getattr(model.config, "max_position_embeddings", None) or 512)
     order = np.argsort(comparisons.prompt_hashes(), kind="stable")  # answers that come again, one after the other
     mine = np.array_split(order, context.world_size)[context.rank]

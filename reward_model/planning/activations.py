@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_map_only
 from transformers import AutoModel, AutoModelForSequenceClassification, PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from reward_model.common.errors import UserError, first_line
+from reward_model.common.errors import UserError, why_not
+from reward_model.common.remote_code import never_asking
 from reward_model.config.groups import ModelConfig
 from reward_model.models.loading import DTYPES
 from reward_model.models.lora import add_lora
@@ -114,7 +115,7 @@ def build_on_meta(config: PretrainedConfig, options: ModelConfig, dtype: str) ->
     auto_class, others = (AutoModelForSequenceClassification, {}) if has_class else (AutoModel, no_pooler(config))
     others |= {"trust_remote_code": options.trust_remote_code}
     try:
-        with torch.device("meta"):
+        with never_asking(options.trust_remote_code), torch.device("meta"):
             model = auto_class.from_config(config, dtype=DTYPES[dtype], **others)
             if has_class:
                 is_decoder = isinstance(getattr(model, "score", None), nn.Linear)
@@ -123,7 +124,7 @@ def build_on_meta(config: PretrainedConfig, options: ModelConfig, dtype: str) ->
                 scorer = on_drop_in(model, options.pooling or "last")
         head_layer(scorer).__class__ = _Head
     except (ValueError, KeyError, TypeError, RuntimeError, NotImplementedError) as error:
-        raise UserError(f"--model_name_or_path {options.model_name_or_path}: {first_line(error)}") from error
+        raise UserError(f"--model_name_or_path {options.model_name_or_path}: {why_not(error)}") from error
     scorer.backbone.set_attn_implementation(ATTENTION)
     if options.lora_dim:
         with torch.device("meta"):
@@ -180,7 +181,7 @@ def activations(scorer: Scorer, rows: int, length: int, checkpointing: bool, off
         try:
             scorer.unwrapped.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         except ValueError as error:
-            raise UserError(f"--gradient_checkpointing: {first_line(error)}") from error
+            raise UserError(f"--gradient_checkpointing: {why_not(error)}") from error
     if offload:
         _keep_elsewhere(scorer)
     layers = layers_of(scorer)
@@ -192,7 +193,7 @@ def activations(scorer: Scorer, rows: int, length: int, checkpointing: bool, off
             found.append(passes(scorer, rows, length)[1])
         except (NotImplementedError, RuntimeError) as error:  # experts that are chosen by the numbers
             name = type(scorer.unwrapped).__name__
-            raise UserError(f"{name} cannot be run without its weights: {first_line(error)}") from error
+            raise UserError(f"{name} cannot be run without its weights: {why_not(error)}") from error
         layers.extend(every[count:])
     if checkpointing:
         scorer.unwrapped.gradient_checkpointing_disable()

@@ -80,8 +80,8 @@ class Checkpoint:
         files: dict[str, Any] = manifest["files"]
         if missing := {STATE} - set(files):
             return f"its manifest lists no {', '.join(missing)}"
-        if NAME.fullmatch(self.folder.name) and manifest["step"] != self.step:
-            return f"its manifest is of step {manifest['step']}"
+        if NAME.fullmatch(self.folder.name) and manifest.get("step") != self.step:
+            return f"its manifest is of step {manifest.get('step')}"
         for name in sorted(files)[part::parts]:
             path = self.folder / name
             try:
@@ -90,7 +90,7 @@ class Checkpoint:
                     return f"{name} has {size} bytes, and {files[name]['bytes']} were written"
                 if sha256_of(path) != files[name]["sha256"]:
                     return f"{name} has other bytes than were written"
-            except (OSError, KeyError, TypeError) as error:
+            except (OSError, KeyError, TypeError, ValueError) as error:  # ValueError: a name that no file can have
                 return f"{name}: {getattr(error, 'strerror', None) or 'not described by the manifest'}"
         return ""
 
@@ -98,9 +98,12 @@ class Checkpoint:
         """What the run wrote of itself. Raises UserError if it cannot be read."""
         path = self.folder / STATE
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path} cannot be read: {error}") from error
+        if not isinstance(found, dict):
+            raise UserError(f"{path} is no state of a run")
+        return found
 
 
 def _is_inside(name: str) -> bool:

@@ -86,7 +86,9 @@ def load_data(
     require_positions(config, tokenizer, longest)
     if "prior_cosine" in objective.kinds:
         assert settings.loss.prior_model is not None  # refused before
-        train = answer_similarity.with_cosines(train, tokenizer, settings.loss.prior_model, context)
+        train = answer_similarity.with_cosines(
+            train, tokenizer, settings.loss.prior_model, context, settings.model.trust_remote_code
+        )
     return Data(tokenizer, special, train, evaluation, reference, longest)
 
 

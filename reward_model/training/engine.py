@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import get_scheduler
 
-from reward_model.common.errors import UserError
+from reward_model.common.errors import UserError, first_line
 from reward_model.config.groups import TrainingConfig
 from reward_model.config.settings import Settings
 from reward_model.models.loading import DTYPES, load_for_training
@@ -104,7 +104,12 @@ def start_engine(settings: Settings, scorer: Scorer, steps: int):
         num_warmup_steps=training.num_warmup_steps or math.ceil(training.warmup_ratio * steps),
         num_training_steps=steps,
     )
-    engine, *_ = deepspeed.initialize(model=scorer, optimizer=optimizer, lr_scheduler=scheduler, config=ds_config)
+    try:
+        engine, *_ = deepspeed.initialize(model=scorer, optimizer=optimizer, lr_scheduler=scheduler, config=ds_config)
+    except (AssertionError, LookupError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
+        if not settings.engine.deepspeed_config:
+            raise
+        raise UserError(f"{settings.engine.deepspeed_config}: DeepSpeed refuses it: {first_line(error)}") from error
     if settings.engine.zero_stage == 0 and settings.engine.dtype != "fp32":
         # DeepSpeed's half-precision optimizer at stage 0 has taken a step with zero gradients by now, which leaves
         # Adam's bias correction one step ahead: the first updates come out at 0.73, 0.83, … of their size

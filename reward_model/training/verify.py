@@ -28,6 +28,7 @@ from reward_model.common.errors import first_line
 from reward_model.common.logging import logger
 from reward_model.data.comparisons import Comparison, Comparisons
 from reward_model.data.preprocessing import end_text, one_start
+from reward_model.data.rendering import render
 from reward_model.data.tokenizer import SpecialTokens
 from reward_model.models.for_transformers_4 import write_old_keys
 from reward_model.models.forward import ForwardPass
@@ -190,7 +191,7 @@ def written_chat(tokenizer: PreTrainedTokenizerBase) -> str | None:
     if not tokenizer.chat_template:
         return None
     try:
-        return tokenizer.apply_chat_template(CHAT, tokenize=False)
+        return render(tokenizer, CHAT)
     except Exception:  # a template raises what it likes, over a chat that lacks a system turn, say
         return None
 

@@ -28,8 +28,8 @@ def main():
     options = parser.parse_args()
 
     torch.manual_seed(options.seed)
-    tokenizer = AutoTokenizer.from_pretrained(options.policy)
-    policy = AutoModelForCausalLM.from_pretrained(options.policy)
+    tokenizer = AutoTokenizer.from_pretrained(options.policy, trust_remote_code=False)
+    policy = AutoModelForCausalLM.from_pretrained(options.policy, trust_remote_code=False)
     prompt = tokenizer(options.prompt, return_tensors="pt")
     drawn = policy.generate(
         **prompt,
