@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run that is ended at any file that it makes, renames or removes, cut to half or not yet flushed, and started again."""
+"""A run that is ended at any file that it makes, renames or removes, also cut to half or not flushed, and begun again."""
 
 import chaos
 import pytest

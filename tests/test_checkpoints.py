@@ -448,7 +448,7 @@ def test_a_pickle_in_a_checkpoint_is_not_run(demo, tmp_path):
     assert Checkpoint(place).fault() == ""
     result = runs.launch(*flags_of(demo, tmp_path / "out", *flags))
     assert result.returncode == 1
-    assert "more than tensors and numbers" in result.stderr
+    assert "holds more than tensors and numbers" in result.stderr
     assert not (tmp_path / "executed").exists()
 
 

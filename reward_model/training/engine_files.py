@@ -37,7 +37,7 @@ def load_file(path: str, map_location: Any = "cpu", mapped: bool = False) -> Any
     allow_deepspeed_types()
     try:
         return torch.load(path, map_location=map_location, weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:  # a pickle; an archive of another form
         raise UserError(
             f"{path} holds more than tensors and numbers, and is not read: no run of ours wrote it"
         ) from error
