@@ -90,10 +90,11 @@ def main() -> int:
     from reward_model.commands import train
 
     states = plant(kind, steps, rank)
-    status = train.main()
-    for own, found in states.items():
-        (output.parent / f"states{own}.json").write_text(json.dumps(found))
-    return status
+    try:
+        return train.main()
+    finally:
+        for own, found in states.items():
+            (output.parent / f"states{own}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

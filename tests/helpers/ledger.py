@@ -146,9 +146,9 @@ def arrange(mode, way: str) -> None:
         mode.__enter__()  # until the end of the process
         return scorer
 
-    def load(batches, on_gpu):
+    def load(batches, on_gpu, first=0):
         assert on_gpu
-        for number in range(len(batches)):
+        for number in range(first, len(batches)):
             with unset_fake_temporarily():  # by processes of their own, on a CPU
                 packed = [batch.packed() for batch in batches[number]]
             yield [replace(one, buffer=mode.from_tensor(one.buffer)) for one in packed]
@@ -169,7 +169,7 @@ def arrange(mode, way: str) -> None:
 
     run.build_scorer, planner.loader = build_fake, load
     ForwardPass.choose_attention, ForwardPass.require_scores = choose, lambda forward, end: None
-    trainer.Trainer.evaluate = lambda trainer, epoch: None
+    trainer.Trainer.evaluate = lambda trainer: None
     step_log.StepLog.end_step = end_counted
 
 
