@@ -81,7 +81,7 @@ class StepLog:
         if grad_norm is not None:
             # DeepSpeed's is a tensor, and reading it would wait for the step
             self.sums[9] += grad_norm / self.context.world_size
-        self.sums[12] = float(is_asked)
+        self.sums[12] += float(is_asked)  # to assign it would be a copy that the host waits for
         read = distributed.sum_for_later(self.sums)
         now = time.perf_counter()
         self.seconds, self.clock = now - self.clock, now
