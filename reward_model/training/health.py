@@ -220,6 +220,8 @@ class Health:
             )
         if bad.last_loss > 2 * max(bad.first_loss, math.log(2)) or any(a.kind == "score_limit" for a in self.alarms):
             return f"--learning_rate {rate:g} is too high: the loss of the last good step was {bad.last_loss:.4g}"
+        if bad.in_a_row > 1:  # of other rows each time
+            return f"--learning_rate {rate:g} is too high; or else rows of those in metrics.jsonl"
         return f"a row, of those in metrics.jsonl; or else --learning_rate {rate:g} is too high"
 
     def summary(self) -> list[str]:

@@ -37,13 +37,17 @@ def state_of(engine) -> list[str]:
     return [digest(weights), digest(own), digest(kept)]
 
 
-def plant(kind: str, steps: set[int], rank: int) -> dict[int, list[list[str]]]:
-    """From now on the trainer's loss is NaN, or its gradient; the states after each step come here."""
+def plant(kind: str, steps: set[int], rank: int, folder: Path) -> None:
+    """From now on the trainer's loss is NaN, or its gradient; the states after each step are written to the folder."""
     from reward_model.training.trainer import Trainer
 
     loss, train, train_micro_batch = Trainer.loss, Trainer.train, Trainer.train_micro_batch
-    states: dict[int, list[list[str]]] = {}
+    states: list[list[str]] = []
     done = set()
+
+    def write(trainer):
+        states.append(state_of(trainer.engine))
+        (folder / f"states{trainer.context.rank}.json").write_text(json.dumps(states))
 
     def bad_loss(trainer, batch):
         total, *scores = loss(trainer, batch)
@@ -55,14 +59,13 @@ def plant(kind: str, steps: set[int], rank: int) -> dict[int, list[list[str]]]:
     def watched(trainer, batch, log):
         train_micro_batch(trainer, batch, log)
         if trainer.engine.is_gradient_accumulation_boundary():
-            states[trainer.context.rank].append(state_of(trainer.engine))
+            write(trainer)
 
     def watched_train(trainer):
-        states[trainer.context.rank] = [state_of(trainer.engine)]
+        write(trainer)
         train(trainer)
 
     Trainer.loss, Trainer.train, Trainer.train_micro_batch = bad_loss, watched_train, watched
-    return states
 
 
 def _nan_backwards():
@@ -89,12 +92,8 @@ def main() -> int:
     prepare_environment()  # before the imports that it is for
     from reward_model.commands import train
 
-    states = plant(kind, steps, rank)
-    try:
-        return train.main()
-    finally:
-        for own, found in states.items():
-            (output.parent / f"states{own}.json").write_text(json.dumps(found))
+    plant(kind, steps, rank, output.parent)
+    return train.main()
 
 
 if __name__ == "__main__":
