@@ -122,7 +122,7 @@ def test_nan_in_the_weights_is_not_put_down_to_the_learning_rate(demo, tmp_path)
     weights = load_file(demo / "model" / "model.safetensors")
     weights["model.norm.weight"][0] = float("nan")
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    says = ["step 0: a held-out score is not finite", "NaN in the model's weights"]
+    says = ["step 0: a held-out score is not finite", "the model's weights hold", ": backbone.norm.weight (NaN)"]
     result = refuse(demo, tmp_path, "--model_name_or_path", model, says=says, output=tmp_path / "out")
     assert "--learning_rate" not in result.stderr
 

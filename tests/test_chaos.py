@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run that is ended at any file that it makes, renames or removes, also cut to half or not flushed, and begun again."""
+"""A run that is ended at any file that it makes, renames or removes, also cut to half or not flushed: it goes on."""
 
 import chaos
 import pytest

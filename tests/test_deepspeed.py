@@ -167,6 +167,21 @@ def test_flags_that_say_what_the_file_says_are_no_contradiction(write):
     assert configured(f"{line} {same}") == configured(line)
 
 
+@pytest.mark.parametrize(
+    ("content", "dtype", "key"),
+    [
+        ({"bf16": {"enabled": True, "check_grad_overflow": False}}, "bf16", "bf16.check_grad_overflow"),
+        (
+            {"zero_optimization": {"stage": 1, "compute_grad_norm": False}},
+            "fp32",
+            "zero_optimization.compute_grad_norm",
+        ),
+    ],
+)
+def test_gradients_have_to_be_looked_at(write, content, dtype, key):
+    assert f"with {key} false, a gradient that is not finite" in message(f"{write(content)} --dtype {dtype}")
+
+
 def test_offload_false_contradicts_a_file_that_offloads(write):
     assert "--offload false and" in message(f"{write(FILE)} --offload=false")
 

@@ -109,6 +109,8 @@ WRONG = [
     ("--weight_decay nan", ["--weight_decay"]),
     ("--weight_decay -0.1", ["--weight_decay", "-0.1"]),
     ("--max_grad_norm -1", ["--max_grad_norm", "-1"]),
+    ("--max_bad_steps 0", ["--max_bad_steps", "below 1"]),
+    ("--score_limit -1", ["--score_limit"]),
     ("--seed -1", ["--seed"]),
     ("--seed 4294967296", ["--seed", "4294967296"]),
     ("--dropout 1.5", ["--dropout", "1.5"]),

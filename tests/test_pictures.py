@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from reward_model.evaluation.metrics import pair_metrics, point_metrics
-from reward_model.evaluation.pictures import draw, read_metrics
+from reward_model.evaluation.pictures import draw, read_metrics, read_warnings
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -95,6 +95,18 @@ def test_the_picture_follows_the_records(metrics, tmp_path):
         draw(metrics([train_record(step), eval_record(step)]), picture, PAIR_SCORES)
     assert first.read_bytes() == same.read_bytes()
     assert first.read_bytes() != other.read_bytes()
+
+
+def test_warnings_are_below_the_picture(metrics, tmp_path):
+    alarm = {"split": "alarm", "step": 1, "kind": "score_limit", "message": "step 1: scores " + "as long as this " * 30}
+    bad = {"split": "bad_step", "step": 2, "in_a_row": 1, "rows": {"a.jsonl": [7]}}
+    records = [train_record(1), eval_record(1)]
+    for picture, more in (("plain", []), ("alarm", [alarm]), ("both", [alarm, bad])):
+        draw(metrics([*records, *more]), tmp_path / f"{picture}.png", PAIR_SCORES)
+        assert size_of(tmp_path / f"{picture}.png") == (1210, 770)
+    assert len({picture.read_bytes() for picture in tmp_path.glob("*.png")}) == 3
+    said = ["steps skipped for a loss or gradient that was not finite: 2"]
+    assert read_warnings(metrics([*records, alarm, bad])) == [alarm["message"], *said]
 
 
 def test_draw_leaves_no_figure_open(metrics, tmp_path):

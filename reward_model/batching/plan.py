@@ -127,6 +127,10 @@ class EpochPlan(Sequence[list[MicroBatch]]):
             for part in self._parts(step)
         ]
 
+    def rows(self, step: int) -> np.ndarray:
+        """The rows of a step on all ranks, in rising order."""
+        return np.sort(np.concatenate([self.groups.rows_of(group) for group in self.steps[step]]))
+
     def _parts(self, step: int) -> list[np.ndarray]:
         """The groups in each of this rank's micro-batches in a step."""
         return _deal(self.steps[step], self.groups, self.spec, self.world_size)[self.rank :: self.world_size]

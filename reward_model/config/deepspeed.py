@@ -82,6 +82,7 @@ def set_up_deepspeed(
     accumulation = agree("gradient_accumulation_steps", content, "gradient_accumulation_steps", _is_count)
     max_grad_norm = agree("max_grad_norm", content, "gradient_clipping", lambda v: v >= 0)
     dtype = _set_dtype(config, dtype, content, path)
+    _require_checked_gradients(dtype, content, path)
     if dtype == "fp16" and stage == 0:
         # DeepSpeed 0.18.3 to 0.19.8: backward does not scale the loss, step unscales
         stage = zero["stage"] = 1
@@ -107,6 +108,17 @@ def set_up_deepspeed(
     if config.engine.deepspeed_config:
         require_accepted(path, content)
     return DeepSpeedSetup(content, stage, offload, dtype, micro_batch, accumulation, max_grad_norm)
+
+
+def _require_checked_gradients(dtype: Dtype, content: dict, path: Path) -> None:
+    """Steps whose gradients are not finite are skipped only where DeepSpeed looks at them."""
+    section, key = {"bf16": ("bf16", "check_grad_overflow"), "fp32": ("zero_optimization", "compute_grad_norm")}.get(
+        dtype, ("fp16", "")
+    )
+    if content[section].get(key) is False:
+        raise UserError(
+            f"{path}: with {section}.{key} false, a gradient that is not finite reaches the weights; leave it out"
+        )
 
 
 def _allow_optimizer(optim: str, content: dict, path: Path) -> None:

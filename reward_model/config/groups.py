@@ -404,6 +404,7 @@ class TrainingConfig(Group):
         "max_grad_norm": NOT_NEGATIVE,
         "num_warmup_steps": NOT_NEGATIVE,
         "warmup_ratio": (0, 1, True),
+        "max_bad_steps": COUNT,
         "seed": (0, 2**32, True),  # NumPy takes no larger one
     }
 
@@ -428,6 +429,12 @@ class TrainingConfig(Group):
     warmup_ratio: float = flag(
         0.0, metavar="SHARE", help="The share of all steps in which the learning rate rises from 0."
     )
+    max_bad_steps: int = flag(
+        3,
+        metavar="K",
+        help="End the run after so many steps in a row whose loss or gradient is not finite. Such a step is skipped, "
+        "and its rows are written to metrics.jsonl.",
+    )
     seed: int = flag(1234, metavar="N", help="The seed of everything random.")
 
     def __post_init__(self) -> None:
@@ -446,6 +453,7 @@ class EvaluationConfig(Group):
         "eval_interval": NOT_NEGATIVE,
         "eval_iters": NOT_NEGATIVE,
         "early_stop": NOT_NEGATIVE,
+        "score_limit": NOT_NEGATIVE,
     }
 
     per_device_eval_batch_size: int = flag(
@@ -468,6 +476,12 @@ class EvaluationConfig(Group):
         metavar="N",
         help="End the training after so many evaluations in a row that were no better than the best one before them, "
         "by what --keep_best names, or by the loss. 0 does not.",
+    )
+    score_limit: float = flag(
+        32.0,
+        metavar="SCORE",
+        help="Warn of scores beyond this size, and of scores that grow while the accuracy does not. Beyond 32 the "
+        "numbers of bfloat16 are 1/4 apart. 0 warns of neither.",
     )
 
 

@@ -65,16 +65,54 @@ class Comparison:
         return len(self.prompt) + sum(len(response) for response in self.responses)
 
 
+@dataclass(frozen=True)
+class Origins:
+    """Where rows were read: names of files or splits, which of them each row is of, and its number there, (r,)."""
+
+    names: tuple[str, ...]
+    sources: np.ndarray
+    numbers: np.ndarray
+
+    @classmethod
+    def of(cls, name: str, numbers: np.ndarray) -> Origins:
+        """Rows of one file."""
+        return cls((name,), np.zeros(len(numbers), np.int32), np.asarray(numbers, np.int64))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Origins]) -> Origins:
+        """One part's rows after the other."""
+        names = [name for part in parts for name in part.names]
+        first = np.cumsum([0, *(len(part.names) for part in parts)])
+        sources = [part.sources + start for part, start in zip(parts, first)]
+        return cls(tuple(names), np.concatenate(sources), np.concatenate([part.numbers for part in parts]))
+
+    def select(self, indices: np.ndarray) -> Origins:
+        """Some of the rows, in this order."""
+        return Origins(self.names, self.sources[indices], self.numbers[indices])
+
+    def by_file(self) -> dict[str, list[int]]:
+        """Name → the numbers of its rows, in rising order."""
+        found: dict[str, list[int]] = {}
+        for source in np.unique(self.sources):
+            numbers = self.numbers[self.sources == source].tolist()
+            name = self.names[source]
+            found[name] = sorted(found.get(name, []) + numbers)
+        return found
+
+
 class Comparisons:
     """A sequence of Comparisons in an Arrow file; reads one from disk when asked for it.
 
     For each of them, (r,) int64: ``lengths`` of the longest text, ``tokens`` of the prompt and all responses,
     ``prompt_tokens`` of what was asked (the responses may go on alike), ``pairs`` judged. What planning needs lies in
     memory, 8 bytes a number; the tokens stay in the file.
+
+    origins: where each row was read; without it they are rows of a table, numbered from 1.
     """
 
-    def __init__(self, table: datasets.Dataset):
+    def __init__(self, table: datasets.Dataset, origins: Origins | None = None):
         self.table = table
+        self.origins = origins or Origins.of("table", np.arange(1, len(table) + 1))
         self.lengths = self._numbers("length")
         self.tokens = self._numbers("tokens")
         self.prompt_tokens = self._numbers("prompt_tokens")
@@ -107,17 +145,21 @@ class Comparisons:
         )
         return first, second, third
 
+    def cut(self) -> np.ndarray:
+        """Whether each row lost a part of its prompt. (r,)"""
+        return np.asarray(self.table["cut"][:], dtype=bool)
+
     def targets(self) -> np.ndarray:
         """Score or label of every response, one row's after the other; NaN where there is none. (t,)"""
         return np.asarray(self._arrow("targets").flatten(), dtype=np.float64)
 
     def select(self, indices: np.ndarray) -> Comparisons:
-        return Comparisons(self.table.select(indices))
+        return Comparisons(self.table.select(indices), self.origins.select(indices))
 
     def with_similarity(self, cosines: np.ndarray) -> Comparisons:
         """With a cosine for each judged pair, one row's after the other."""
         values = np.split(cosines.astype(np.float32), np.cumsum(self.pairs)[:-1])
-        return Comparisons(self.table.add_column("similarity", [v.tolist() for v in values]))
+        return Comparisons(self.table.add_column("similarity", [v.tolist() for v in values]), self.origins)
 
 
 def answers(row: Comparison) -> str:

@@ -29,7 +29,7 @@ from reward_model.common.errors import UserError, printable
 from reward_model.common.logging import logger
 from reward_model.common.words import counted
 from reward_model.data import chats, comparisons, files, layouts, rows
-from reward_model.data.comparisons import BadRow, Comparison, Comparisons, answers, common_prefix
+from reward_model.data.comparisons import BadRow, Comparison, Comparisons, Origins, answers, common_prefix
 from reward_model.data.files import Source
 from reward_model.data.rows import PAIR, Texts, read_row, require_different
 from reward_model.data.sources import Splits, amount_of, read_sources, take
@@ -194,7 +194,10 @@ def nothing_judged(row: Comparison) -> str | None:
 
 
 def _join(parts: list[Comparisons]) -> Comparisons:
-    return parts[0] if len(parts) == 1 else Comparisons(datasets.concatenate_datasets([p.table for p in parts]))
+    if len(parts) == 1:
+        return parts[0]
+    origins = Origins.joined([part.origins for part in parts])
+    return Comparisons(datasets.concatenate_datasets([part.table for part in parts]), origins)
 
 
 def _hold_out(parts: list[Comparisons], seed: int) -> tuple[list[Comparisons], list[Comparisons]]:
@@ -272,7 +275,13 @@ def tokenize(
         except (UnicodeDecodeError, OverflowError, pyarrow.ArrowException):
             deque(source.stored(), maxlen=0)  # says which row it was
             raise
-    return Comparisons(_without_bad_rows(source, table, preprocessing, missing, tokenizer))
+    good = _good_rows(source, table, preprocessing, missing)
+    assert source.numbers is not None  # filled in when the object was made
+    found = Comparisons(
+        table if len(good) == len(table) else table.select(good), Origins.of(source.name, source.numbers[good])
+    )
+    _say_rows(source, found.table, preprocessing, tokenizer)
+    return found
 
 
 def _fingerprint(source: Source, tokenizer, special: SpecialTokens, preprocessing: PreprocessingConfig) -> str:
@@ -291,9 +300,12 @@ def _fingerprint(source: Source, tokenizer, special: SpecialTokens, preprocessin
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:32]
 
 
-def _without_bad_rows(
-    source: Source, table: datasets.Dataset, preprocessing: PreprocessingConfig, missing, tokenizer
-) -> datasets.Dataset:
+def _good_rows(source: Source, table: datasets.Dataset, preprocessing: PreprocessingConfig, missing) -> np.ndarray:
+    """Which rows can be used; says how many cannot.
+
+    Raises:
+        UserError: a row that cannot be used, under ``stop``.
+    """
     problems = np.array(table["problem"][:], dtype=object)
     if missing is not None:
         judged = ("better", "worse", "margin", "rating", "probability", "ranks", "targets")
@@ -311,14 +323,17 @@ def _without_bad_rows(
         raise UserError(f"{source.name}, row {source.numbers[bad[0]]}: {problems[bad[0]]} ({advice})")
     for reason, count in Counter(problems[bad]).most_common():
         logger.warning(f"{source.name}: skipped {count} of {len(problems)} rows: {reason}")
-    good = table.select(np.flatnonzero(problems == None)) if len(bad) else table  # noqa: E711
+    return np.flatnonzero(problems == None)  # noqa: E711
+
+
+def _say_rows(source: Source, good: datasets.Dataset, preprocessing: PreprocessingConfig, tokenizer) -> None:
+    """How many rows there are, how many were cut, and what is doubtful about their form."""
     cut = int(np.sum(good["cut"][:]))
     note = f", {cut} with the prompt cut from the left to fit {preprocessing.max_seq_len} tokens" if cut else ""
     logger.log(logging.WARNING if cut else logging.INFO, f"{source.name}: {counted(len(good), 'row')}{note}")
     plain, glued = (int(np.sum(good[name][:])) for name in ("is_plain", "is_glued"))
     for line in joined_as_they_are(plain, glued, len(good), bool(tokenizer.chat_template)):
         logger.warning(f"{source.name}: {line}")
-    return good
 
 
 def joined_as_they_are(plain: int, glued: int, rows: int, has_template: bool) -> Iterator[str]:

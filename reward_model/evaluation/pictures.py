@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 
 import numpy as np
 
 CHOSEN, REJECTED, NEUTRAL = "#2a6f97", "#c1553b", "#555555"
+COLUMNS, MOST_LINES = 165, 6  # of warnings below the picture
 COLORS = {"chosen": CHOSEN, "rejected": REJECTED, "scored answers": CHOSEN}
 
 
@@ -18,11 +20,19 @@ def read_metrics(path: Path) -> tuple[list[dict], list[dict]]:
     return [r for r in records if r["split"] == "train"], [r for r in records if r["split"] == "eval"]
 
 
+def read_warnings(path: Path) -> list[str]:
+    """What went wrong in a run, by its ``metrics.jsonl``: alarms, and how many steps were skipped."""
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    bad = [f"{r['step']}" for r in records if r["split"] == "bad_step"]
+    skipped = [f"steps skipped for a loss or gradient that was not finite: {', '.join(bad)}"] if bad else []
+    return [r["message"] for r in records if r["split"] == "alarm"] + skipped
+
+
 def draw(metrics: Path, picture: Path, scores: dict[str, np.ndarray]) -> None:
     """Write a PNG of a run.
 
     Args:
-        metrics: the run's ``metrics.jsonl``.
+        metrics: the run's ``metrics.jsonl``. Warnings in it are written below the picture.
         picture: file to write.
         scores: of the last evaluation, ``chosen`` and ``rejected`` (p,), or ``scored answers`` (n,).
     """
@@ -66,6 +76,9 @@ def draw(metrics: Path, picture: Path, scores: dict[str, np.ndarray]) -> None:
     for axis, place in ((loss, "best"), (order, "lower right"), (course, "upper left"), (histogram, "best")):
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, loc=place)
+    if warnings := read_warnings(metrics):
+        lines = [part for text in warnings for part in textwrap.wrap(text, COLUMNS)]
+        figure.supxlabel("\n".join(lines[:MOST_LINES]), x=0.01, ha="left", fontsize=8, color=REJECTED)
     figure.savefig(picture, dpi=110)
     plt.close(figure)
 

@@ -362,6 +362,8 @@ def summarize(trainer: Trainer, folder: Path | None) -> None:
     """What a user wants to know at the end."""
     for number, line in enumerate(summary(trainer.last.metrics, trainer.objective.names)):
         logger.info(line if number else f"\n{line}")
+    for line in trainer.health.summary():
+        logger.warning(line)
     if folder:
         logger.info(f"model:   {folder}\npicture: {folder / 'report.png'}")
     else:

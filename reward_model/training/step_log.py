@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -16,14 +18,23 @@ from reward_model.batching.batch import Batch
 from reward_model.common import distributed
 from reward_model.common.distributed import DistributedContext
 from reward_model.common.errors import UserError
+from reward_model.training.health import Health
 from reward_model.training.records import Records
+from reward_model.training.skipping import Outcome
+
+# chosen, rejected: sums of scores; computed: tokens and pads; passes: forward passes of all ranks; skipped, bad: ranks
+# that say so of the step, which are all of them or none; asked: ranks that are asked to end
+SUMS = (
+    *("loss", "pairs", "correct", "chosen", "rejected", "tokens", "computed", "passes", "rows", "grad_norm"),
+    *("skipped", "bad", "asked"),
+)
 
 
 class StepLog:
     """Reports each step one step late, so that no step waits for its numbers."""
 
-    def __init__(self, context: DistributedContext, records: Records, bar: tqdm):
-        self.context, self.records, self.bar = context, records, bar
+    def __init__(self, context: DistributedContext, records: Records, bar: tqdm, health: Health):
+        self.context, self.records, self.bar, self.health = context, records, bar, health
         self.sums = self._zeros()
         self.pending: tuple | None = None
         self.is_asked = False  # of any rank, to end the run
@@ -31,9 +42,7 @@ class StepLog:
         self.clock = time.perf_counter()
 
     def _zeros(self) -> torch.Tensor:
-        # loss, pairs, correct, chosen scores, rejected scores, tokens, those and pads, ranks' forward passes, rows,
-        # the norm of the gradients, ranks that are asked to end
-        return torch.zeros(11, dtype=torch.float64, device=self.context.device)
+        return torch.zeros(len(SUMS), dtype=torch.float64, device=self.context.device)
 
     def add(self, loss: torch.Tensor, chosen: torch.Tensor, rejected: torch.Tensor, batch: Batch) -> None:
         """Count a micro-batch: its weighted loss (0-d) and the scores of its winners and losers (p,)."""
@@ -49,21 +58,34 @@ class StepLog:
             self.sums[5] += batch.tokens.attention_mask.sum()
             self.sums[8] += len(batch.points.row_weights)
 
-    def end_step(self, step: int, epoch: float, learning_rate: float, grad_norm, is_asked: bool = False) -> None:
+    def end_step(
+        self,
+        step: int,
+        epoch: float,
+        learning_rate: float,
+        grad_norm,
+        outcome: Outcome,
+        rows: Callable[[], np.ndarray],
+        is_asked: bool = False,
+    ) -> None:
         """Begin to add up the ranks, and report the step before.
 
         Args:
             is_asked: this rank is asked to end the run, which all of them know one step later.
             grad_norm: of all ranks' gradients together; None: DeepSpeed keeps none at stage 0 in float32.
+            outcome: what the optimizer did.
+            rows: gives the rows of the step on all ranks, as indices.
         """
+        self.sums[10] += outcome.skipped
+        self.sums[11] += outcome.bad
         if grad_norm is not None:
             # DeepSpeed's is a tensor, and reading it would wait for the step
             self.sums[9] += grad_norm / self.context.world_size
-        self.sums[10] = float(is_asked)
+        self.sums[12] += float(is_asked)  # to assign it would be a copy that the host waits for
         read = distributed.sum_for_later(self.sums)
         now = time.perf_counter()
         self.seconds, self.clock = now - self.clock, now
-        ended = (step, epoch, self.seconds, read, learning_rate, grad_norm is not None)
+        ended = (step, epoch, self.seconds, read, learning_rate, grad_norm is not None, rows)
         self.flush()
         self.pending = ended
         self.sums = self._zeros()
@@ -72,16 +94,24 @@ class StepLog:
         """Report the step that is pending, if there is one.
 
         Raises:
-            UserError: its loss is not finite.
+            UserError: it was the last of too many bad steps, or its loss is not finite and it was not skipped.
         """
         if self.pending is None:
             return
-        step, epoch, seconds, read, learning_rate, has_norm = self.pending
+        step, epoch, seconds, read, learning_rate, has_norm, rows_of_step = self.pending
         self.pending = None
-        loss, pairs, correct, chosen, rejected, tokens, computed, passes, rows, grad_norm, asked = read()
+        loss, pairs, correct, chosen, rejected, tokens, computed, passes, rows, grad_norm, *flags = read()
+        skipped, bad, asked = flags
         self.is_asked = self.is_asked or asked > 0
-        if not math.isfinite(loss):
-            raise UserError(f"step {step}: the loss is {loss}; lower --learning_rate, or take --dtype bf16")
+        if not (math.isfinite(loss) or skipped):  # DeepSpeeds before 0.19 take such a step at some settings
+            raise UserError(
+                f"step {step}: the loss is {loss}, and this DeepSpeed did not skip the step; lower --learning_rate, or "
+                "take --dtype bf16"
+            )
+        if bad or not math.isfinite(loss):
+            self.health.skipped(step, loss, rows_of_step(), self.records)
+            self.bar.update(step - self.bar.n)
+            return
         values = {
             "split": "train",
             "step": step,
@@ -101,13 +131,15 @@ class StepLog:
             values["accuracy"] = correct / pairs
             values["gap"] = (chosen - rejected) / pairs
             values["chosen_mean"], values["rejected_mean"] = chosen / pairs, rejected / pairs
-        if has_norm:
+        if has_norm and math.isfinite(grad_norm):  # float16's overflows have none
             values["grad_norm"] = grad_norm
         self.records.add(values)
+        self.health.tell(step, self.health.after_step(values), self.records)
         shown = {"loss": f"{loss:.3f}"}
         if pairs:
             shown |= {"acc": f"{values['accuracy']:.2f}", "gap": f"{values['gap']:.2f}"}
         shown |= {"pairs_s": f"{pairs / seconds:.0f}"} if pairs else {"rows_s": f"{rows / seconds:.0f}"}
+        shown |= {"warnings": str(len(self.health.alarms))} if self.health.alarms else {}
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(step - self.bar.n)
 

@@ -7,14 +7,17 @@ Notation: n responses, r tokens of the longest, p pairs.
 from __future__ import annotations
 
 from bisect import bisect_right
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 
 from reward_model.batching.batch import Batch
 from reward_model.batching.groups import RowGroups
 from reward_model.batching.planner import Planner
+from reward_model.common import distributed
 from reward_model.common.distributed import DistributedContext
 from reward_model.common.errors import UserError
 from reward_model.common.logging import logger
@@ -27,7 +30,9 @@ from reward_model.models.scorer import count
 from reward_model.objectives.objective import Objective
 from reward_model.training.best import Best
 from reward_model.training.checkpointing import Checkpointer
+from reward_model.training.health import Health, Watch, wrong_weights
 from reward_model.training.records import Records
+from reward_model.training.skipping import StepGuard, marked
 from reward_model.training.step_log import StepLog
 from reward_model.training.stopping import Interrupted, StopRequest
 from reward_model.training.verify import MOST_WRITTEN, choose_texts
@@ -73,6 +78,8 @@ class Trainer:
         self.probe = choose_texts(self.eval_set, parameters=1)[:MOST_WRITTEN]
         by = settings.evaluation.keep_best or ("loss" if settings.evaluation.early_stop else None)
         self.best = Best(by) if by else None
+        self.guard = StepGuard(engine)
+        self.health = Health(Watch.of(settings, self.total_steps, self.train_set), self.where)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint stores of the loop, as JSON has it; of the rest, what ``reward-model export`` needs."""
@@ -87,6 +94,7 @@ class Trainer:
             "lowest_grade": float(self.objective.lowest_grade),
             "thresholds": 0 if thresholds is None else sum(count(each) for each in thresholds.parameters()),
             "probe": self.probe,
+            "health": self.health.state(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -95,6 +103,7 @@ class Trainer:
         self.last = Evaluation(state["metrics"])
         if self.best and state["best"] and state["best"]["by"] == self.best.by:
             self.best = Best(**state["best"])
+        self.health.restore(state["health"])
         self.records.cut(state["lines"])
 
     def train(self) -> None:
@@ -106,24 +115,25 @@ class Trainer:
         """
         layout = self.forward.layout
         self.records.cut(self.records.lines)
+        self.health.tell(self.step, self.health.before_training(self.train_set), self.records)
         self.evaluate_if_due()
         bar = progress(
             total=self.total_steps, initial=self.step, desc="training", unit="step", disable=not self.context.is_first
         )
-        log = StepLog(self.context, self.records, bar)
+        log = StepLog(self.context, self.records, bar, self.health)
         while self.step < self.total_steps and not self.is_good_enough:
             epoch = bisect_right(self.ends, self.step)
             done = self.step - (self.ends[epoch - 1] if epoch else 0)
             self.engine.train()
             plan = self.planner.epoch(self.groups, epoch, layout.kind)
-            for batches in self.planner.load(self.train_set, plan, layout, first=done):
+            for index, batches in enumerate(self.planner.load(self.train_set, plan, layout, first=done), done):
                 for batch in batches:
                     self.engine.set_gradient_accumulation_boundary(batch is batches[-1])
                     self.train_micro_batch(batch.to(self.context.device), log)
                 self.step += 1
-                log.end_step(
-                    self.step, self.epoch, self.engine.get_lr()[0], self.engine.get_global_grad_norm(), self.stop.asked
-                )
+                rate, norm = self.engine.get_lr()[0], self.engine.get_global_grad_norm()
+                rows, outcome = partial(plan.rows, index), self.guard.after_step()
+                log.end_step(self.step, self.epoch, rate, norm, outcome, rows, self.stop.asked)
                 self.end_step(log)
                 if self.step == self.total_steps or self.is_good_enough:
                     break
@@ -192,7 +202,7 @@ class Trainer:
         """Forward and backward pass of a batch on this device, and the optimizer's step if it is the last of one."""
         loss, chosen, rejected = self.loss(batch)
         # ranks that share texts have the same loss, and each a part of its gradient, of which all is the sum
-        loss = loss * batch.weight / self.context.sequence.size
+        loss = marked(loss) * batch.weight / self.context.sequence.size
         # DeepSpeed takes the mean over the ranks, and here the sum over all micro-batches is meant
         self.engine.backward(loss * self.context.world_size, scale_wrt_gas=False)
         self.engine.step()
@@ -232,13 +242,12 @@ class Trainer:
         """
         found = self.scored()
         if found is None:
-            advice = "lower --learning_rate, or take --dtype bf16"
-            if not self.step:
-                advice = "nothing was trained yet, so look for NaN in the model's weights, or take --dtype fp32 or bf16"
-            raise UserError(f"step {self.step}: a held-out score is not finite; {advice}")
+            raise UserError(f"step {self.step}: a held-out score is not finite; {self.why_not_finite()}")
         self.last, self.evaluated = found, self.step
         self.records.add({"split": "eval", "step": self.step, "epoch": round(self.epoch, 4)} | found.metrics)
         logger.info(f"step {self.step}: {described(found.metrics, self.objective.names)}")
+        alarms = self.health.after_evaluation(self.step, found.metrics, found.scores)
+        self.health.tell(self.step, alarms, self.records)
         if self.best and self.best.judge(found.metrics, self.step) and self.settings.evaluation.keep_best:
             self.checkpointer.save_best(self.best)
         if self.is_good_enough and self.best:
@@ -253,3 +262,19 @@ class Trainer:
         plan = self.planner.evaluation(self.eval_groups, layout.kind)
         batches = self.planner.load(self.eval_set, plan, layout)
         return evaluate(self.forward, self.objective, batches, self.context, lambda: self.stop.asked)
+
+    def why_not_finite(self) -> str:
+        """What the weights say of scores that are not finite, and what to do; all ranks call it."""
+        weights = distributed.first_text(wrong_weights(self.forward.scorer))
+        dtype, rate = self.settings.engine.dtype, self.settings.training.learning_rate
+        if weights and not self.step:
+            return f"nothing was trained yet, and the model's weights hold what is no number: {weights}"
+        if weights:
+            return f"the weights hold what is no number: {weights}; lower --learning_rate ({rate:g})"
+        others = " or ".join(name for name in ("fp32", "bf16") if name != dtype)
+        lower = f", or lower --learning_rate ({rate:g})" if self.step else ""
+        return f"every weight is finite, so numbers grow too large on the way in {dtype}: take --dtype {others}{lower}"
+
+    def where(self, rows: np.ndarray) -> dict[str, list[int]]:
+        """The files of training rows, given as indices, and their numbers there."""
+        return self.train_set.origins.select(rows).by_file()

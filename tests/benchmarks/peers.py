@@ -128,8 +128,8 @@ def watch(log: type, records: type, clocks: list[Clock]) -> None:
     """Have the trainer's log of steps keep a clock too, which begins with it and lands in ``clocks``."""
     start, add, end, record = log.__init__, log.add, log.end_step, records.add
 
-    def start_clock(self, context, records, bar):
-        start(self, context, records, bar)
+    def start_clock(self, context, records, bar, health):
+        start(self, context, records, bar, health)
         clocks.append(Clock(bar.total))
 
     def add_batch(self, loss, chosen, rejected, batch):

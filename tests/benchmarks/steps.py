@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
 import torch
 import work
 from ledger import place_of_a_wait
@@ -152,7 +153,7 @@ class Steps:
         objective, records = Objective(settings.loss), Records(None, engine.monitor, True)
         nothing = ((None, None),) * 2
         self.trainer = Trainer(settings, self.context, engine, forward, objective, None, records, *nothing, 10_000)
-        self.log = StepLog(self.context, records, tqdm(disable=True))
+        self.log = StepLog(self.context, records, tqdm(disable=True), self.trainer.health)
         engine.train()
 
     def step(self, batch: PackedBatch | Batch) -> None:
@@ -161,7 +162,8 @@ class Steps:
         engine.set_gradient_accumulation_boundary(True)
         trainer.train_micro_batch(batch.to(self.context.device), self.log)
         trainer.step += 1
-        self.log.end_step(trainer.step, 0.0, engine.get_lr()[0], engine.get_global_grad_norm())
+        rate, norm = engine.get_lr()[0], engine.get_global_grad_norm()
+        self.log.end_step(trainer.step, 0.0, rate, norm, trainer.guard.after_step(), lambda: np.zeros(0, int))
 
     def close(self) -> None:
         """Give the memory back."""

@@ -38,6 +38,7 @@ from reward_model.models.scorer import Scorer, multiply_in_float32
 from reward_model.objectives.losses import Thresholds
 from reward_model.objectives.objective import Objective
 from reward_model.reward_model import SCORE_PENALTIES
+from reward_model.training.skipping import marked
 from reward_model.training.step_log import StepLog
 from reward_model.training.trainer import Trainer
 
@@ -130,10 +131,10 @@ def micro_batch(family: str, backend: AttentionBackend, flags: str, kind: type[O
         batch = replace(given, buffer=mode.from_tensor(given.buffer)).to(CUDA)  # one buffer, cut there
         trainer = SimpleNamespace(settings=SimpleNamespace(loss=loss_options), forward=forward, objective=objective)
         loss, chosen, rejected = Trainer.loss(trainer, batch)
-        (loss * batch.weight).backward()
+        (marked(loss) * batch.weight).backward()
         for parameter in scorer.parameters():
             assert parameter.grad is not None and parameter.grad.device == CUDA, "a weight without a gradient"
-        log = StepLog(DistributedContext(0, 1, CUDA), records=None, bar=None)
+        log = StepLog(DistributedContext(0, 1, CUDA), records=None, bar=None, health=None)
         log.add(loss.detach(), chosen.detach(), rejected.detach(), batch)
         if "points" in objective.kinds.values():
             objective.right_labels(batch, torch.zeros(6, device=CUDA), forward.thresholds)

@@ -3,8 +3,9 @@
 
     python warm.py      reads requests, a JSON object a line, from standard input, and answers each with a line
 
-A request has ``flags`` of main.py, ``environment``, ``processes``, ``port``, ``timeout`` in seconds, and ``output``, a
-folder for what each process prints. The answer is the exit status: of the first process that failed, as a launcher's.
+A request has ``flags`` of main.py, ``environment``, ``processes``, ``port``, ``timeout`` in seconds, ``output``, a
+folder for what each process prints, and ``script``, which is run in place of main.py, or null. The answer is the exit
+status: of the first process that failed, as a launcher's.
 The tests that are about starting a run use fresh processes; the rest has no reason to import torch again.
 """
 
@@ -102,7 +103,7 @@ def become_main(request, rank):
     os.chdir(Path(MAIN).parent)
     status = 0
     try:
-        runpy.run_path(MAIN, run_name="__main__")
+        runpy.run_path(request["script"] or MAIN, run_name="__main__")
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(bool(end.code))
     except BaseException:
