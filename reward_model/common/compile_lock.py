@@ -27,7 +27,7 @@ PATIENCE = 1800.0  # seconds; an op is compiled in half a minute, on a busy mach
 
 def outlive_killed_compilations() -> None:
     """Use this lock from here on in this process."""
-    cpp_extension.FileBaton = CompileLock  # type: ignore[misc]
+    cpp_extension.FileBaton = CompileLock
 
 
 class CompileLock(FileBaton):

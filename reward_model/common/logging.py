@@ -64,7 +64,7 @@ def outlive_the_reader() -> None:
             stream.flush()
             raw = Unbroken(stream.fileno(), "w", closefd=False)
             lasting = io.TextIOWrapper(
-                raw,  # type: ignore[arg-type]  # as python -u has it
+                raw,  # as python -u has it
                 encoding=stream.encoding,
                 errors=stream.errors,
                 line_buffering=True,

@@ -104,7 +104,7 @@ class Watchdog:
         self.over = threading.Event()
         self.verdict = ""
         self.words = 0  # rounds of the thread that tells
-        self.told: list[dict[str, Any]] = []  # by the ranks of this machine and the first one
+        self.told: list[dict[str, Any]] = []  # by the first rank and those of this machine; to the first by all
         self.main_thread = threading.main_thread().ident
         self.process, self.place = this_process(), place()
 
@@ -164,7 +164,7 @@ class Watchdog:
             store.set(f"{self.key}/{self.rank}", json.dumps(self._word()))
             now = time.monotonic()
             seconds, last = min(now - last, 2 * self.every), now
-            if (self.rank == 0 or not self.told) and store.check(keys):
+            if store.check(keys):
                 self.told = [json.loads(text) for text in store.multi_get(keys)]
             if self.rank == 0 and self.told:
                 for told in self.told:
@@ -199,18 +199,18 @@ class Watchdog:
 
     def _watch(self) -> None:
         patience = self.timeout + (LOST + 3) * self.every if self.world_size > 1 else self.timeout
-        beats, words, silent, wordless, last = pulse.beats, self.words, 0.0, 0.0, time.monotonic()
+        beats, word, silent, wordless, last = pulse.beats, -1, 0.0, 0.0, time.monotonic()
         while not self.over.wait(self.every):
             now = time.monotonic()
             seconds, last = min(now - last, 2 * self.every), now
             silent = 0.0 if pulse.beats != beats else silent + seconds
-            wordless = 0.0 if self.words != words else wordless + seconds
-            beats, words = pulse.beats, self.words
+            first = next((told for told in self.told if told["rank"] == 0), self._word())
+            wordless = 0.0 if first["word"] != word else wordless + seconds
+            beats, word = pulse.beats, first["word"]
             if self.verdict:
                 self._end(**json.loads(self.verdict))
             elif silent >= patience:  # and the first rank has not spoken
-                first = next((told for told in self.told if told["rank"] == 0), None)
-                if self.world_size > 1 and self.rank and first and wordless > LOST * self.every:
+                if self.rank and wordless > LOST * self.every:
                     self._end(first, runs=False, silent=wordless, by=self.rank)
                 self._end(self._word(), runs=True, silent=silent, by=self.rank)
 
@@ -221,13 +221,13 @@ class Watchdog:
         print(f"rank {self.rank}: what its threads are doing", file=sys.stderr, flush=True)
         with suppress(Exception):
             faulthandler.dump_traceback(file=2, all_threads=True)
+        release_shared_memory()  # now: a launcher may end this process as soon as it misses the other one
         guilty = Process(told["process"], told["started"])
         if not runs and told["place"] == self.place and guilty.number != self.process.number and guilty.is_there():
             with suppress(OSError):
                 os.kill(guilty.number, signal.SIGKILL)
-        if by == self.rank and self.world_size > 1:
+        if self.rank == 0 and self.world_size > 1:
             time.sleep(2 * self.every + 0.5)  # the others read it, maybe from this very process
-        release_shared_memory()
         os._exit(ENDS_WITH)
 
 
