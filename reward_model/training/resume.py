@@ -27,7 +27,7 @@ from reward_model.training.checkpoint import Checkpoint, newest_whole
 FINISHED, INTERRUPTED = "finished.json", "interrupted.json"  # marks beside the model
 # that change no number of a run, or that a run may be given more of
 FREE = {each.name for each in fields(OutputConfig)} | {
-    "num_train_epochs", "max_steps", "early_stop", "hang_timeout", "num_proc", "data_output_path", "deepspeed", "deepspeed_config",
+    "num_train_epochs", "max_steps", "early_stop", "num_proc", "data_output_path", "deepspeed", "deepspeed_config",
     "local_rank", "nvme_path", "compute_fp32_loss", "only_optimize_lora", "num_padding_at_beginning",
     "trust_remote_code", "hang_timeout", "max_bad_steps", "score_limit",
 }  # fmt: skip
