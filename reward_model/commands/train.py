@@ -102,6 +102,7 @@ def fail(message: str, debug: bool, wait: float = 0.0) -> int:
         wait: seconds before leaving, so that a rank that is at fault ends first, and its exit status is the run's.
     """
     rank = os.environ["RANK"]
+    release_shared_memory()  # first: the launcher may end this process while it waits
     signal.signal(signal.SIGTERM, signal.SIG_IGN if rank == "0" else signal.SIG_DFL)  # the end of a launcher's patience
     if debug:
         import traceback
@@ -113,5 +114,4 @@ def fail(message: str, debug: bool, wait: float = 0.0) -> int:
     print(f"error: {message}" if rank == "0" else f"error on rank {rank}: {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     time.sleep(wait)
-    release_shared_memory()
     os._exit(1)

@@ -73,7 +73,7 @@ class CompileLock(FileBaton):
     def _outwait_strangers(self) -> None:
         patience = Patience(self.lock_file_path)
         while os.path.exists(self.lock_file_path):
-            if not opened_by(self.lock_file_path):
+            if not in_use(self.lock_file_path):
                 # whichever rank it is, and also while others are kept quiet
                 print(
                     f"{self.lock_file_path}: left by a process that was killed, removed",
@@ -106,18 +106,19 @@ class Patience:
         time.sleep(0.1)
 
 
-def opened_by(path: str) -> list[int]:
-    """The processes of this machine that have a file open, as far as this user may look."""
+def in_use(path: str) -> bool:
+    """Whether a process of this machine, as far as this user may look, has a file open or works in its folder.
+
+    A compiler that outlives the process which started it does the latter.
+    """
+    folder = os.path.dirname(path)
+    return any(same(link, path) for link in Path("/proc").glob("[0-9]*/fd/*")) or any(
+        same(link, folder) for link in Path("/proc").glob("[0-9]*/cwd")
+    )
+
+
+def same(link: Path, path: str) -> bool:
     try:
-        wanted = os.stat(path)
-    except OSError:
-        return []
-    found = []
-    for link in Path("/proc").glob("[0-9]*/fd/*"):
-        try:
-            there = link.stat()
-        except OSError:  # it has ended, or is another user's
-            continue
-        if (there.st_dev, there.st_ino) == (wanted.st_dev, wanted.st_ino):
-            found.append(int(link.parts[2]))
-    return found
+        return os.path.samefile(link, path)
+    except OSError:  # one of them has ended, or is another user's
+        return False
