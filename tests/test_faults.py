@@ -4,12 +4,14 @@
 The table in tests/README.md lists these. What they leave on the disk is tests/test_checkpoints.py.
 """
 
+import fcntl
 import os
 import pty
 import random
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -182,10 +184,8 @@ def test_a_process_without_a_launcher_outlives_who_started_it(demo, tmp_path):
 def test_ctrl_c_under_deepspeed(demo, tmp_path):
     """From a terminal it reaches every process of the group, and deepspeed's launcher sends SIGTERM besides."""
     outside, inside = pty.openpty()
-    run = Run(
-        demo, tmp_path, "deepspeed", stdin=inside, stdout=inside, stderr=inside, preexec_fn=lambda: os.login_tty(inside)
-        if hasattr(os, "login_tty") else _take_terminal(inside),
-    )  # fmt: skip
+    terminal = {"stdin": inside, "stdout": inside, "stderr": inside, "preexec_fn": lambda: take_terminal(inside)}
+    run = Run(demo, tmp_path, "deepspeed", **terminal)
     os.close(inside)
     os.set_blocking(outside, False)
 
@@ -211,10 +211,8 @@ def test_ctrl_c_under_deepspeed(demo, tmp_path):
     assert run.checkpoints
 
 
-def _take_terminal(terminal):
-    import fcntl
-    import termios
-
+def take_terminal(terminal):
+    """In a new process: what is typed there, Ctrl-C among it, is for its group."""
     os.setsid()
     fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
 

@@ -13,6 +13,7 @@ import fcntl
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from torch.utils import cpp_extension
@@ -20,6 +21,7 @@ from torch.utils.file_baton import FileBaton
 
 from reward_model.common.errors import UserError
 from reward_model.common.logging import logger
+from reward_model.common.processes import numbers
 
 QUIET = 5.0  # seconds of waiting without a word
 PATIENCE = 1800.0  # seconds; an op is compiled in half a minute, on a busy machine in some
@@ -112,12 +114,16 @@ def in_use(path: str) -> bool:
     A compiler that outlives the process which started it does the latter.
     """
     folder = os.path.dirname(path)
-    return any(same(link, path) for link in Path("/proc").glob("[0-9]*/fd/*")) or any(
-        same(link, folder) for link in Path("/proc").glob("[0-9]*/cwd")
-    )
+    for number in numbers():
+        if same(f"/proc/{number}/cwd", folder):
+            return True
+        with suppress(OSError):  # it has ended, or is another user's
+            if any(same(f"/proc/{number}/fd/{name}", path) for name in os.listdir(f"/proc/{number}/fd")):
+                return True
+    return False
 
 
-def same(link: Path, path: str) -> bool:
+def same(link: str, path: str) -> bool:
     try:
         return os.path.samefile(link, path)
     except OSError:  # one of them has ended, or is another user's

@@ -26,6 +26,7 @@ from reward_model.common import meeting
 from reward_model.common.compile_lock import outlive_killed_compilations
 from reward_model.common.errors import UserError
 from reward_model.common.logging import hushed, logger
+from reward_model.common.processes import numbers
 from reward_model.common.words import counted
 
 SET_BY_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -122,10 +123,11 @@ def remove_left_shared_memory(older_than: float = 60.0) -> None:
     paths = [path for path in SHARED_MEMORY.glob(f"{BUFFERS}{os.getuid()}_*") if path.stat().st_uid == os.getuid()]
     if not paths:
         return
-    mapped = ""
-    for maps in Path("/proc").glob("[0-9]*/maps"):
+    mapped: set[str] = set()
+    for number in numbers():
         with suppress(OSError):  # it has ended, or is another user's, who cannot have mapped it
-            mapped += "".join(line for line in maps.read_text(errors="replace").splitlines() if BUFFERS in line)
+            lines = Path(f"/proc/{number}/maps").read_text(errors="replace").splitlines()
+            mapped |= {line.split(None, 5)[5] for line in lines if BUFFERS in line}
     for path in paths:
         with suppress(OSError):
             if str(path) not in mapped and time.time() - path.stat().st_mtime > older_than:

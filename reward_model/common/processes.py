@@ -40,6 +40,11 @@ def stat(number: int) -> tuple[str, int, int] | None:
     return fields[0], int(fields[1]), int(fields[19])
 
 
+def numbers() -> list[int]:
+    """Of all processes that can be seen."""
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
 def this_process() -> Process:
     return named(os.getpid())
 
