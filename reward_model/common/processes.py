@@ -63,12 +63,8 @@ def place() -> str:
     return f"{socket.gethostname()} {inside}"
 
 
-def is_launcher(number: int) -> bool:
-    """Whether a process's command line is that of a launcher of ranks."""
-    try:
-        words = Path(f"/proc/{number}/cmdline").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        return False
+def is_launcher(words: list[str]) -> bool:
+    """Whether a command line is that of a launcher of ranks."""
     for index, word in enumerate(words[:6]):  # the interpreter and its options, then the program
         if index < 3 and Path(word).name in LAUNCHERS:
             return True
@@ -77,10 +73,18 @@ def is_launcher(number: int) -> bool:
     return False
 
 
+def command_line(number: int) -> list[str]:
+    """Of a process; empty: it has ended."""
+    try:
+        return Path(f"/proc/{number}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
+    except OSError:
+        return []
+
+
 def launchers() -> list[Process]:
     """The launchers that this process descends from, the nearest first; a shell or anything else ends the list."""
     found, number = [], os.getppid()
-    while number > 1 and is_launcher(number):
+    while number > 1 and is_launcher(command_line(number)):
         found.append(named(number))
         parent = stat(number)
         number = parent[1] if parent else 0
