@@ -187,6 +187,7 @@ def test_a_rank_whose_launcher_is_killed_may_save(supervised_rank):
 
 def test_a_rank_that_a_signal_ended_is_named(supervised_rank):
     process, _, rank = supervised_rank()
+    time.sleep(1.2)  # it is looked for every second
     os.kill(rank, signal.SIGKILL)
     errors = process.communicate(timeout=30)[1]
     assert process.returncode == 128 + signal.SIGKILL

@@ -163,6 +163,9 @@ def test_before_its_time_is_over_a_job_saves_and_is_queued_again(slurm, demo, tm
         assert time.monotonic() < end, job.said[-3000:]
         time.sleep(0.5)
     assert "the run has saved a checkpoint and goes on when the job starts again" in job.said
+    while slurm.job(job.number)["JobState"] != "PENDING":
+        assert time.monotonic() < end, slurm.job(job.number)
+        time.sleep(0.5)
     slurm.run("scontrol", "update", f"jobid={job.number}", "starttime=now")  # it would wait two minutes
     assert job.end(WHOLE_RUN) == "COMPLETED", job.said[-3000:]
     steps = [record["step"] for record in Metrics(job.output / "metrics.jsonl", done(job)).train]
