@@ -105,14 +105,14 @@ batch_flags() {
 
 # is_count TEXT: whether it is a whole number above 0 that this shell can compute with
 is_count() {
-  [[ $1 =~ ^[1-9][0-9]{0,8}$ ]]
+  case $1 in '' | *[!0-9]* | 0* | ??????????*) return 1 ;; esac
 }
 
 # require_processes WHAT NUMBER: no machine has more processors than this, and starting so many would end it
 most_processes=1024
 require_processes() {
-  is_count "$2" || die "$1=$2 is not a number of GPUs"
-  [ "$2" -le $most_processes ] || die "$1=$2: more than $most_processes processes on a machine"
+  case $2 in '' | *[!0-9]* | 0*) die "$1=$2 is not a number of GPUs" ;; esac
+  is_count "$2" && [ "$2" -le $most_processes ] || die "$1=$2: more than $most_processes processes on a machine"
 }
 
 # count_gpus: those that a run here may use; 1 where there is none, for a process on the CPU
