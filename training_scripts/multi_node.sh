@@ -92,7 +92,7 @@ by_pdsh() {
   local text
   text=$(quoted bash -c "$(node_line RANK-OF-THIS-HOST)") # whatever shell the user has there
   text=${text//%/%%} # %n is pdsh's own number of a host
-  PDSH_SSH_ARGS_APPEND="${ssh[*]:1}" exec "$PYTHON" "$here/supervise.py" --lifeline \
+  PDSH_SSH_ARGS_APPEND="${ssh[*]:1}" exec "$PYTHON" "$here/supervise.py" --lifeline --pass_on line --grace "$GRACE" \
     pdsh -S -R ssh -f 1024 -w "$(IFS=,; printf '%s' "${hosts[*]}")" "${text//RANK-OF-THIS-HOST/%n}"
 }
 
@@ -129,7 +129,7 @@ watch() {
   done
 }
 
-# ask_all: a line on the lifeline reaches one host, whose ranks tell the others; a second request ends all at once
+# ask_all: a line on the lifeline reaches one host at least, whose ranks tell the others; a second request ends all at once
 ask_all() {
   if [ -n "$asked" ] || [ -z "$lifeline" ]; then
     end_all

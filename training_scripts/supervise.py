@@ -3,7 +3,7 @@
 """Run a command of which nothing is left behind: what every launcher starts on a node.
 
     supervise.py [--lifeline] [--log FILE] [--reach ADDRESS] [--run NAME] [--finished FILE] [--host NUMBER]
-                 [--grace SECONDS] [--pass_on] COMMAND...
+                 [--grace SECONDS] [--pass_on signal|line] COMMAND...
 
 When the command ends, or when this process is told to, all that descends from it is ended: processes that changed their
 session too, as torchrun's do.
@@ -27,7 +27,8 @@ The exit status is the command's, but
     resumed.
 --host NUMBER: which of several hosts this is, from 0; only the first need see that file.
 --grace SECONDS: from the first request to the end of those that have not ended [600].
---pass_on: the ranks are not here but known to the command, as srun's are: a first request goes to it, as SIGUSR1.
+--pass_on HOW: the ranks are not here but known to the command: a first request goes to it, as SIGUSR1, which srun hands
+    on to its tasks (signal), or on its standard input, which pdsh hands on (line).
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def main() -> int:
         command = subprocess.Popen(
             options.command,
             env=environment,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE if options.pass_on == "line" else subprocess.DEVNULL,
             preexec_fn=lambda: be_deaf_to_requests(options.pass_on),
             **pipes,
         )
@@ -109,10 +110,10 @@ def main() -> int:
         if options.log:
             with contextlib.suppress(OSError), open(options.log, "a", encoding="utf-8") as file:
                 file.write(f"error: {line}\n")
-    return exit_status(status, stop, ranks, marks, bool(said))
+    return exit_status(status, stop, ranks, marks, bool(said), options.pass_on)
 
 
-def be_deaf_to_requests(pass_on: bool) -> None:
+def be_deaf_to_requests(pass_on: str | None) -> None:
     """In the command, before it begins: a terminal's Ctrl-C comes to supervise.py alone, and SIGUSR1, which SLURM sends
     to all processes of a step, does not end a launcher. Ranks have handlers of their own."""
     os.setpgrp()
@@ -135,10 +136,15 @@ def wait_for_end(command: subprocess.Popen, stop: StopRequest, ranks: Ranks, opt
             deadline = time.monotonic() + seconds_left(options.grace)
 
 
-def ask_to_save(command: subprocess.Popen, stop: StopRequest, ranks: Ranks, pass_on: bool) -> bool:
+def ask_to_save(command: subprocess.Popen, stop: StopRequest, ranks: Ranks, pass_on: str | None) -> bool:
     """Pass a request on, once; whether there is anybody to wait for."""
     if pass_on and command.poll() is None:
-        command.send_signal(signal.SIGUSR1)
+        if command.stdin:
+            with contextlib.suppress(OSError):
+                command.stdin.write(b"stop\n")
+                command.stdin.flush()
+        else:
+            command.send_signal(signal.SIGUSR1)
         return True
     ranks.look()
     for rank in ranks.alive():
@@ -156,13 +162,15 @@ def seconds_left(grace: float) -> float:
     return grace
 
 
-def exit_status(status: int, stop: StopRequest, ranks: Ranks, marks: Marks, is_faulty: bool) -> int:
+def exit_status(
+    status: int, stop: StopRequest, ranks: Ranks, marks: Marks, is_faulty: bool, pass_on: str | None
+) -> int:
     """That of the whole: see the top of this file."""
     if stop.at_once:
         return 128 + stop.number
     if ranks.interrupted() or (status and marks.interrupted()):
         return INTERRUPTED
-    if stop.asked:
+    if stop.asked and not (pass_on and status > 0):
         is_whole = status == 0 and not is_faulty and (ranks.known or marks.finished)
         return 0 if is_whole else 128 + stop.number
     if first := status and ranks.first_signal():
@@ -337,7 +345,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--finished")
     parser.add_argument("--host", type=int, default=0)
     parser.add_argument("--grace", type=float, default=600.0)
-    parser.add_argument("--pass_on", action="store_true")
+    parser.add_argument("--pass_on", choices=("signal", "line"))
     parser.add_argument("command", nargs=argparse.REMAINDER)
     options = parser.parse_args()
     if not options.command:
