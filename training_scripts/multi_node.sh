@@ -92,7 +92,7 @@ by_pdsh() {
   local text
   text=$(quoted bash -c "$(node_line RANK-OF-THIS-HOST)") # whatever shell the user has there
   text=${text//%/%%} # %n is pdsh's own number of a host
-  PDSH_SSH_ARGS_APPEND="${ssh[*]:1}" exec "$PYTHON" "$here/supervise.py" --lifeline --pass_on line --grace "$GRACE" \
+  PDSH_SSH_ARGS_APPEND="${ssh[*]:1}" exec "$PYTHON" "$here/supervise.py" --lifeline \
     pdsh -S -R ssh -f 1024 -w "$(IFS=,; printf '%s' "${hosts[*]}")" "${text//RANK-OF-THIS-HOST/%n}"
 }
 
@@ -125,18 +125,7 @@ watch() {
       break
     fi
     [ -z "$deadline" ] || [ "$SECONDS" -lt "$deadline" ] || end_all
-    [ -z "$until" ] || [ "$SECONDS" -lt "$until" ] || end_all
   done
-}
-
-# ask_all: a line on the lifeline reaches one host at least, whose ranks tell the others; a second request ends all at once
-ask_all() {
-  if [ -n "$asked" ] || [ -z "$lifeline" ]; then
-    end_all
-    return
-  fi
-  asked=1 until=$((SECONDS + GRACE))
-  printf 'stop\n' >&"$lifeline"
 }
 
 # end_all: closing the lifeline ends what supervise.py started, here and on every host
@@ -194,9 +183,9 @@ mkfifo -m 600 "$fifo"
 exec {lifeline}<>"$fifo" # held by this process alone: if it is killed, the hosts notice
 exec {input}<"$fifo"
 rm "$fifo"
-culprit='' code=0 asked='' until='' ended_by=
-trap 'ended_by=143; ask_all' TERM USR1
-trap 'ended_by=130; ask_all' INT
+culprit='' code=0
+trap 'code=143; end_all' TERM
+trap 'code=130; end_all' INT
 exec {said}< <(
   exec <&"$input" {input}<&- {lifeline}>&- 2>&1
   case $LAUNCHER in deepspeed) by_pdsh ;; torchrun) by_ssh ;; esac
@@ -210,8 +199,6 @@ if [ "$code" = 75 ]; then
   printf 'stopped: a checkpoint is saved, and the same command goes on from there\n' |
     tee -a "$OUTPUT/training.log" >&2
   culprit=
-elif [ -n "$ended_by" ] && [ "$code" != 0 ]; then
-  code=$ended_by culprit=
 fi
 if [ -n "$culprit" ]; then
   what="failed with exit status $code"
