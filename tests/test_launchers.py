@@ -141,6 +141,9 @@ def test_a_batch_that_is_given_is_left_alone():
     ("script", "settings", "message"),
     [
         ("single_node.sh", {"NUM_GPUS": "three"}, "NUM_GPUS=three is not a number of GPUs"),
+        ("single_node.sh", {"NUM_GPUS": "9" * 20}, f"NUM_GPUS={'9' * 20}: more than 1024 processes on a machine"),
+        ("single_node.sh", {"NUM_GPUS": "2000"}, "NUM_GPUS=2000: more than 1024 processes on a machine"),
+        ("single_node.sh", {"GRACE": "$(x)"}, "GRACE=$(x) is not a number of seconds"),
         ("single_node.sh", {"NUM_GPUS": "0"}, "NUM_GPUS=0 is not a number of GPUs"),
         ("single_node.sh", {"LAUNCHER": "mpirun"}, "LAUNCHER=mpirun: deepspeed or torchrun"),
         ("single_node.sh", {"GLOBAL_BATCH": "64", "NUM_GPUS": "3"},
@@ -240,6 +243,7 @@ def cluster(tmp_path):
         "#!/bin/bash\n"
         f'[ "$1" = -u ] || exec {shlex.quote(sys.executable)} "$@"\n'
         'printf "%q " "$@"; echo\n'
+        'for folder in output "an output"; do [ ! -d "$folder" ] || touch "$folder/finished.json"; done\n'
         'env | grep -E "^(HF_HOME|HF_TOKEN|NCCL_DEBUG|FROM_FILE)=" | sort\n'
         'case "$*" in *node_rank?1*) exit "$(cat status)" ;; *) exec sleep "$(cat seconds)" ;; esac\n',
     )
@@ -312,8 +316,19 @@ def test_a_dry_run_prints_the_command_of_every_host(cluster):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a slots=2\nb\n", 'hostfile, line 2, "b": not a name and slots=NUMBER'),
-        ("a slots=2\n# x\nb slots=0\n", 'hostfile, line 3, "b slots=0": not a name and slots=NUMBER'),
+        ("a slots=2\nb\n", "hostfile, line 2, b: not a name and slots=NUMBER"),
+        ("a slots=2\n# x\nb slots=0\n", "hostfile, line 3, b\\ slots=0: not a name and slots=NUMBER"),
+        (
+            "a slots=2\n-oProxyCommand=x slots=2\n",
+            "hostfile, line 2, -oProxyCommand=x\\ slots=2: not a name and slots=NUMBER",
+        ),
+        ("a;touch${IFS}x slots=2\n", "hostfile, line 1, a\\;touch\\$\\{IFS\\}x\\ slots=2: not a name and slots=NUMBER"),
+        ("$(touch\tx) slots=2\n", "hostfile, line 1, $'$(touch\\tx) slots=2': not a name and slots=NUMBER"),
+        ("a slots=1025\n", "hostfile, line 1, slots=1025: more than 1024 processes on a machine"),
+        (
+            "a slots=99999999999999999999\n",
+            "hostfile, line 1, slots=99999999999999999999: more than 1024 processes on a machine",
+        ),
         ("a slots=2\na slots=2\n", "hostfile, line 2: a again"),
         ("# nobody\n", "hostfile names no host"),
         ("a slots=2\nb slots=1\n", "torchrun starts as many processes on every host, and hostfile has different slots"),

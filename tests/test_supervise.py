@@ -106,3 +106,100 @@ def test_the_interface_that_leads_to_the_first_host():
     lost = interfaces("--reach", "no-such-host.invalid")
     assert lost.returncode == 1
     assert lost.stderr.startswith("error: no way to no-such-host.invalid from ")
+
+
+# Ranks: a stand-in for main.py, which says when it listens
+
+RANK = """
+import os, signal, sys, time
+def asked(number, frame):
+    print("asked", flush=True)
+    time.sleep({saving})
+    open(os.path.join(os.path.dirname(__file__), "interrupted.json"), "w").close()
+    os._exit(75)
+signal.signal(signal.SIGTERM, asked)
+print("trains", os.getpid(), flush=True)
+time.sleep(60)
+"""
+# a launcher of one rank: its own exit status is another, it looks now and then, and SIGTERM ends its rank
+LAUNCHER = """
+import os, signal, subprocess, sys, time
+rank = subprocess.Popen([sys.executable, sys.argv[1]], env=dict(os.environ, RANK="0", MASTER_PORT="1"))
+signal.signal(signal.SIGTERM, lambda *_: rank.kill())
+print(os.getpid(), flush=True)
+while rank.poll() is None:
+    time.sleep(0.2)
+sys.exit(1 if rank.returncode else 0)
+"""
+
+
+@pytest.fixture
+def supervised_rank(tmp_path):
+    """A supervisor of a launcher of a rank that takes a while to save; the processes of all three, with the rank's."""
+
+    def start(*flags, saving=1.0):
+        main = tmp_path / "main.py"
+        main.write_text(RANK.format(saving=saving))
+        words = [*SUPERVISE, "--finished", str(tmp_path / "finished.json"), *flags]
+        process = subprocess.Popen(
+            [*words, sys.executable, "-c", LAUNCHER, str(main)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        launcher = int(process.stdout.readline())
+        rank = int(process.stdout.readline().split()[1])
+        time.sleep(0.2)
+        return process, launcher, rank
+
+    return start
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_first_request_is_for_the_ranks_and_75_comes_through(supervised_rank, number):
+    process, launcher, rank = supervised_rank()
+    process.send_signal(number)
+    said, errors = process.communicate(timeout=30)
+    assert (process.returncode, said) == (75, "asked\n")
+    assert errors.startswith("asked the run to save a checkpoint and to end")
+    assert is_gone(launcher) and is_gone(rank)
+
+
+def test_a_second_request_ends_at_once_and_so_does_the_end_of_the_grace(supervised_rank):
+    process, _, rank = supervised_rank(saving=50)
+    process.terminate()
+    assert process.stdout.readline() == "asked\n"
+    process.terminate()
+    assert process.wait(30) == 128 + signal.SIGTERM
+    assert is_gone(rank)
+    process, _, rank = supervised_rank("--grace", "0.5", saving=50)
+    process.terminate()
+    assert process.wait(30) == 128 + signal.SIGTERM
+    assert is_gone(rank)
+
+
+def test_a_rank_whose_launcher_is_killed_may_save(supervised_rank):
+    process, launcher, rank = supervised_rank()
+    os.kill(launcher, signal.SIGKILL)
+    assert process.wait(30) == 75
+    assert is_gone(rank)
+
+
+def test_a_rank_that_a_signal_ended_is_named(supervised_rank):
+    process, _, rank = supervised_rank()
+    time.sleep(1.2)  # it is looked for every second
+    os.kill(rank, signal.SIGKILL)
+    errors = process.communicate(timeout=30)[1]
+    assert process.returncode == 128 + signal.SIGKILL
+    assert errors.startswith(f"error: rank 0 (process {rank}) was ended by SIGKILL; the kernel does that when")
+
+
+def test_status_0_is_not_believed_without_the_mark_of_a_finished_run(tmp_path):
+    words = [*SUPERVISE, "--finished", str(tmp_path / "finished.json"), "--log", str(tmp_path / "log")]
+    result = subprocess.run([*words, "true"], capture_output=True, text=True, timeout=30)
+    line = f"error: the run ended with status 0 before its end: there is no {tmp_path}/finished.json\n"
+    assert (result.returncode, result.stderr, (tmp_path / "log").read_text()) == (1, line, line)
+    other_host = subprocess.run([*words, "--host", "1", "true"], timeout=30)
+    assert other_host.returncode == 0
+    (tmp_path / "finished.json").touch()
+    assert subprocess.run([*words, "true"], timeout=30).returncode == 0

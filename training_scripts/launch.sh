@@ -3,9 +3,13 @@
 # Sourced by the launchers: an interpreter, the flags of main.py, and the words that start the processes of a node.
 # What a launcher reads from its environment is told in training_scripts/README.md, under "Launchers".
 
+GRACE=${GRACE:-600} # seconds that a run which is asked to end has to save a checkpoint
+export GRACE
+
 scripts=${SCRIPTS:-$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)}
 # shellcheck source=training_scripts/setup.sh
 source "$scripts/setup.sh"
+[[ $GRACE =~ ^[0-9]{1,8}$ ]] || die "GRACE=$GRACE is not a number of seconds"
 
 # quoted WORD...: a line that a shell would read as these words
 quoted() {
@@ -99,8 +103,16 @@ batch_flags() {
   FLAGS+=(--per_device_train_batch_size "$micro" --gradient_accumulation_steps $((each / micro)))
 }
 
+# is_count TEXT: whether it is a whole number above 0 that this shell can compute with
 is_count() {
-  case $1 in '' | *[!0-9]* | 0*) return 1 ;; esac
+  case $1 in '' | *[!0-9]* | 0* | ??????????*) return 1 ;; esac
+}
+
+# require_processes WHAT NUMBER: no machine has more processors than this, and starting so many would end it
+most_processes=1024
+require_processes() {
+  case $2 in '' | *[!0-9]* | 0*) die "$1=$2 is not a number of GPUs" ;; esac
+  is_count "$2" && [ "$2" -le $most_processes ] || die "$1=$2: more than $most_processes processes on a machine"
 }
 
 # count_gpus: those that a run here may use; 1 where there is none, for a process on the CPU
@@ -125,8 +137,14 @@ check_flags() {
   PYTHONPATH=$scripts/..${PYTHONPATH:+:$PYTHONPATH} "$PYTHON" -m reward_model check "${FLAGS[@]}" >/dev/null || exit 1
 }
 
-# run_here COMMAND...: in place of this shell; what it prints goes to OUTPUT/training.log too
+# run_here [OPTION of supervise.py]... -- COMMAND...: in place of this shell; what it prints goes to OUTPUT/training.log too
 run_here() {
+  local options=()
+  while [ "$1" != -- ]; do
+    options+=("$1")
+    shift
+  done
+  shift
   if is_dry; then
     quoted "$@"
     check_flags
@@ -135,7 +153,8 @@ run_here() {
   check_flags
   mkdir -p "$OUTPUT"
   quoted "$@" >>"$OUTPUT/training.log"
-  exec "$PYTHON" "$scripts/supervise.py" --log "$OUTPUT/training.log" "$@"
+  exec "$PYTHON" "$scripts/supervise.py" --log "$OUTPUT/training.log" --finished "$OUTPUT/finished.json" \
+    --grace "$GRACE" "${options[@]}" "$@"
 }
 
 # recipe LAUNCHER FLAG...: start LAUNCH, or else this launcher, with a recipe's settings

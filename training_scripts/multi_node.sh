@@ -19,7 +19,7 @@ DATA=${DATA:-Dahoas/rm-static}
 
 HOSTFILE=${HOSTFILE:-hostfile}
 MASTER_PORT=${MASTER_PORT:-29500}
-GRACE=1 # seconds between the end of the first host to fail and that of the others: less than they wait to complain too
+soon=1 # seconds between the end of the first host to fail and that of the others: less than they wait to complain too
 run=$(date +%Y%m%d-%H%M%S)-$$
 ssh=(ssh -o BatchMode=yes -o ConnectTimeout=10 -o ControlMaster=no -o ControlPath=none
   -o ServerAliveInterval=5 -o ServerAliveCountMax=3) # a host that is gone is noticed after 15 seconds
@@ -34,8 +34,9 @@ read_hostfile() {
     number=$((number + 1))
     line=${line%%#*}
     [ -n "${line//[[:space:]]/}" ] || continue
-    [[ $line =~ ^[[:space:]]*([^[:space:],:]+)[[:space:]]+slots=([1-9][0-9]*)[[:space:]]*$ ]] ||
-      die "$HOSTFILE, line $number, \"$line\": not a name and slots=NUMBER"
+    [[ $line =~ ^[[:space:]]*([[:alnum:]_][[:alnum:]_.@-]*)[[:space:]]+slots=([1-9][0-9]*)[[:space:]]*$ ]] ||
+      die "$HOSTFILE, line $number, $(printf '%q' "$line"): not a name and slots=NUMBER"
+    require_processes "$HOSTFILE, line $number, slots" "${BASH_REMATCH[2]}"
     case " ${hosts[*]-} " in *" ${BASH_REMATCH[1]} "*) die "$HOSTFILE, line $number: ${BASH_REMATCH[1]} again" ;; esac
     hosts+=("${BASH_REMATCH[1]}")
     slots+=("${BASH_REMATCH[2]}")
@@ -72,7 +73,8 @@ node_line() {
       --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT") ;;
   esac
   printf 'cd %s && exec %s\n' "$(quoted "$PWD")" "$(quoted env "${environment[@]}" \
-    "$PYTHON" "$here/supervise.py" --lifeline --reach "$MASTER_ADDR" --run "$run" \
+    "$PYTHON" "$here/supervise.py" --lifeline --reach "$MASTER_ADDR" --run "$run" --grace "$GRACE" \
+    --finished "$OUTPUT/finished.json" --host "$rank" \
     "$PYTHON" -u -m "${words[@]}" "$here/main.py" "${FLAGS[@]}")"
 }
 
@@ -113,7 +115,8 @@ watch() {
       printf '%s\n' "$line"
       printf '%s\n' "$line" >>"$OUTPUT/training.log"
       if [ "$code" = 0 ] && [[ $line =~ ^(pdsh@[^ ]*|multi_node.sh):\ ([^ ]+):\ ssh\ exited\ with\ exit\ code\ ([0-9]+)$ ]]; then
-        culprit=${BASH_REMATCH[2]} code=${BASH_REMATCH[3]} deadline=$((SECONDS + GRACE))
+        culprit=${BASH_REMATCH[2]} code=${BASH_REMATCH[3]} deadline=$((SECONDS + soon))
+        [ "$code" != 75 ] || deadline=$((SECONDS + 30)) # all of them have saved and are about to end
       fi
       line=
     elif [ $? -gt 128 ]; then # a second without a whole line
@@ -192,13 +195,18 @@ exec {input}>&-
 watch
 wait "$transport" || status=$?
 [ "$code" != 0 ] || code=${status:-0}
+if [ "$code" = 75 ]; then
+  printf 'stopped: a checkpoint is saved, and the same command goes on from there\n' |
+    tee -a "$OUTPUT/training.log" >&2
+  culprit=
+fi
 if [ -n "$culprit" ]; then
   what="failed with exit status $code"
   [ "$code" != 255 ] || what="cannot be reached any more"
   printf 'error: %s %s; the other hosts were ended\n' "$culprit" "$what" | tee -a "$OUTPUT/training.log" >&2
 fi
 if [ "$code" != 0 ]; then
-  [ -n "$culprit" ] || printf 'stopped: the processes on all hosts are ended\n' | tee -a "$OUTPUT/training.log" >&2
+  [ -n "$culprit" ] || [ "$code" = 75 ] || printf 'stopped: the processes on all hosts are ended\n' | tee -a "$OUTPUT/training.log" >&2
   for host in "${hosts[@]}"; do
     [ "$host" != "$culprit" ] || [ "$code" != 255 ] || continue
     {

@@ -17,7 +17,7 @@ MODEL=${MODEL:-facebook/opt-350m} # edit these two lines
 DATA=${DATA:-Dahoas/rm-static}
 
 NUM_GPUS=${NUM_GPUS:-$(count_gpus)}
-is_count "$NUM_GPUS" || die "NUM_GPUS=$NUM_GPUS is not a number of GPUs"
+require_processes NUM_GPUS "$NUM_GPUS"
 find_python
 settings "$NUM_GPUS" "$@"
 port=${MASTER_PORT:-$(free_port)}
@@ -32,9 +32,9 @@ case ${CUDA_VISIBLE_DEVICES:-} in
 esac
 case ${LAUNCHER:=deepspeed} in
   # what the command deepspeed runs; without a hostfile, which it else looks for in /job
-  deepspeed) run_here "$PYTHON" -m deepspeed.launcher.runner --hostfile /dev/null "${where[@]}" --master_port "$port" \
+  deepspeed) run_here -- "$PYTHON" -m deepspeed.launcher.runner --hostfile /dev/null "${where[@]}" --master_port "$port" \
     "$here/main.py" "${FLAGS[@]}" ;;
-  torchrun) run_here "$PYTHON" -m torch.distributed.run --nproc_per_node "$NUM_GPUS" --master_port "$port" \
+  torchrun) run_here -- "$PYTHON" -m torch.distributed.run --nproc_per_node "$NUM_GPUS" --master_port "$port" \
     "$here/main.py" "${FLAGS[@]}" ;;
   *) die "LAUNCHER=$LAUNCHER: deepspeed or torchrun" ;;
 esac

@@ -11,11 +11,16 @@ import time
 
 from reward_model.common.distributed import end, prepare_environment, release_shared_memory
 from reward_model.common.errors import printable
-from reward_model.common.logging import logger, quieten, show_messages
+from reward_model.common.logging import logger, outlive_the_reader, quieten, show_messages
+from reward_model.common.orphans import end_with_the_launcher
+from reward_model.common.pulse import pulse
 
 RESUMABLE = os.EX_TEMPFAIL  # 75, exit status of a run that was asked to end and goes on when it is started again
 LAUNCHER_GRACE = 3.0  # seconds in which a launcher ends the other ranks once the first has said what is wrong
 
+SMALLER = "lower --per_device_train_batch_size or --max_seq_len, add --gradient_checkpointing, or raise --zero_stage"
+SMALLER_ON_HOST = "lower --per_device_train_batch_size or --max_seq_len, start fewer processes, or leave --offload out"
+NO_HOST_MEMORY = ("DefaultCPUAllocator", "Cannot allocate memory", "std::bad_alloc")
 LOST_CONTACT = ("closed by peer", "Connection reset", "Connection refused", "Broken pipe", "Timed out")
 
 
@@ -24,6 +29,9 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     for number in (signal.SIGTERM, signal.SIGUSR1):  # deepspeed's launcher sends the first on Ctrl-C, SLURM the second
         signal.signal(number, _interrupt)
+    outlive_the_reader()
+    end_with_the_launcher()
+    pulse.is_main = True
     prepare_environment()
     debug = "--debug" in words
     quieten(debug)
@@ -40,19 +48,25 @@ def main(arguments: list[str] | None = None) -> int:
 
         run(config)
     except Interrupted as end_of_run:
+        _ignore_requests()  # the launcher ends the others as soon as one has ended
         logger.info(str(end_of_run))
         end()
         return RESUMABLE
     except UserError as error:
         return fail(str(error), debug)
     except torch.OutOfMemoryError:
-        advice = "smaller --per_device_train_batch_size or --max_seq_len, --gradient_checkpointing, higher --zero_stage"
-        return fail(f"out of memory on the device: {advice}", debug)
+        return fail(f"out of memory on the device: {SMALLER}", debug)
+    except MemoryError:
+        return fail(f"out of memory on the host: {SMALLER_ON_HOST}", debug)
     except OSError as error:
+        if error.errno == errno.ENOMEM:
+            return fail(f"out of memory on the host: {SMALLER_ON_HOST}", debug)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         return fail(f"no space left on the disk: {error}", debug)
     except RuntimeError as error:
+        if any(words in str(error) for words in NO_HOST_MEMORY):
+            return fail(f"out of memory on the host ({first_line(error)}): {SMALLER_ON_HOST}", debug)
         # gloo raises a plain RuntimeError; the rest of torch.distributed has classes of its own
         is_lost = isinstance(error, torch.distributed.DistError) or any(words in str(error) for words in LOST_CONTACT)
         if not is_lost:
@@ -72,9 +86,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _interrupt(number: int, frame) -> None:
     """Ends a run as Ctrl-C does, in a line; a second signal is not heard."""
+    _ignore_requests()
+    raise KeyboardInterrupt
+
+
+def _ignore_requests() -> None:
     for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(each, signal.SIG_IGN)
-    raise KeyboardInterrupt
 
 
 def fail(message: str, debug: bool, wait: float = 0.0) -> int:
@@ -84,6 +102,7 @@ def fail(message: str, debug: bool, wait: float = 0.0) -> int:
         wait: seconds before leaving, so that a rank that is at fault ends first, and its exit status is the run's.
     """
     rank = os.environ["RANK"]
+    release_shared_memory()  # first: the launcher may end this process while it waits
     signal.signal(signal.SIGTERM, signal.SIG_IGN if rank == "0" else signal.SIG_DFL)  # the end of a launcher's patience
     if debug:
         import traceback
@@ -95,5 +114,4 @@ def fail(message: str, debug: bool, wait: float = 0.0) -> int:
     print(f"error: {message}" if rank == "0" else f"error on rank {rank}: {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     time.sleep(wait)
-    release_shared_memory()
     os._exit(1)

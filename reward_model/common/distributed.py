@@ -13,6 +13,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -21,11 +22,16 @@ from typing import Any, Literal
 
 import torch
 
+from reward_model.common import meeting
+from reward_model.common.compile_lock import outlive_killed_compilations
 from reward_model.common.errors import UserError
 from reward_model.common.logging import hushed, logger
+from reward_model.common.processes import numbers
 from reward_model.common.words import counted
 
 SET_BY_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+SHARED_MEMORY = Path("/dev/shm")
+BUFFERS = "deepspeed_allreduce_buffer_"  # and the user's number, the first rank's address and port, and the rank
 SIZES_BY_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
@@ -102,9 +108,30 @@ def release_shared_memory() -> None:
 
     Those of all local ranks: one that has not ended yet keeps what it has opened.
     """
-    folder, port = Path("/dev/shm"), os.environ.get("MASTER_PORT")
-    for path in folder.glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*_{port}_*"):
+    for path in SHARED_MEMORY.glob(f"{BUFFERS}{os.getuid()}_*_{os.environ.get('MASTER_PORT')}_*"):
         path.unlink(missing_ok=True)
+
+
+def remove_left_shared_memory(older_than: float = 60.0) -> None:
+    """Remove what killed runs of this user have left in /dev/shm: buffers that no process has mapped.
+
+    Called before this run makes its own. A name tells user, address and port of the first rank, and rank.
+
+    Args:
+        older_than: seconds since a buffer was written; a run that is starting has not mapped its own yet.
+    """
+    paths = [path for path in SHARED_MEMORY.glob(f"{BUFFERS}{os.getuid()}_*") if path.stat().st_uid == os.getuid()]
+    if not paths:
+        return
+    mapped: set[str] = set()
+    for number in numbers():
+        with suppress(OSError):  # it has ended, or is another user's, who cannot have mapped it
+            lines = Path(f"/proc/{number}/maps").read_text(errors="replace").splitlines()
+            mapped |= {line.split(None, 5)[5] for line in lines if BUFFERS in line}
+    for path in paths:
+        with suppress(OSError):
+            if str(path) not in mapped and time.time() - path.stat().st_mtime > older_than:
+                path.unlink()
 
 
 def end() -> None:
@@ -162,8 +189,11 @@ def start(local_rank: int = -1, offload: bool = False, debug: bool = False) -> D
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
     if on_cpu and os.environ["RANK"] == "0" and not _has_compiled_ops():
         logger.info("DeepSpeed compiles its communication op, once: about half a minute")
+    if os.environ["RANK"] == "0":
+        remove_left_shared_memory()
+    outlive_killed_compilations()
     with hushed(debug):
-        deepspeed.init_distributed()
+        deepspeed.init_distributed(init_method=meeting.method())
     return DistributedContext(
         torch.distributed.get_rank(),
         torch.distributed.get_world_size(),

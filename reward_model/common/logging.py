@@ -14,6 +14,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
+from typing import TextIO
 
 from reward_model.common.errors import printable_lines
 
@@ -26,7 +27,50 @@ class Console(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
-        tqdm.write(self.format(record), file=sys.stdout)
+        screen = sys.stdout
+        while isinstance(screen, Kept):  # our own messages are for now
+            screen = screen.instead_of
+        tqdm.write(self.format(record), file=screen)
+
+
+class Kept(io.StringIO):
+    """Keeps what others print.
+
+    Args:
+        instead_of: where it would have gone.
+    """
+
+    def __init__(self, instead_of: TextIO):
+        super().__init__()
+        self.instead_of = instead_of
+
+
+class Unbroken(io.FileIO):
+    """A file whose reader may go, or whose disk may be full: what cannot be written is dropped, and the run goes on."""
+
+    def write(self, data) -> int:
+        rest = memoryview(data).cast("B")
+        with contextlib.suppress(OSError):
+            while rest:
+                rest = rest[super().write(rest) or 0 :]
+        return len(data)
+
+
+def outlive_the_reader() -> None:
+    """Let standard output and standard error of this process be :class:`Unbroken`, if they are still the process's."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not None and stream is getattr(sys, f"__{name}__") and stream.fileno() in (1, 2):
+            stream.flush()
+            raw = Unbroken(stream.fileno(), "w", closefd=False)
+            lasting = io.TextIOWrapper(
+                raw,  # as python -u has it
+                encoding=stream.encoding,
+                errors=stream.errors,
+                line_buffering=True,
+                write_through=True,
+            )
+            setattr(sys, name, lasting)
 
 
 def _is_of_first_rank(record: logging.LogRecord) -> bool:
@@ -96,7 +140,7 @@ def hushed(debug: bool) -> Iterator[None]:
     if debug:
         yield
         return
-    kept = io.StringIO()
+    kept = Kept(sys.stdout)
     try:
         with contextlib.redirect_stdout(kept), contextlib.redirect_stderr(kept):
             yield

@@ -550,7 +550,7 @@ class EngineConfig(Group):
     """What DeepSpeed is told."""
 
     _argument_group_name: ClassVar[str] = "DeepSpeed"
-    _bounds: ClassVar[Bounds] = {"sequence_parallel_size": COUNT}
+    _bounds: ClassVar[Bounds] = {"sequence_parallel_size": COUNT, "hang_timeout": NOT_NEGATIVE}
 
     zero_stage: Literal[0, 1, 2, 3] = flag(
         0, help="What the GPUs divide among them: 0 nothing, 1 the optimizer, 2 gradients too, 3 parameters too."
@@ -586,6 +586,14 @@ class EngineConfig(Group):
     )
     nvme_path: str | None = flag(
         None, metavar="FOLDER", help="For zero3_nvme.json: a folder on the NVMe disk of each node."
+    )
+    # longer than what is silent for long: the 900 s that loading the saved model may take, and 840 s for the optimizer
+    # of 7 B parameters, 84 GB, written as one file at 100 MB/s; shorter than the 1,800 s of DeepSpeed's collectives
+    hang_timeout: int = flag(
+        1200,
+        metavar="SECONDS",
+        help="End the run when a process has finished no micro-batch, evaluation batch or file for so long: it is "
+        "named, and the stacks of all are printed. 0 waits for ever.",
     )
     local_rank: int = flag(-1, metavar="N", help="Given by the launcher.")
 

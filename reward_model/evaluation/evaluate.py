@@ -17,6 +17,7 @@ import torch
 from reward_model.batching.batch import Batch, PackedBatch
 from reward_model.common.distributed import DistributedContext, any_for_later, gather_rows
 from reward_model.common.progress import progress
+from reward_model.common.pulse import beat
 from reward_model.common.words import counted
 from reward_model.evaluation.metrics import pair_metrics, point_metrics
 from reward_model.models.forward import ForwardPass
@@ -69,6 +70,7 @@ def score_batches(
     forward.module.eval()
     found, any_asked = [], _never
     for (loaded,) in progress(batches, desc="evaluating", unit="batch", leave=False, disable=not context.is_first):
+        beat("a batch of an evaluation")
         batch = loaded.to(forward.device)
         tables = read(batch, forward(batch, batch.tokens.ends))
         counts = batch.weight and context.sequence.rank == 0  # its neighbors have the same scores

@@ -28,6 +28,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from reward_model.common.errors import UserError
 from reward_model.common.files import flush_folder, flush_tree, remove_folder
 from reward_model.common.logging import logger
+from reward_model.common.pulse import beat
 from reward_model.models.for_transformers_4 import write_old_keys
 from reward_model.models.lora import merge_lora, save_adapter
 from reward_model.models.quantization import dequantized, is_quantized
@@ -86,7 +87,9 @@ def save(
     Raises:
         UserError: the disk is full or takes no files, or the model has no DeepSpeed-Chat form.
     """
+    beat("to gather the model's weights")
     state = whole_state_dict(scorer.model, keep=is_writer)
+    beat("to save the model")
     if not is_writer:
         return []
     tell_raw_score(scorer.config)

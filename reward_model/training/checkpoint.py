@@ -28,6 +28,7 @@ from reward_model.common.distributed import DistributedContext
 from reward_model.common.errors import UserError
 from reward_model.common.files import flush_file, flush_folder, hashed_file, remove_folder, sha256_of, write_whole
 from reward_model.common.logging import logger
+from reward_model.common.pulse import beat
 
 FOLDER, MANIFEST, STATE, ENGINE, TOKENIZER = "checkpoints", "manifest.json", "state.json", "engine", "tokenizer"
 BEST = "best.safetensors"
@@ -152,6 +153,7 @@ class Writer:
         """Let a function write a file; it is flushed and hashed. A full disk becomes the problem."""
         if self.problem:
             return
+        beat(f"to write {path.name}")
         hashed = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,7 @@ from reward_model.common import distributed
 from reward_model.common.distributed import DistributedContext
 from reward_model.common.errors import UserError
 from reward_model.common.logging import logger
+from reward_model.common.pulse import beat
 from reward_model.common.words import counted
 from reward_model.config.groups import TrainingConfig
 from reward_model.config.options import RunConfig, explain_inherited, require_data, require_usable_folder
@@ -35,7 +36,7 @@ from reward_model.models.loading import DTYPES, is_reward_model, read_config
 from reward_model.models.scorer import Scorer
 from reward_model.objectives.losses import Thresholds
 from reward_model.objectives.objective import Objective
-from reward_model.training import verify
+from reward_model.training import verify, watchdog
 from reward_model.training.best import read_weights
 from reward_model.training.checkpoint import prune
 from reward_model.training.checkpointing import Checkpointer
@@ -67,6 +68,7 @@ class TrainResult:
     report: Path | None = None
 
 
+@watchdog.while_it_runs
 def run(config: RunConfig) -> TrainResult:
     """Train, evaluate and save as a configuration says; every rank calls it.
 
@@ -113,6 +115,7 @@ def run_in(folder: Path | None, config: RunConfig, context: DistributedContext, 
             with suppress(OSError):
                 (folder / "run.json").unlink()  # nothing was trained: the mended command may take the folder
         raise
+    watchdog.start(settings.engine.hang_timeout, context)
     with stop.listening():
         try:
             trainer.train()
@@ -319,6 +322,7 @@ def save(trainer: Trainer, data: Data, folder: Path) -> None:
         return removed > 0
 
     names = saving.save(forward.scorer, data.tokenizer, folder, save_format, is_writer, make_room)
+    beat("to load what was saved")
     if is_writer:
         draw(trainer, folder)
         forms = ("hf", "dschat") if save_format == "both" else (save_format,)

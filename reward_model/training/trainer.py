@@ -22,6 +22,7 @@ from reward_model.common.distributed import DistributedContext
 from reward_model.common.errors import UserError
 from reward_model.common.logging import logger
 from reward_model.common.progress import progress
+from reward_model.common.pulse import beat
 from reward_model.config.settings import Settings
 from reward_model.data.comparisons import Comparisons
 from reward_model.evaluation.evaluate import Evaluation, Stopped, described, evaluate
@@ -200,6 +201,7 @@ class Trainer:
 
     def train_micro_batch(self, batch: Batch, log: StepLog) -> None:
         """Forward and backward pass of a batch on this device, and the optimizer's step if it is the last of one."""
+        beat(f"a micro-batch of step {self.step + 1}")
         loss, chosen, rejected = self.loss(batch)
         # ranks that share texts have the same loss, and each a part of its gradient, of which all is the sum
         loss = marked(loss) * batch.weight / self.context.sequence.size

@@ -154,13 +154,40 @@ def test_scancel_leaves_no_process(slurm, demo, tmp_path):
 
 @pytest.mark.slow
 @needs_slurm
+def test_before_its_time_is_over_a_job_saves_and_is_queued_again(slurm, demo, tmp_path):
+    job = Job(slurm, demo, tmp_path, "--num_train_epochs", 100, "--max_steps", 30)
+    job.wait_for(job.trains)
+    slurm.run("scancel", "--batch", "--signal=USR1", job.number)  # as SLURM does 5 minutes before
+    end = time.monotonic() + WHOLE_RUN
+    while slurm.job(job.number)["Restarts"] != "1":
+        assert time.monotonic() < end, job.said[-3000:]
+        time.sleep(0.5)
+    assert "the run has saved a checkpoint and goes on when the job starts again" in job.said
+    while slurm.job(job.number)["JobState"] != "PENDING":
+        assert time.monotonic() < end, slurm.job(job.number)
+        time.sleep(0.5)
+    slurm.run("scontrol", "update", f"jobid={job.number}", "starttime=now")  # it would wait two minutes
+    assert job.end(WHOLE_RUN) == "COMPLETED", job.said[-3000:]
+    steps = [record["step"] for record in Metrics(job.output / "metrics.jsonl", done(job)).train]
+    assert steps == list(range(1, 31))
+
+
+def done(job):
+    return subprocess.CompletedProcess([], 0, job.said, "")
+
+
+@pytest.mark.slow
+@needs_slurm
 @pytest.mark.parametrize("how, lost", [("end", 0), ("cut_off", 1)], ids=["the first dies", "the second is cut off"])
 def test_a_lost_node_ends_the_job(slurm, demo, tmp_path, how, lost):
     job = Job(slurm, demo, tmp_path, "--num_train_epochs", 100)
     job.wait_for(job.trains)
     getattr(slurm.hosts[lost], how)()
     seconds = job.wait_until_gone([slurm.hosts[1 - lost]], LOST + SOON)
-    assert job.end(SOON) == "NODE_FAIL"
+    # --requeue: it starts again where it was when there are nodes for it
+    assert slurm.job(job.number)["JobState"] in ("PENDING", "NODE_FAIL", "RUNNING")
+    assert slurm.job(job.number)["Restarts"] == "1"
+    slurm.run("scancel", job.number)
     print(f"a node lost ({how}): nothing left on the other after {seconds:.0f} s")
     if how == "cut_off":  # what goes on there ends when SLURM sees the node again
         slurm.hosts[lost].plug_in()
