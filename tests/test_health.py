@@ -18,6 +18,7 @@ from reward_model.config.groups import LossConfig
 from reward_model.config.loss import resolve_loss
 from reward_model.data.comparisons import Origins
 from reward_model.evaluation.metrics import pair_metrics
+from reward_model.training.checkpoint import listed
 from reward_model.training.health import Health, Watch, knows_log_2, made_equal, rows_in_words, ties
 from reward_model.training.skipping import StepGuard, marked
 
@@ -393,6 +394,7 @@ def test_too_many_bad_steps_end_the_run(demo, tmp_path):
     assert "error: step 4: a loss or gradient was not finite in 2 steps in a row (--max_bad_steps)" in done.stderr
     states = json.loads((tmp_path / "states0.json").read_text())
     assert states[2] == states[3] == states[4]  # the weights of the last good step
+    assert [each.fault() for each in listed(tmp_path / "out")] == [""]  # and a checkpoint has them
 
 
 @pytest.mark.slow

@@ -35,6 +35,10 @@ MOST_SHOWN = 8  # rows in a message
 FEW_ROWS = 3  # that all bad steps have in common, to be named as the cause
 
 
+class TooManyBadSteps(UserError):
+    """A run that skips one step after the other; its weights are those of the last good one."""
+
+
 @dataclass(frozen=True)
 class Alarm:
     """Something that looks wrong, and what to try. kind: a name, of which each is raised once in a run."""
@@ -200,7 +204,7 @@ class Health:
         if bad.count <= MOST_TOLD:
             logger.warning(f"step {step}: the {what}, so the step was skipped; its rows: {rows_in_words(found)}")
         if bad.in_a_row >= self.watch.max_bad_steps:
-            raise UserError(
+            raise TooManyBadSteps(
                 f"step {step}: a loss or gradient was not finite in {counted(bad.in_a_row, 'step')} in a row "
                 "(--max_bad_steps), which were skipped, so that the weights are those of the last good step; "
                 f"likely cause: {self.likely_cause()}"

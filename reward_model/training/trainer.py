@@ -31,7 +31,7 @@ from reward_model.models.scorer import count
 from reward_model.objectives.objective import Objective
 from reward_model.training.best import Best
 from reward_model.training.checkpointing import Checkpointer
-from reward_model.training.health import Health, Watch, wrong_weights
+from reward_model.training.health import Health, TooManyBadSteps, Watch, wrong_weights
 from reward_model.training.records import Records
 from reward_model.training.skipping import StepGuard, marked
 from reward_model.training.step_log import StepLog
@@ -112,9 +112,9 @@ class Trainer:
 
         Raises:
             Interrupted: the run was asked to end, and can go on from a checkpoint.
+            TooManyBadSteps: a checkpoint of the last good weights is written before.
             UserError: numbers that no training goes on from.
         """
-        layout = self.forward.layout
         self.records.cut(self.records.lines)
         self.health.tell(self.step, self.health.before_training(self.train_set), self.records)
         self.evaluate_if_due()
@@ -122,6 +122,17 @@ class Trainer:
             total=self.total_steps, initial=self.step, desc="training", unit="step", disable=not self.context.is_first
         )
         log = StepLog(self.context, self.records, bar, self.health)
+        try:
+            self.take_steps(log)
+            log.flush()
+        except TooManyBadSteps:
+            self.save()  # the weights are good, and reward-model export makes a model of them
+            raise
+        bar.close()
+
+    def take_steps(self, log: StepLog) -> None:
+        """All steps that are left, each epoch's from where it was."""
+        layout = self.forward.layout
         while self.step < self.total_steps and not self.is_good_enough:
             epoch = bisect_right(self.ends, self.step)
             done = self.step - (self.ends[epoch - 1] if epoch else 0)
@@ -138,8 +149,6 @@ class Trainer:
                 self.end_step(log)
                 if self.step == self.total_steps or self.is_good_enough:
                     break
-        log.flush()
-        bar.close()
 
     @property
     def epoch(self) -> float:
