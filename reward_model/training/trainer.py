@@ -76,7 +76,6 @@ class Trainer:
         self.checkpointer, self.stop = checkpointer, stop
         self.step, self.evaluated = 0, -1
         self.last = Evaluation()
-        self.probe = choose_texts(self.eval_set, parameters=1)[:MOST_WRITTEN]
         by = settings.evaluation.keep_best or ("loss" if settings.evaluation.early_stop else None)
         self.best = Best(by) if by else None
         self.guard = StepGuard(engine)
@@ -94,7 +93,7 @@ class Trainer:
             "best": self.best and self.best.state(),
             "lowest_grade": float(self.objective.lowest_grade),
             "thresholds": 0 if thresholds is None else sum(count(each) for each in thresholds.parameters()),
-            "probe": self.probe,
+            "probe": choose_texts(self.eval_set, parameters=1)[:MOST_WRITTEN],
             "health": self.health.state(),
         }
 

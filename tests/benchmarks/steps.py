@@ -40,6 +40,7 @@ from reward_model.objectives.objective import Objective
 from reward_model.training.engine import start_engine
 from reward_model.training.records import Records
 from reward_model.training.step_log import StepLog
+from reward_model.training.stopping import StopRequest
 from reward_model.training.trainer import Trainer
 
 WAYS = {backend.name: backend for backend in (*ON_CUDA, SEPARATE)}
@@ -151,8 +152,10 @@ class Steps:
         forward = ForwardPass(engine, self.scorer, self.dtype, device, work.PAD)
         forward.use(way)
         objective, records = Objective(settings.loss), Records(None, engine.monitor, True)
-        nothing = ((None, None),) * 2
-        self.trainer = Trainer(settings, self.context, engine, forward, objective, None, records, *nothing, 10_000)
+        nothing, steps = ((None, None),) * 2, ([10_000], 10_000)
+        self.trainer = Trainer(
+            settings, self.context, engine, forward, objective, None, records, *nothing, steps, None, StopRequest()
+        )
         self.log = StepLog(self.context, records, tqdm(disable=True), self.trainer.health)
         engine.train()
 
