@@ -3,7 +3,7 @@
 """Run a command of which nothing is left behind: what every launcher starts on a node.
 
     supervise.py [--lifeline] [--log FILE] [--reach ADDRESS] [--run NAME] [--finished FILE] [--host NUMBER]
-                 [--grace SECONDS] [--pass_on signal|line] COMMAND...
+                 [--grace SECONDS] [--pass_on] COMMAND...
 
 When the command ends, or when this process is told to, all that descends from it is ended: processes that changed their
 session too, as torchrun's do.
@@ -17,8 +17,7 @@ The exit status is the command's, but
 - 128 + N where signal N ended the first rank that failed, the command, or, by the second request, this process;
 - 1 in place of 0 if the run has not come to its end.
 
---lifeline: standard input belongs to whoever started this, maybe on another machine, and its end is theirs. A line of
-    it is a first request.
+--lifeline: standard input belongs to whoever started this, maybe on another machine, and its end is theirs.
 --log FILE: what the command prints goes there too.
 --reach ADDRESS: let gloo and NCCL use the network interface that leads there, unless their variables say another. A
     host often has several, and a hostname that resolves to none of them; DeepSpeed leaves the choice to the user.
@@ -27,8 +26,8 @@ The exit status is the command's, but
     resumed.
 --host NUMBER: which of several hosts this is, from 0; only the first need see that file.
 --grace SECONDS: from the first request to the end of those that have not ended [600].
---pass_on HOW: the ranks are not here but known to the command: a first request goes to it, as SIGUSR1, which srun hands
-    on to its tasks (signal), or on its standard input, which pdsh hands on (line).
+--pass_on: the ranks are not here but known to the command: a first request goes to it as SIGUSR1, which srun hands on
+    to its tasks.
 """
 
 from __future__ import annotations
@@ -75,9 +74,7 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda number, _: stop.ask(number))
     signal.signal(signal.SIGHUP, lambda number, _: stop.end(number))
-    signal.signal(
-        signal.SIGTSTP, signal.SIG_IGN
-    )  # Ctrl-Z would stop this, and with it the output of a run that goes on
+    signal.signal(signal.SIGTSTP, signal.SIG_IGN)  # Ctrl-Z would stop this, and the output of a run that goes on
     marks = Marks(options.finished, options.host == 0)
     try:
         log = open(options.log, "ab") if options.log else None  # noqa: SIM115
@@ -85,7 +82,7 @@ def main() -> int:
         command = subprocess.Popen(
             options.command,
             env=environment,
-            stdin=subprocess.PIPE if options.pass_on == "line" else subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL,
             preexec_fn=lambda: be_deaf_to_requests(options.pass_on),
             **pipes,
         )
@@ -113,7 +110,7 @@ def main() -> int:
     return exit_status(status, stop, ranks, marks, bool(said), options.pass_on)
 
 
-def be_deaf_to_requests(pass_on: str | None) -> None:
+def be_deaf_to_requests(pass_on: bool) -> None:
     """In the command, before it begins: a terminal's Ctrl-C comes to supervise.py alone, and SIGUSR1, which SLURM sends
     to all processes of a step, does not end a launcher. Ranks have handlers of their own."""
     os.setpgrp()
@@ -136,15 +133,10 @@ def wait_for_end(command: subprocess.Popen, stop: StopRequest, ranks: Ranks, opt
             deadline = time.monotonic() + seconds_left(options.grace)
 
 
-def ask_to_save(command: subprocess.Popen, stop: StopRequest, ranks: Ranks, pass_on: str | None) -> bool:
+def ask_to_save(command: subprocess.Popen, stop: StopRequest, ranks: Ranks, pass_on: bool) -> bool:
     """Pass a request on, once; whether there is anybody to wait for."""
     if pass_on and command.poll() is None:
-        if command.stdin:
-            with contextlib.suppress(OSError):
-                command.stdin.write(b"stop\n")
-                command.stdin.flush()
-        else:
-            command.send_signal(signal.SIGUSR1)
+        command.send_signal(signal.SIGUSR1)
         return True
     ranks.look()
     for rank in ranks.alive():
@@ -162,9 +154,7 @@ def seconds_left(grace: float) -> float:
     return grace
 
 
-def exit_status(
-    status: int, stop: StopRequest, ranks: Ranks, marks: Marks, is_faulty: bool, pass_on: str | None
-) -> int:
+def exit_status(status: int, stop: StopRequest, ranks: Ranks, marks: Marks, is_faulty: bool, pass_on: bool) -> int:
     """That of the whole: see the top of this file."""
     if stop.at_once:
         return 128 + stop.number
@@ -345,7 +335,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--finished")
     parser.add_argument("--host", type=int, default=0)
     parser.add_argument("--grace", type=float, default=600.0)
-    parser.add_argument("--pass_on", choices=("signal", "line"))
+    parser.add_argument("--pass_on", action="store_true")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     options = parser.parse_args()
     if not options.command:
@@ -364,8 +354,7 @@ def copy(output, log) -> None:
 
 def read_lifeline(stop: StopRequest) -> None:
     while os.read(sys.stdin.fileno(), 4096):
-        if not stop.asked:
-            stop.ask()
+        pass
     stop.end()
 
 
