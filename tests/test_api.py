@@ -52,6 +52,7 @@ def test_it_gives_main_s_numbers_and_does_so_again(demo, tmp_path, of_main):
     assert sum(line.startswith("held-out accuracy") for line in lines) == 2
 
 
+@pytest.mark.slow
 def test_zero_3_can_be_run_again_in_a_process(demo, tmp_path, of_main):
     results, _ = train_twice(demo, tmp_path, zero_stage=3)
     for metrics, _, _ in results:

@@ -122,7 +122,7 @@ def test_nan_in_the_weights_is_not_put_down_to_the_learning_rate(demo, tmp_path)
     weights = load_file(demo / "model" / "model.safetensors")
     weights["model.norm.weight"][0] = float("nan")
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    says = ["step 0: a held-out score is not finite", "the model's weights hold", ": backbone.norm.weight (NaN)"]
+    says = ["step 0: a held-out score is not finite", "the model's weights hold", ": model.norm.weight (NaN)"]
     result = refuse(demo, tmp_path, "--model_name_or_path", model, says=says, output=tmp_path / "out")
     assert "--learning_rate" not in result.stderr
 
@@ -168,7 +168,7 @@ def test_the_first_process_alone_fails_and_the_second_is_quiet(demo, tmp_path):
     refuse(demo, tmp_path, *flags, says="file", output=output, launcher="deepspeed", processes=2)
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+@pytest.mark.parametrize("launcher", ["deepspeed", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_two_processes_have_one_voice(launcher, demo, tmp_path, monkeypatch):
     port = runs.free_port()
     monkeypatch.setattr(runs, "free_port", lambda: port)

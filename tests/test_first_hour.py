@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
 PROGRAM = Path(__file__).parent / "gpu" / "first_hour.py"
 PARTS = ["right", "step", "mends", "profile", "kernels", "larger", "plan"]
 if importlib.util.find_spec("trl"):

@@ -127,6 +127,7 @@ def test_a_wrong_mask_is_noticed(folder_of, monkeypatch):
         assert_same(load_for_training(folder_of("llama"), torch.float32, seed=0, dropout=0.0).train())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [

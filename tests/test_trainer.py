@@ -65,7 +65,7 @@ def test_a_second_run_gives_the_same_numbers(plain, demo, tmp_path):
     assert metrics.final == plain[0].final
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+@pytest.mark.parametrize("launcher", ["deepspeed", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_launchers_and_two_processes(launcher, plain, demo, tmp_path, monkeypatch):
     port = runs.free_port()
     monkeypatch.setattr(runs, "free_port", lambda: port)

@@ -290,7 +290,7 @@ except Exception as error:
 """
 
 
-@pytest.mark.parametrize("how", ["main", "python"])
+@pytest.mark.parametrize("how", ["main", pytest.param("python", marks=pytest.mark.slow)])
 def test_a_run_whose_model_is_saved_wrong_fails_in_one_line(how, demo, tmp_path):
     (tmp_path / "data").mkdir()
     for name, rows in (("train.jsonl", 32), ("eval.jsonl", 16)):
@@ -312,4 +312,4 @@ def test_a_run_whose_model_is_saved_wrong_fails_in_one_line(how, demo, tmp_path)
     else:
         assert f"UserError raised: {said}" in done.stdout
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(os.listdir(kept))
-    assert {"metrics.jsonl", "report.png", "run.json", "unverified"} == set(os.listdir(tmp_path / "out"))
+    assert {".lock", "metrics.jsonl", "report.png", "run.json", "unverified"} == set(os.listdir(tmp_path / "out"))

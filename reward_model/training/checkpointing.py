@@ -22,7 +22,7 @@ from reward_model.models.scorer import Scorer, count
 from reward_model.training import checkpoint, random_states
 from reward_model.training.best import Best, write_weights
 from reward_model.training.checkpoint import Checkpoint, Writer
-from reward_model.training.engine_files import EngineFiles
+from reward_model.training.engine_files import engine_files
 from reward_model.training.whole_state import WholeState, spread
 
 # bytes of a parameter that trains: weights, the optimizer's float32 copy, and two moments in float32
@@ -59,7 +59,7 @@ class Checkpointer:
         self.zero_stage = settings.engine.zero_stage
         self.takes_apart = settings.training.optim == "adamw_torch_fused" and not settings.engine.nvme_path
         self.run = {name: value for name, value in run.items() if name not in OF_OUTPUT}
-        self.files = EngineFiles()
+        self.files = engine_files()
         engine.checkpoint_engine = self.files
         engine._copy_recovery_script = lambda path: None  # reward-model export does that; a full disk would hang ranks
         self.seconds, self.last_step = 0.0, -1

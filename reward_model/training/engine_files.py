@@ -7,7 +7,6 @@ import pickle
 from typing import Any
 
 import torch
-from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
 from reward_model.common.errors import UserError
 from reward_model.training.checkpoint import Writer
@@ -43,31 +42,37 @@ def load_file(path: str, map_location: Any = "cpu", mapped: bool = False) -> Any
         ) from error
 
 
-class EngineFiles(CheckpointEngine):
+def engine_files() -> Any:
     """What DeepSpeed's engine calls to write and read files, in place of its own, which neither flushes nor checks.
 
-    writer: of the checkpoint that is being written.
+    A function, since DeepSpeed says what it finds of the machine when it is imported.
     """
+    from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
-    def __init__(self) -> None:
-        self.name = type(self).__name__
-        self.writer: Writer | None = None
+    class EngineFiles(CheckpointEngine):
+        """writer: of the checkpoint that is being written."""
 
-    def create(self, info: Any) -> None:
-        """Nothing to prepare."""
+        def __init__(self) -> None:
+            self.name = type(self).__name__
+            self.writer: Writer | None = None
 
-    def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        """The writer makes folders, and keeps what stands in the way."""
+        def create(self, info: Any) -> None:
+            """Nothing to prepare."""
 
-    def save(self, state_dict: Any, path: str) -> None:
-        """Write a file; a full disk is kept by the writer, since an exception here would leave the other ranks."""
-        assert self.writer is not None
-        self.writer.write_tensors(path, state_dict)
+        def makedirs(self, path: str, exist_ok: bool = False) -> None:
+            """The writer makes folders, and keeps what stands in the way."""
 
-    def load(self, path: str, map_location: Any = None) -> Any:
-        """Read a file that the manifest vouches for, all the same without running anything."""
-        return load_file(path, map_location)
+        def save(self, state_dict: Any, path: str) -> None:
+            """Write a file; a full disk is kept by the writer, since an exception here would leave the other ranks."""
+            assert self.writer is not None
+            self.writer.write_tensors(path, state_dict)
 
-    def commit(self, info: Any) -> bool:
-        """Renaming is done by :func:`reward_model.training.checkpoint.commit`, when the other files are there too."""
-        return True
+        def load(self, path: str, map_location: Any = None) -> Any:
+            """Read a file that the manifest vouches for, all the same without running anything."""
+            return load_file(path, map_location)
+
+        def commit(self, info: Any) -> bool:
+            """Nothing: :func:`reward_model.training.checkpoint.commit` renames, when the other files are there too."""
+            return True
+
+    return EngineFiles()

@@ -368,7 +368,7 @@ def wrong_weights(scorer: Scorer) -> str:
     for name, parameter in scorer.named_parameters():
         part = getattr(parameter, "ds_tensor", parameter).detach()  # ZeRO 3's part of it
         if not part.isfinite().all():
-            found.append(f"{name} ({'NaN' if part.isnan().any() else 'infinity'})")
+            found.append(f"{name.removeprefix('model.')} ({'NaN' if part.isnan().any() else 'infinity'})")
     more = f" and {len(found) - MOST_SHOWN} more" if len(found) > MOST_SHOWN else ""
     return ", ".join(found[:MOST_SHOWN]) + more
 

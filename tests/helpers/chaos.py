@@ -109,7 +109,7 @@ def verdicts(command, flags, work, points, ranks=1, crash_rank=0, modes=MODES):
         timeout=300,
         grace=8.0,
         result_file="{out}/model.safetensors",
-        step_regex=r"resumed from step (\d+)",
+        step_regex=r"(?:resumed from step|finished after) (\d+)",  # one that came to its end in time is finished
         checkpoint_glob="{out}/checkpoints/step-*",
         modes=modes,
         ranks=ranks,
