@@ -54,9 +54,9 @@ class Checkpointer:
         """
         self.output, self.context, self.engine, self.scorer = settings.output, context, engine, scorer
         self.tokenizer, self.folder = tokenizer, folder
-        self.zero_stage = settings.engine.zero_stage
+        self.zero_stage, self.offload = settings.engine.zero_stage, settings.engine.offload
         self.takes_apart = settings.training.optim == "adamw_torch_fused" and not settings.engine.nvme_path
-        self.zero_stage = settings.engine.zero_stage
+        self.zero_stage, self.offload = settings.engine.zero_stage, settings.engine.offload
         self.takes_apart = settings.training.optim == "adamw_torch_fused" and not settings.engine.nvme_path
         self.run = {name: value for name, value in run.items() if name not in OF_OUTPUT}
         self.files = engine_files()
@@ -189,6 +189,8 @@ class Checkpointer:
             raise UserError(
                 f"{start.folder} is of {processes} processes: --optim adamw_8bit and NVMe go on with as many"
             )
+        if self.offload:
+            replay_steps(self.engine.optimizer.optimizer)
         self.last_step = start.step
         self.restore_best(start)
 
@@ -205,6 +207,21 @@ class Checkpointer:
         path = start.folder / "random" / f"{self.context.rank:05}.safetensors"
         if path.is_file():
             random_states.restore(path.read_bytes(), self.context.device)
+
+
+def replay_steps(adam: Any) -> None:
+    """Have DeepSpeed's AdamW for the CPU count again to the step that its state has.
+
+    It keeps β₁ᵗ and β₂ᵗ outside that state, multiplied step by step. A new one takes them from ``pow``, whose rounding
+    differs, and with it that of every update.
+    """
+    steps = max((int(state["step"]) for state in adam.state.values() if "step" in state), default=0)
+    beta1, beta2 = adam.param_groups[0]["betas"]
+    number = torch.zeros(1)
+    for step in range(1, steps + 1):
+        adam.ds_opt_adam.adam_update(
+            adam.opt_id, step, 0.0, beta1, beta2, 1e-8, 0.0, True, number, number, number.clone(), number.clone()
+        )
 
 
 def expected_size(scorer: Scorer, settings: Settings) -> int:
