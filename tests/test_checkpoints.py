@@ -347,6 +347,11 @@ def test_other_settings_are_refused_by_name_and_more_epochs_are_not(demo, tmp_pa
     assert "holds another run: --learning_rate (0.001 there, 0.0001 here). Name a new folder" in said
     said = ran(demo, tmp_path / "out", *flags, "--resume", "none", status=1)
     assert "name a new folder" in said
+    for fewer in (["--max_steps", 3], ["--learning_rate", 1e-4, "--resume_anyway"]):  # nothing is left to be done
+        before = (tmp_path / "out" / "run.json").read_bytes()
+        said = ran(demo, tmp_path / "out", *flags, *fewer, status=1)
+        assert "that run is finished after 5 steps, and these flags ask for" in said
+        assert (tmp_path / "out" / "run.json").read_bytes() == before
     said = ran(demo, tmp_path / "out", *flags, "--num_train_epochs", 2)
     assert "resumed from step 5 of 10" in said
     ran(demo, tmp_path / "whole", *flags, "--num_train_epochs", 2)

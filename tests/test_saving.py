@@ -345,7 +345,7 @@ def test_full_disk_is_one_line_and_leaves_no_half_model(tmp_path, monkeypatch):
 
 def test_space_is_asked_for_beforehand(tmp_path):
     checkpoint.require_space(tmp_path, 1)
-    with pytest.raises(UserError, match="GB free"):
+    with pytest.raises(UserError, match="free, the model takes"):
         checkpoint.require_space(tmp_path, 10**18)
 
 

@@ -191,7 +191,7 @@ def test_a_rank_that_a_signal_ended_is_named(supervised_rank):
     os.kill(rank, signal.SIGKILL)
     errors = process.communicate(timeout=30)[1]
     assert process.returncode == 128 + signal.SIGKILL
-    assert errors.startswith(f"error: rank 0 (process {rank}) was ended by SIGKILL; the kernel does that when")
+    assert errors.startswith(f"error: rank 0 (process {rank}) was ended by SIGKILL; the watchdog does that to")
 
 
 def test_status_0_is_not_believed_without_the_mark_of_a_finished_run(tmp_path):

@@ -250,7 +250,9 @@ class Ranks:
         if not number:
             return []
         name = signal.Signals(number).name
-        why = "; the kernel does that when memory is out (dmesg says so)" if number == signal.SIGKILL else ""
+        why = ""
+        if number == signal.SIGKILL:
+            why = "; the watchdog does that to a rank that stands still, as said above, the kernel when memory is out"
         return [f"rank {first.rank} (process {first.process}) was ended by {name}{why}"]
 
     def release_shared_memory(self) -> None:

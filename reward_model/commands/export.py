@@ -69,6 +69,8 @@ def first_whole(path: Path) -> Checkpoint:
     Raises:
         UserError: there is none; says why the newest one is not whole.
     """
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder")
     candidates = listed(path) or [Checkpoint(path)]
     faults = []
     for each in candidates:

@@ -27,7 +27,7 @@ LOST_CONTACT = ("closed by peer", "Connection reset", "Connection refused", "Bro
 def main(arguments: list[str] | None = None) -> int:
     """Run and return the exit status; an error that the user can mend is one line, said by the first rank."""
     words = sys.argv[1:] if arguments is None else arguments
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # deepspeed's launcher sends the first on Ctrl-C, SLURM the second
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _interrupt)
     outlive_the_reader()
     end_with_the_launcher()
@@ -73,21 +73,27 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         if "EADDRINUSE" in str(error):
             return fail("the port is in use by another run: deepspeed --master_port N main.py takes another", debug)
-        what = f"lost contact with another process, whose own message says why ({first_line(error)})"
+        what = (
+            "lost contact with another process: its own message says why, or a signal ended it, as the kernel does "
+            f"when memory is out ({first_line(error)})"
+        )
         return fail(what, debug, wait=LAUNCHER_GRACE)
-    except KeyboardInterrupt:
-        if os.environ["RANK"] != "0":  # the first rank says it
-            release_shared_memory()
-            os._exit(1)
-        return fail("interrupted before the end of the run", debug)
     end()
     return 0
 
 
 def _interrupt(number: int, frame) -> None:
-    """Ends a run as Ctrl-C does, in a line; a second signal is not heard."""
+    """Ends this process in a line: before there is anything to save, or at the second request.
+
+    No exception: libraries that are being imported would make another one of it.
+    """
     _ignore_requests()
-    raise KeyboardInterrupt
+    if os.environ.get("RANK", "0") == "0":
+        name = signal.Signals(number).name
+        what = f"error: ended at once by {name}; the same command goes on from the newest checkpoint, if there is one"
+        print(f"\n{what}", file=sys.stderr, flush=True)
+    release_shared_memory()
+    os._exit(128 + number)
 
 
 def _ignore_requests() -> None:

@@ -11,3 +11,12 @@ def counted(count: int, noun: str) -> str:
     ('1 pair', '2 pairs')
     """
     return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def in_bytes(size: float) -> str:
+    """A number of bytes, in a unit that shows two digits at least.
+
+    >>> in_bytes(2.5e9), in_bytes(5_200_000)
+    ('2.50 GB', '5.2 MB')
+    """
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

@@ -499,7 +499,7 @@ class OutputConfig(Group):
         500,
         metavar="STEPS",
         help="Write a checkpoint every so many steps, from which an interrupted run goes on. 0 writes one only when "
-        "the run is asked to stop.",
+        "the run is asked to stop. If any was written, the last step has one, too.",
     )
     keep_checkpoints: int = flag(2, metavar="K", help="The number of checkpoints that are kept, the newest ones.")
     resume: str = flag(

@@ -197,7 +197,8 @@ def require_usable_folder(output: OutputConfig) -> None:
     folder = Path(output.output_dir or "")
     left = [name for name in TRACES if (folder / name).exists()] if output.output_dir else []
     if left and (output.resume == "none" or not read_run(folder / "run.json")):
-        raise UserError(f"--output_dir {folder} holds another run ({', '.join(left)}): name a new folder")
+        what = "holds a run, and --resume none goes on with none" if output.resume == "none" else "holds another run"
+        raise UserError(f"--output_dir {folder} {what} ({', '.join(left)}): name a new folder")
 
 
 def require_data(config: RunConfig) -> None:

@@ -29,6 +29,7 @@ from reward_model.common.errors import UserError
 from reward_model.common.files import flush_folder, flush_tree, remove_folder
 from reward_model.common.logging import logger
 from reward_model.common.pulse import beat
+from reward_model.common.words import in_bytes
 from reward_model.models.for_transformers_4 import write_old_keys
 from reward_model.models.lora import merge_lora, save_adapter
 from reward_model.models.quantization import dequantized, is_quantized
@@ -63,7 +64,7 @@ def require_space(folder: Path, need: int) -> None:
     """Raises UserError if fewer than ``need`` bytes are free where ``folder`` lies."""
     free = shutil.disk_usage(folder).free
     if free < need:
-        raise UserError(f"--output_dir {folder}: {free / 1e9:.2f} GB free, the model takes {need / 1e9:.2f} GB")
+        raise UserError(f"--output_dir {folder}: {in_bytes(free)} free, the model takes {in_bytes(need)}")
 
 
 def save(

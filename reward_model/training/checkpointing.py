@@ -15,6 +15,7 @@ from reward_model.common import distributed
 from reward_model.common.distributed import DistributedContext
 from reward_model.common.errors import UserError
 from reward_model.common.logging import logger
+from reward_model.common.words import in_bytes
 from reward_model.config.groups import OutputConfig
 from reward_model.config.settings import Settings
 from reward_model.models.loading import DTYPES
@@ -76,8 +77,8 @@ class Checkpointer:
         count_of = min(kept, total_steps // interval) + 1
         free = shutil.disk_usage(self.folder).free
         line = (
-            f"checkpoints: every {interval} steps, {in_gb(self.size)} each, {count_of} on the disk at most; "
-            f"{in_gb(free)} free"
+            f"checkpoints: every {interval} steps, {in_bytes(self.size)} each, {count_of} on the disk at most; "
+            f"{in_bytes(free)} free"
         )
         if free < count_of * self.size:
             logger.warning(f"{line}: they will not all fit, and what does not fit is left out")
@@ -92,7 +93,7 @@ class Checkpointer:
     def save(self, step: int, state: dict[str, Any]) -> str:
         """Write a checkpoint; every rank calls it at the end of the same step.
 
-        A checkpoint that cannot be written ends nothing: that is said, and what was there stays.
+        One that cannot be written ends nothing by itself: that is said, and what was there stays.
 
         Args:
             state: of the trainer.
@@ -111,13 +112,13 @@ class Checkpointer:
                 self.folder, step, self.context, versions, lambda writer: self._write(writer, state)
             )
         if problem:
-            logger.warning(f"step {step}: no checkpoint could be written, and the run goes on: {problem}")
+            logger.warning(f"step {step}: no checkpoint could be written: {problem}")
             return problem
         self.last_step, self.seconds = step, distributed.largest(time.monotonic() - begun)
         if self.context.is_first:
             self.size = checkpoint.size_of(written.folder)
             checkpoint.prune(self.folder, self.output.keep_checkpoints)
-        logger.info(f"step {step}: checkpoint written in {self.seconds:.1f} s, {in_gb(self.size)}")
+        logger.info(f"step {step}: checkpoint written in {self.seconds:.1f} s, {in_bytes(self.size)}")
         return ""
 
     def _made_room(self, folder: Path) -> str:
@@ -132,8 +133,8 @@ class Checkpointer:
         free = shutil.disk_usage(folder).free if folder.is_dir() else None
         if free is None or free >= self.size + self.model_size:
             return ""
-        needed = f"a checkpoint takes {in_gb(self.size)}, the model {in_gb(self.model_size)}"
-        return f"{folder} has {in_gb(free)} free; {needed}"
+        needed = f"a checkpoint takes {in_bytes(self.size)}, the model {in_bytes(self.model_size)}"
+        return f"{folder} has {in_bytes(free)} free; {needed}"
 
     def _write(self, writer: Writer, state: dict[str, Any]) -> None:
         """This rank's files."""
@@ -231,11 +232,6 @@ def expected_size(scorer: Scorer, settings: Settings) -> int:
     """
     trained = sum(count(parameter) for parameter in scorer.parameters() if parameter.requires_grad)
     return BYTES[settings.engine.dtype] * trained
-
-
-def in_gb(size: float) -> str:
-    """Bytes in a unit that shows two digits at least."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
 def _json(values: dict[str, Any]) -> bytes:

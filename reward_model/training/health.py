@@ -184,6 +184,8 @@ class Health:
         self.best_accuracy, self.size_at_best = state["best_accuracy"], state["size_at_best"]
         self.bad_steps, self.block = BadSteps(**state["bad_steps"]), Block(**state["block"])
         self.alarms = [Alarm(**alarm) for alarm in state["alarms"]]
+        if self.bad_steps.in_a_row >= self.watch.max_bad_steps:
+            self.bad_steps.in_a_row = 0  # that run ended by it, and this one looks at as many again
 
     # --- steps whose numbers are not finite ---
 
@@ -207,7 +209,8 @@ class Health:
             raise TooManyBadSteps(
                 f"step {step}: a loss or gradient was not finite in {counted(bad.in_a_row, 'step')} in a row "
                 "(--max_bad_steps), which were skipped, so that the weights are those of the last good step; "
-                f"likely cause: {self.likely_cause()}"
+                f"likely cause: {self.likely_cause()}. A new run needs a new folder; reward-model export makes a model "
+                "of the checkpoint that this one leaves"
             )
 
     def likely_cause(self) -> str:

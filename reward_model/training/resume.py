@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -44,10 +45,11 @@ class Start:
     """How a run begins.
 
     checkpoint: to go on from; None: at the first step. state: of that checkpoint. finished: nothing is left to do; what
-    the run came to.
+    the run came to. steps: that the run took to its end; None: it has not come to it.
     """
 
     checkpoint: Checkpoint | None = None
+    steps: int | None = None
     state: dict[str, Any] = field(default_factory=dict)
     finished: dict[str, Any] | None = None
 
@@ -169,6 +171,8 @@ def choose_start(output: OutputConfig, here: dict[str, Any], context: Distribute
         UserError: another run lies there, or the checkpoint that was named cannot be gone on from.
     """
     folder = Path(output.output_dir or "")
+    mark: dict[str, Any] | None = None
+    said: list[str] = []
     wanted = output.resume not in ("auto", "none")
     if wanted:
         checkpoint: Checkpoint | None = _named(Path(output.resume), context)
@@ -179,26 +183,36 @@ def choose_start(output: OutputConfig, here: dict[str, Any], context: Distribute
         _require_same(
             there, here, output.resume_anyway, f"--output_dir {folder} holds another run", "name a new folder"
         )
-        if mark is not None and all(there.get(name) == here.get(name) for name in ("num_train_epochs", "max_steps")):
+        is_same = not said and all(there.get(name) == here.get(name) for name in ("num_train_epochs", "max_steps"))
+        if mark is not None and is_same:
             return Start(finished=mark)
         checkpoint = newest_whole(folder, context)
         if checkpoint is None and mark is not None:
-            raise UserError(f"--output_dir {folder}: that run is finished and kept no checkpoint: name a new folder")
+            raise UserError(
+                f"--output_dir {folder}: that run is finished and has no whole checkpoint: name a new folder"
+            )
     if checkpoint is None:
         logger.warning(f"{folder} holds this run without a whole checkpoint: it begins again")
         return Start()
     there = read_run(checkpoint.folder / "run.json")
-    _require_same(there, here, output.resume_anyway, f"{checkpoint.folder} is of another run", "mend the command")
-    return Start(checkpoint, checkpoint.state())
+    _require_same(there, here, output.resume_anyway, f"{checkpoint.folder} is of another run", "mend the command", said)
+    return Start(checkpoint, mark["step"] if mark else None, checkpoint.state())
 
 
-def _require_same(there: dict[str, Any], here: dict[str, Any], anyway: bool, what: str, advice: str) -> None:
-    """Raises UserError if a run is not this one, unless it shall go on all the same."""
+def _require_same(
+    there: dict[str, Any], here: dict[str, Any], anyway: bool, what: str, advice: str, said: Sequence[str] = ()
+) -> list[str]:
+    """What differs between a run and this one; it is said, unless it was.
+
+    Raises:
+        UserError: something does, and the run shall not go on all the same.
+    """
     found = differences(there, here)
     if found and not anyway:
         raise UserError(f"{what}: {'; '.join(found)}. {advice.capitalize()}, or add --resume_anyway")
-    if found:
-        logger.warning(f"resumed all the same: {'; '.join(found)}")
+    if found and found != said:
+        logger.warning(f"going on although there are differences: {'; '.join(found)}")
+    return found
 
 
 def _mark_of(folder: Path) -> dict[str, Any] | None:

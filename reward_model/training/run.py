@@ -177,13 +177,18 @@ def prepare(
     dtype, seed = DTYPES[settings.engine.dtype], settings.training.seed
     if thresholds is not None:
         scorer.thresholds = Thresholds(thresholds, dtype)
-    if folder:
-        open_folder(folder, context, scorer, settings, data, described_run)
     eval_batch = settings.evaluation.per_device_eval_batch_size
     planner = Planner(settings.batches, eval_batch, seed, context, objective.by_row)
     most = settings.evaluation.eval_iters * eval_batch * context.data_size
     groups = planner.training_groups(data.train), planner.evaluation_groups(data.evaluation, most)
     steps = steps_of_epochs(planner, groups[0], settings.training)
+    if start.steps is not None and start.steps >= steps[1]:
+        raise UserError(
+            f"--output_dir {folder}: that run is finished after {counted(start.steps, 'step')}, and these flags ask "
+            f"for {steps[1]}: give it more steps, or name a new folder"
+        )
+    if folder:
+        open_folder(folder, context, scorer, settings, data, described_run)
     engine = start_engine(settings, scorer, steps[1])
     del partitioned
     checkpointer = Checkpointer(settings, context, engine, scorer, data.tokenizer, folder, described_run)

@@ -264,6 +264,7 @@ class Trainer:
             logger.info(
                 f"step {self.step}: no better {self.best.by} in {self.best.since} evaluations since step "
                 f"{self.best.step}, and the training ends here"
+                + ("" if self.settings.evaluation.keep_best else "; --keep_best would save the weights of that step")
             )
 
     def scored(self) -> Evaluation | None:
