@@ -180,9 +180,8 @@ def choose_start(output: OutputConfig, here: dict[str, Any], context: Distribute
         there, mark = distributed.from_first((read_run(folder / "run.json"), _mark_of(folder)))
         if output.resume == "none" or not there:
             return Start()
-        _require_same(
-            there, here, output.resume_anyway, f"--output_dir {folder} holds another run", "name a new folder"
-        )
+        what = f"--output_dir {folder} holds another run"
+        said = _require_same(there, here, output.resume_anyway, what, "name a new folder")
         is_same = not said and all(there.get(name) == here.get(name) for name in ("num_train_epochs", "max_steps"))
         if mark is not None and is_same:
             return Start(finished=mark)
