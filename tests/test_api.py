@@ -59,6 +59,7 @@ def test_zero_3_can_be_run_again_in_a_process(demo, tmp_path, of_main):
         assert metrics["loss"] == pytest.approx(of_main.final["loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_library_user_can_silence_it(demo, tmp_path):
     results, lines = train_twice(demo, tmp_path, level="WARNING")
     assert len(results) == 2

@@ -160,6 +160,7 @@ def test_a_full_disk(demo, tmp_path):
         subprocess.run(["umount", str(small)], check=True)
 
 
+@pytest.mark.slow
 def test_the_first_process_alone_fails_and_the_second_is_quiet(demo, tmp_path):
     """Only the first makes the output folder; the second waits for it meanwhile."""
     (tmp_path / "file").write_text("")

@@ -19,6 +19,7 @@ def test_every_end_of_a_run_is_survived(points, ranks, more, demo, tmp_path):
     assert counts["PASS"] == points + 1  # and one without an end
 
 
+@pytest.mark.slow
 def test_the_judge_finds_a_run_that_does_not_resume(demo, tmp_path):
     """A folder that must be new, as everywhere before checkpoints: no end after the first file is survived."""
     flags = [*chaos.flags_for(demo / "model", demo / "data", demo / "cache"), "--resume", "none"]

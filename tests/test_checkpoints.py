@@ -358,11 +358,9 @@ def test_other_settings_are_refused_by_name_and_more_epochs_are_not(demo, tmp_pa
     assert what_is_left(tmp_path / "out")[0] == what_is_left(tmp_path / "whole")[0]
 
 
-@pytest.mark.parametrize(
-    "stage", [2, pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow),
-              pytest.param(3, marks=pytest.mark.slow)],
-)  # fmt: skip
-@pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_another_number_of_processes_goes_on_with_the_same_rows(stage, before, after, demo, tmp_path):
     def flags(processes):
         return ["--zero_stage", stage, "--per_device_train_batch_size", 32 // processes, "--num_train_epochs", 2]
@@ -456,6 +454,7 @@ def test_a_pickle_in_a_checkpoint_is_not_run(demo, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.slow
 def test_an_adapter_alone_is_a_model_to_start_from(demo, tmp_path):
     """With its head: the first evaluation is the last one of the run that trained it."""
     ran(demo, tmp_path / "out", "--lora_dim", 4, "--lora_learning_rate", 1e-2)

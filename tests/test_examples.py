@@ -26,6 +26,7 @@ def sweep(demo, tmp_path_factory):
     return folder, example("train_from_python.py", *flags)
 
 
+@pytest.mark.slow
 def test_train_from_python(sweep):
     folder, lines = sweep
     assert [line.split(":")[0] for line in lines] == ["learning rate 1e-09", "learning rate 0.001", "best"]

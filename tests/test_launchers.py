@@ -173,6 +173,7 @@ def test_a_run_leaves_its_output_and_log_and_an_upstream_line_works(demo, tmp_pa
     assert len(Metrics(output / "metrics.jsonl", result).losses) == 4  # 320 pairs, 80 a step
 
 
+@pytest.mark.slow
 def test_the_failing_rank_s_status_is_the_launcher_s(demo, tmp_path):
     flags = ["--data_path", demo / "data", "--output_dir", "an output", "--model_name_or_path", demo / "model"]
     flags += ["--max_seq_len", "2"]

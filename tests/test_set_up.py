@@ -270,6 +270,7 @@ def test_an_environment_that_can_get_no_pip(machine):
     assert f"{active.parent.parent} has no pip: install it, or uv" in machine.refusal(active)[0]
 
 
+@pytest.mark.slow
 def test_condas_named_environment_is_completed_and_its_base_is_not(machine):
     named = machine.python("envs", conda=True)
     machine.put(named, torch_wheel(machine.folder, "2.5.1"))
@@ -309,6 +310,7 @@ def test_no_venv_module_then_one(machine):
     assert machine.set_up(python)[0] == machine.own / "bin" / "python"
 
 
+@pytest.mark.slow
 def test_no_ensurepip_leaves_half_an_environment_that_the_next_run_makes_anew(machine):
     python = machine.python("debian", without=["ensurepip"])
     line, _ = machine.refusal(python)
@@ -357,6 +359,7 @@ def test_no_network_then_one(machine, python):
     assert "deepspeed" in machine.packages(chosen)
 
 
+@pytest.mark.slow
 def test_an_index_that_lacks_a_package_then_has_it(machine, python):
     (kept,) = machine.wheels.glob("deepspeed-*.whl")
     kept.rename(machine.folder / kept.name)

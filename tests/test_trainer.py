@@ -92,6 +92,7 @@ def test_accumulation_gives_the_same_steps(plain, demo, tmp_path):
     close_to(runs.train(demo, tmp_path / "out", *flags), plain)
 
 
+@pytest.mark.slow
 def test_zero3_on_two_processes_with_lora(demo, tmp_path):
     flags = ["--lora_dim", 8, "--lora_learning_rate", 5e-3]
     one = runs.train(demo, tmp_path / "one", *flags)
