@@ -177,6 +177,7 @@ def test_two_processes_have_one_voice(launcher, demo, tmp_path, monkeypatch):
     assert not list(Path("/dev/shm").glob(f"*_{port}_*"))  # DeepSpeed's op takes 66 MiB a rank there
 
 
+@pytest.mark.slow
 def test_a_second_process_that_fails_ends_the_first(demo, tmp_path):
     """The second rank is killed while the first waits for it: the launcher ends, non-zero, and leaves nothing."""
     flags = ["--model_name_or_path", demo / "model", "--data_path", demo / "data", "--max_seq_len", 256]

@@ -74,6 +74,7 @@ def test_a_wheel_holds_every_module_and_every_zero_file(wheel):
     assert len(list(ZERO_FOLDER.glob("*.json"))) >= 9
 
 
+@pytest.mark.slow
 def test_plan_runs_where_there_is_no_checkout(command, demo):
     config = json.loads((demo / "model" / "config.json").read_text())
     assert config["num_hidden_layers"] == 2

@@ -369,6 +369,7 @@ def test_an_index_that_lacks_a_package_then_has_it(machine, python):
     assert "torch" in machine.packages(machine.set_up(python)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk")
 def test_a_full_disk_then_room(machine, python):
     machine.own.mkdir()
@@ -395,6 +396,7 @@ def test_a_full_disk_then_room(machine, python):
         subprocess.run(["umount", str(machine.own)])
 
 
+@pytest.mark.slow
 def test_an_interrupted_installation_goes_on(machine, python):
     chosen, _ = machine.set_up(python)
     library = chosen.parent.parent / "lib" / TAG / "site-packages"
@@ -414,6 +416,7 @@ def test_an_environment_that_does_not_work_and_is_not_ours_stays(machine, python
     assert (machine.own / "mine").exists()
 
 
+@pytest.mark.slow
 def test_a_python_that_went_away_from_under_our_environment(machine, python):
     chosen, _ = machine.set_up(python)
     chosen.unlink()

@@ -59,6 +59,7 @@ def test_transformers_scores_the_held_out_pairs_as_the_last_evaluation_did(plain
     assert ours == pytest.approx(chosen.tolist(), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_second_run_gives_the_same_numbers(plain, demo, tmp_path):
     metrics = runs.train(demo, tmp_path / "out", launcher="python")  # a fresh process
     assert metrics.losses == plain[0].losses
