@@ -57,8 +57,6 @@ class Checkpointer:
         self.tokenizer, self.folder = tokenizer, folder
         self.zero_stage, self.offload = settings.engine.zero_stage, settings.engine.offload
         self.takes_apart = settings.training.optim == "adamw_torch_fused" and not settings.engine.nvme_path
-        self.zero_stage, self.offload = settings.engine.zero_stage, settings.engine.offload
-        self.takes_apart = settings.training.optim == "adamw_torch_fused" and not settings.engine.nvme_path
         self.run = {name: value for name, value in run.items() if name not in OF_OUTPUT}
         self.files = engine_files()
         engine.checkpoint_engine = self.files
