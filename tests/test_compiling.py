@@ -84,6 +84,7 @@ def assert_alike(first, second):
             torch.testing.assert_close(gradient, gradients_2[name], atol=1e-4, rtol=1e-3, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "backend"), [("llama", SEPARATE), ("llama", SLICES), ("llama", DENSE), ("gpt_neox", SLICES)]
 )

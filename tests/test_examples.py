@@ -47,6 +47,7 @@ def test_score_texts(sweep, demo, tmp_path):
     assert [row["score"] for row in scored] == pytest.approx(by_transformers, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_best_of_n(sweep, demo):
     flags = ("--policy", demo / "model", "--reward", sweep[0] / "0.001", "--prompt", "Human: How? Assistant:")
     lines = example("best_of_n.py", *flags, "--n", 3, "--max_new_tokens", 8)

@@ -82,6 +82,7 @@ def test_plan_runs_where_there_is_no_checkout(command, demo):
     assert "Fastest that fits: ZeRO" in page
 
 
+@pytest.mark.slow
 def test_check_runs_where_there_is_no_checkout(command, demo):
     flags = ["--model_name_or_path", demo / "model", "--data_path", demo / "data"]
     said = command("check", *flags, "--deepspeed_config", "zero3_nvme.json", "--nvme_path", "disk")

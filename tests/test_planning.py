@@ -192,6 +192,7 @@ def check_against_run(held, middling, processes, name, dtype, more):
         assert 0.9 * held["backward_peak"] <= peak <= 1.25 * held["backward_peak"]
 
 
+@pytest.mark.slow
 def test_a_run_holds_what_the_plan_says(middling, demo, tmp_path):
     case = ("2", "bf16", "")
     held = hold(middling, demo, tmp_path / "held", 2, *case)

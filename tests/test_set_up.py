@@ -300,6 +300,7 @@ def test_a_python_that_is_too_old(machine):
     assert line.endswith("python3 is Python 3.8.10: 3.10 or newer is needed (set PYTHON)")
 
 
+@pytest.mark.slow
 def test_no_venv_module_then_one(machine):
     python = machine.python("debian", without=["venv", "ensurepip"])
     line, _ = machine.refusal(python)
@@ -351,6 +352,7 @@ def test_no_headers(machine, python):
     assert "Python.h, and DeepSpeed compiles" in line and "apt install python3-dev" in line
 
 
+@pytest.mark.slow
 def test_no_network_then_one(machine, python):
     line, _ = machine.refusal(python, PIP_INDEX_URL="http://127.0.0.1:9/simple", PIP_RETRIES="1")
     assert "Connection refused" in line

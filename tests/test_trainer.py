@@ -206,6 +206,7 @@ def test_prompts_brought_together(plain, demo, tmp_path):
     assert {r["micro_batches"] for r in whole.train} == {1} < {r["micro_batches"] for r in prompts.train}
 
 
+@pytest.mark.slow
 def test_grouped_by_length(demo, tmp_path):
     metrics = runs.train(
         demo, tmp_path / "out", "--group_by_length", "--attention", "separate", "--num_train_epochs", 2
