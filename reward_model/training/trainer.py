@@ -104,7 +104,7 @@ class Trainer:
         if self.best and state["best"] and state["best"]["by"] == self.best.by:
             self.best = Best(**state["best"])
         self.health.restore(state["health"])
-        self.records.cut(state["lines"])
+        self.records.lines = state["lines"]  # to which train() cuts the file
 
     def train(self) -> None:
         """All epochs, with an evaluation before the first step, after each epoch, and every ``--eval_interval``.
@@ -187,20 +187,19 @@ class Trainer:
         self.engine.train()
         log.restart_clock()
 
-    def save(self) -> str:
-        """Write a checkpoint of this step, unless it has one; why that failed, in a line."""
-        if self.checkpointer.last_step == self.step:
-            return ""
-        self.records.flush()
-        problem = self.checkpointer.save(self.step, self.state())
-        self.stop.save_seconds = self.checkpointer.seconds
-        return problem
+    def save(self) -> None:
+        """Write a checkpoint of this step, unless it has one."""
+        if self.checkpointer.last_step != self.step:
+            self.records.flush()
+            self.checkpointer.save(self.step, self.state())
+            self.stop.save_seconds = self.checkpointer.seconds
 
     def end_early(self) -> None:
         """End the run, which has a checkpoint of this step if one could be written.
 
         Raises:
-            Interrupted: always.
+            Interrupted: it has one.
+            UserError: it has none.
         """
         what = f"step {self.step}: ended by {self.stop.reason if self.stop.asked else 'another rank'}"
         if self.checkpointer.last_step == self.step:
