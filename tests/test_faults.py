@@ -290,3 +290,22 @@ def test_ports_of_one_machine_are_open_to_it_alone(demo, tmp_path, launcher):
     run.process.terminate()
     run.end()
     assert places <= {"127.0.0.1"}
+
+
+@pytest.mark.parametrize(
+    "kind, what",
+    [
+        ("host", "the host ("),
+        pytest.param("python", "the host: lower", marks=pytest.mark.slow),
+        pytest.param("map", "the host: lower", marks=pytest.mark.slow),
+        pytest.param("device", "the device: lower --per_device_train_batch_size", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_without_memory_ends_in_a_line_that_says_what_to_lower(demo, tmp_path, kind, what):
+    words = [kind, "--model_name_or_path", demo / "model", "--data_path", demo / "data", "--data_output_path"]
+    words += [demo / "cache", "--output_dir", tmp_path / "output", "--max_seq_len", 128]
+    done = runs.launch(*words, script=runs.TOP / "tests" / "helpers" / "no_memory.py")
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1 and len(said) == 1, done.stderr[-2000:]
+    assert said[0].startswith(f"error: out of memory on {what}"), said
+    assert "--max_seq_len" in said[0] and "Traceback" not in done.stderr

@@ -99,6 +99,28 @@ def test_bad_steps_are_counted_and_end_the_run():
     assert "5 steps skipped" in watched.summary()[0]
 
 
+def test_a_run_of_which_most_is_skipped_ends_although_good_steps_come_between():
+    watched, records = health(), Records()
+    for step in range(1, 28, 3):  # two of three are bad
+        watched.bad_steps.good(0.7)
+        for bad in (step + 1, step + 2):
+            if watched.bad_steps.count == 9:
+                with pytest.raises(UserError, match=r"step 15: .* in 10 of 15 steps \(--max_bad_steps\)"):
+                    watched.skipped(bad, math.nan, np.array([3]), records)
+                return
+            watched.skipped(bad, math.nan, np.array([3]), records)
+
+
+def test_bad_steps_that_are_few_beside_the_good_ones_end_nothing():
+    watched, records = health(), Records()
+    for step in range(1, 100):
+        if step % 3:
+            watched.bad_steps.good(0.7)
+        else:
+            watched.skipped(step, math.nan, np.array([3]), records)
+    assert watched.bad_steps.count == 33
+
+
 def cause(rows, losses=(0.7, 0.6), **changes):
     watched = health(**changes)
     for loss in losses:

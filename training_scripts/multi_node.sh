@@ -87,12 +87,13 @@ world_info() {
   printf '{%s}' "${text#, }" | base64 -w0 | tr '+/' '-_'
 }
 
-# by_pdsh, by_ssh: start all hosts; lines come out as "host: line", and a host that fails as "…: host: ssh exited with …"
+# by_pdsh, by_ssh: start all hosts; lines come out as "host: line", and a host that fails as "…: host: ssh exited with …".
+# A terminal's Ctrl-C must not reach what carries the run (setsid): the hosts are asked first.
 by_pdsh() {
   local text
   text=$(quoted bash -c "$(node_line RANK-OF-THIS-HOST)") # whatever shell the user has there
   text=${text//%/%%} # %n is pdsh's own number of a host
-  PDSH_SSH_ARGS_APPEND="${ssh[*]:1}" exec "$PYTHON" "$here/supervise.py" --lifeline \
+  PDSH_SSH_ARGS_APPEND="${ssh[*]:1}" exec setsid "$PYTHON" "$here/supervise.py" --lifeline \
     pdsh -S -R ssh -f 1024 -w "$(IFS=,; printf '%s' "${hosts[*]}")" "${text//RANK-OF-THIS-HOST/%n}"
 }
 
@@ -100,7 +101,7 @@ by_ssh() {
   local i input
   exec {input}<&0 # what runs in the background would get /dev/null
   for i in "${!hosts[@]}"; do
-    "${ssh[@]}" "${hosts[i]}" "$(quoted bash -c "$(node_line "$i")")" <&"$input" > >(sed -u "s/^/${hosts[i]}: /") 2>&1 ||
+    setsid "${ssh[@]}" "${hosts[i]}" "$(quoted bash -c "$(node_line "$i")")" <&"$input" > >(sed -u "s/^/${hosts[i]}: /") 2>&1 ||
       printf 'multi_node.sh: %s: ssh exited with exit code %s\n' "${hosts[i]}" "$?" &
   done
   wait
@@ -125,7 +126,39 @@ watch() {
       break
     fi
     [ -z "$deadline" ] || [ "$SECONDS" -lt "$deadline" ] || end_all
+    require_asked
   done
+}
+
+# stop NUMBER: at the first signal every host is asked to let its processes save; at the second, or where no host can be
+# asked, all are ended. What the hosts do then, and how long they may take, is supervise.py's.
+stop() {
+  if [ -n "$asked" ]; then
+    code=$((128 + $1))
+    end_all
+    return
+  fi
+  asked=$1
+  local host
+  for host in "${hosts[@]}"; do
+    setsid "${ssh[@]}" "$host" "$(quoted "$PYTHON" "$here/supervise.py" --ask "$run")" </dev/null >/dev/null 2>&1 &
+    asking+=($!)
+  done
+  printf 'asked all hosts to save a checkpoint and to end; a second signal ends them at once\n' >&2
+}
+
+# require_asked: once the requests have come back, whether any host has got one; else all are ended
+require_asked() {
+  local process got=
+  [ -n "$asked" ] && [ ${#asking[@]} -gt 0 ] || return 0
+  for process in "${asking[@]}"; do
+    ! kill -0 "$process" 2>/dev/null || return 0 # has not come back
+  done
+  for process in "${asking[@]}"; do
+    ! wait "$process" || got=1
+  done
+  asking=()
+  [ -n "$got" ] || { code=$((128 + asked)) && end_all; }
 }
 
 # end_all: closing the lifeline ends what supervise.py started, here and on every host
@@ -183,9 +216,10 @@ mkfifo -m 600 "$fifo"
 exec {lifeline}<>"$fifo" # held by this process alone: if it is killed, the hosts notice
 exec {input}<"$fifo"
 rm "$fifo"
-culprit='' code=0
-trap 'code=143; end_all' TERM
-trap 'code=130; end_all' INT
+culprit='' code=0 asked='' asking=()
+trap 'stop 15' TERM
+trap 'stop 2' INT
+trap 'stop 10' USR1
 exec {said}< <(
   exec <&"$input" {input}<&- {lifeline}>&- 2>&1
   case $LAUNCHER in deepspeed) by_pdsh ;; torchrun) by_ssh ;; esac
@@ -199,6 +233,10 @@ if [ "$code" = 75 ]; then
   printf 'stopped: a checkpoint is saved, and the same command goes on from there\n' |
     tee -a "$OUTPUT/training.log" >&2
   culprit=
+fi
+# nothing had begun that could save, and the hosts did as they were told, by SIGTERM
+if [ -n "$asked" ] && { [ "$code" = 143 ] || [ "$code" = $((128 + asked)) ]; }; then
+  culprit='' code=$((128 + asked))
 fi
 if [ -n "$culprit" ]; then
   what="failed with exit status $code"

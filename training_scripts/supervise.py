@@ -4,6 +4,7 @@
 
     supervise.py [--lifeline] [--log FILE] [--reach ADDRESS] [--run NAME] [--finished FILE] [--host NUMBER]
                  [--grace SECONDS] [--pass_on] COMMAND...
+    supervise.py --ask NAME      ask those that run here with --run NAME to save and to end, as their first signal does
 
 When the command ends, or when this process is told to, all that descends from it is ended: processes that changed their
 session too, as torchrun's do.
@@ -46,6 +47,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import psutil  # comes with DeepSpeed
@@ -60,6 +62,8 @@ BUFFERS = "/dev/shm/deepspeed_allreduce_buffer_{user}_*_{port}_*"  # DeepSpeed's
 
 def main() -> int:
     options = parse()
+    if options.ask:
+        return ask_others(options.ask)
     environment = dict(os.environ)
     if options.reach:
         try:
@@ -108,6 +112,19 @@ def main() -> int:
             with contextlib.suppress(OSError), open(options.log, "a", encoding="utf-8") as file:
                 file.write(f"error: {line}\n")
     return exit_status(status, stop, ranks, marks, bool(said), options.pass_on)
+
+
+def ask_others(name: str) -> int:
+    """Send the request to every supervise.py of this machine that has this --run; 1: there is none."""
+    found = 0
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            words = process.cmdline()
+            is_ours = len(words) > 1 and Path(words[1]).name == "supervise.py"
+            if is_ours and ("--run", name) in pairwise(words):
+                process.send_signal(signal.SIGTERM)
+                found += 1
+    return 0 if found else 1
 
 
 def be_deaf_to_requests(pass_on: bool) -> None:
@@ -334,14 +351,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--log")
     parser.add_argument("--reach")
     parser.add_argument("--run")
+    parser.add_argument("--ask")
     parser.add_argument("--finished")
     parser.add_argument("--host", type=int, default=0)
     parser.add_argument("--grace", type=float, default=600.0)
     parser.add_argument("--pass_on", action="store_true")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     options = parser.parse_args()
-    if not options.command:
-        parser.error("no command")
+    if bool(options.command) == bool(options.ask):
+        parser.error("a command, or --ask")
     return options
 
 

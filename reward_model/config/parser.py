@@ -95,6 +95,7 @@ def run_parser():
         description="Train a reward model on preference pairs, ranked lists or scores with DeepSpeed.",
         usage="%(prog)s --model_name_or_path MODEL [--config FILE] [FLAG [VALUE …] …]",
         epilog=f"A flag without a value can be given true or false. Hyphens may stand for underscores.\n"
+        "Exit status: 0, the run is finished; 75, it was asked to end and the same command goes on; else, an error.\n"
         f"example: {EXAMPLE}",
     )
     parser.add_argument(

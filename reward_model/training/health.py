@@ -32,6 +32,7 @@ NEAR, STILL = 0.005, 0.02  # mean and standard deviation of losses around log 2:
 MOST_TIES = 0.1  # of held-out pairs
 MOST_TOLD = 5  # skipped steps that are told one by one
 MOST_SHOWN = 8  # rows in a message
+MANY_TIMES = 3  # --max_bad_steps: from then on a run of which more than half is skipped ends, however they are spread
 FEW_ROWS = 3  # that all bad steps have in common, to be named as the cause
 
 
@@ -196,7 +197,7 @@ class Health:
             rows: indices of the rows of the step on all ranks.
 
         Raises:
-            UserError: it is the last of ``max_bad_steps`` in a row.
+            TooManyBadSteps: it is the last of ``max_bad_steps`` in a row, or most steps so far were skipped.
         """
         bad, found = self.bad_steps, self.where(rows)
         bad.bad(rows)
@@ -205,9 +206,12 @@ class Health:
         what = "gradient is not finite" if known else f"loss is {loss}"
         if bad.count <= MOST_TOLD:
             logger.warning(f"step {step}: the {what}, so the step was skipped; its rows: {rows_in_words(found)}")
-        if bad.in_a_row >= self.watch.max_bad_steps:
+        most = self.watch.max_bad_steps
+        is_most = bad.count > MANY_TIMES * most and 2 * bad.count > step
+        if bad.in_a_row >= most or is_most:
+            how_many = f"{bad.count} of {step} steps" if is_most else f"{counted(bad.in_a_row, 'step')} in a row"
             raise TooManyBadSteps(
-                f"step {step}: a loss or gradient was not finite in {counted(bad.in_a_row, 'step')} in a row "
+                f"step {step}: a loss or gradient was not finite in {how_many} "
                 "(--max_bad_steps), which were skipped, so that the weights are those of the last good step; "
                 f"likely cause: {self.likely_cause()}. A new run needs a new folder; reward-model export makes a model "
                 "of the checkpoint that this one leaves"

@@ -23,7 +23,13 @@ from reward_model.common.logging import logger
 from reward_model.common.pulse import beat
 from reward_model.common.words import counted
 from reward_model.config.groups import TrainingConfig
-from reward_model.config.options import RunConfig, explain_inherited, require_data, require_usable_folder
+from reward_model.config.options import (
+    RunConfig,
+    explain_inherited,
+    read_run,
+    require_data,
+    require_usable_folder,
+)
 from reward_model.config.settings import Settings, resolve
 from reward_model.data.comparisons import Comparisons
 from reward_model.data.tokenizer import SpecialTokens
@@ -107,6 +113,8 @@ def run_in(folder: Path | None, config: RunConfig, context: DistributedContext, 
     if start.finished is not None:
         assert folder is not None
         logger.info(f"{folder} holds this run, finished after {counted(start.finished['step'], 'step')}: nothing to do")
+        if line := not_applied(folder, described_run):
+            logger.warning(line)
         return TrainResult(start.finished["metrics"], start.finished["step"], folder, folder / "report.png")
     try:
         trainer = prepare(settings, context, objective, data, folder, described_run, start, stop)
@@ -134,6 +142,14 @@ def run_in(folder: Path | None, config: RunConfig, context: DistributedContext, 
     torch.distributed.barrier()
     release(trainer)
     return TrainResult(dict(trainer.last.metrics), trainer.step, folder, folder / "report.png" if folder else None)
+
+
+def not_applied(folder: Path, described_run: dict[str, Any]) -> str:
+    """Which flags of the saved model a finished run was given otherwise, in a line; empty: none."""
+    there = read_run(folder / "run.json")
+    names = [name for name in ("save_format", "normalize_scores") if there.get(name) != described_run.get(name)]
+    found = ", ".join(f"--{name} ({there.get(name)} there, {described_run.get(name)} here)" for name in names)
+    return f"{found}: not applied to the model that is there; reward-model export writes it anew" if found else ""
 
 
 def with_whole_model(config: RunConfig, context: DistributedContext) -> RunConfig:

@@ -23,6 +23,7 @@ from reward_model.common.errors import UserError
 from reward_model.common.logging import logger
 from reward_model.common.progress import progress
 from reward_model.common.pulse import beat
+from reward_model.common.words import counted
 from reward_model.config.settings import Settings
 from reward_model.data.comparisons import Comparisons
 from reward_model.evaluation.evaluate import Evaluation, Stopped, described, evaluate
@@ -115,6 +116,8 @@ class Trainer:
             UserError: numbers that no training goes on from.
         """
         self.records.cut(self.records.lines)
+        if line := self.doubt_early_stop():
+            logger.warning(line)
         self.health.tell(self.step, self.health.before_training(self.train_set), self.records)
         self.evaluate_if_due()
         bar = progress(
@@ -162,6 +165,19 @@ class Trainer:
         """Whether ``--early_stop`` ends the training."""
         most = self.settings.evaluation.early_stop
         return bool(most and self.best and self.best.since >= most)
+
+    def doubt_early_stop(self) -> str:
+        """Why ``--early_stop`` can end nothing, in a line; empty: it can."""
+        most, interval = self.settings.evaluation.early_stop, self.settings.evaluation.eval_interval
+        between = {end for end in self.ends if end < self.total_steps}
+        between |= set(range(interval, self.total_steps, interval)) if interval else set()
+        count = len(between)
+        if not most or count > most:
+            return ""
+        return (
+            f"--early_stop {most} can end nothing: {counted(count, 'evaluation')} between the first step and the last; "
+            "give --eval_interval"
+        )
 
     @property
     def is_evaluation_due(self) -> bool:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """multi_node.sh over three hosts, which are network namespaces of this machine, each with its own sshd."""
 
+import os
 import re
 import shutil
 import signal
@@ -56,6 +57,7 @@ def launcher_of(hosts, demo, tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            process_group=0,  # as a shell with job control makes one
         )
         started.append(process)
         return Said(process)
@@ -153,14 +155,48 @@ def test_a_failing_rank_ends_the_run_and_its_host_is_named(launcher, launcher_of
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_ending_the_launcher_ends_the_run(number, launcher, launcher_of, hosts):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_request_saves_on_all_hosts_and_ends(number, launcher, launcher_of, hosts, tmp_path):
     run = launcher_of("multi_node.sh", "--num_train_epochs", "1000", LAUNCHER=launcher)
     run.wait_for("step 14:")
     run.process.send_signal(number)
-    status = run.process.wait(60)
-    assert status == (143 if number == signal.SIGTERM else -9)
-    assert not left_on(hosts, seconds=0 if number == signal.SIGTERM else 30)
+    run.end(timeout=90)
+    assert run.returncode == 75, run.text[-3000:]
+    assert "the same command goes on from there" in run.text and "error: " not in run.text
+    assert len(list((tmp_path / "an output" / "checkpoints").glob("step-*"))) == 1
+    assert not left_on(hosts)
+
+
+def test_ctrl_c_from_a_terminal_saves_too(launcher_of, hosts, tmp_path):
+    """It reaches the whole process group, and what carries the run must not hear it."""
+    run = launcher_of("multi_node.sh", "--num_train_epochs", "1000")
+    run.wait_for("step 14:")
+    os.killpg(run.process.pid, signal.SIGINT)
+    run.end(timeout=90)
+    assert run.returncode == 75, run.text[-3000:]
+    assert not left_on(hosts)
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_second_request_ends_all_hosts_at_once(launcher, launcher_of, hosts):
+    run = launcher_of("multi_node.sh", "--num_train_epochs", "1000", LAUNCHER=launcher)
+    run.wait_for("step 14:")
+    hosts[1].run("pkill -STOP -f '^[^ ]*python[^ ]* -u [^ ]*/main.py '")  # no checkpoint comes of the first
+    run.process.terminate()
+    run.wait_for("a second signal ends them at once")
+    time.sleep(5)
+    run.process.terminate()
+    assert run.process.wait(60) == 143
+    assert not left_on(hosts)
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_killing_the_launcher_ends_the_run(launcher, launcher_of, hosts):
+    run = launcher_of("multi_node.sh", "--num_train_epochs", "1000", LAUNCHER=launcher)
+    run.wait_for("step 14:")
+    run.process.kill()
+    assert run.process.wait(60) == -9
+    assert not left_on(hosts, seconds=30)
 
 
 def test_a_wrong_flag_is_said_once_and_quickly(launcher_of, hosts):
