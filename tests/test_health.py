@@ -327,7 +327,7 @@ def test_what_was_seen_is_taken_up_again():
     assert train(other, [0.1], mean=50.0) == []
 
 
-STATE = ("bad_steps", "block", "best_accuracy", "size_at_best", "alarms")
+STATE = ("bad_steps", "block", "best", "alarms")
 
 
 # --- real runs ---

@@ -379,14 +379,16 @@ def load(paths, tmp_path, tokenizer=None, evaluation=(), **kwargs):
     tokenizer = tokenizer or tiny.tokenizer()
     rules = PreprocessingConfig(64, "stop", tmp_path / "cache", 1, nothing_judged, **kwargs)
     special = choose_special_tokens(tokenizer, len(tokenizer))
-    return load_comparisons(paths, list(evaluation), tokenizer, special, rules, 0, None, most)
+    named = {"": list(evaluation)} if evaluation else {}
+    train, sets = load_comparisons(paths, named, tokenizer, special, rules, 0, None, most)
+    return train, sets[""]
 
 
 def test_at_most_so_many_rows(tmp_path, capsys):
     path = rows_in(tmp_path / "rows.jsonl", 100)
     train, held = load([path], tmp_path, most=(20, 5))
     assert (len(train), len(held)) == (20, 5)
-    assert "training: 20 of 90 rows, drawn at random" in capsys.readouterr().out
+    assert "20 of 90 training rows, drawn at random" in capsys.readouterr().out
     train, held = load([f"{path}:50"], tmp_path, evaluation=[f"{path}:0.1"])
     assert (len(train), len(held)) == (50, 10)
 

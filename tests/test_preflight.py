@@ -248,3 +248,10 @@ def test_what_a_host_says_is_a_line_of_json(ssh):
     facts = json.loads(line.removeprefix(preflight.MARK))
     assert set(facts) == set(FACTS)
     assert facts["missing"] == {"model": [], "data": ["x.jsonl"]}
+
+
+def test_a_named_evaluation_set_is_looked_for_by_its_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "chat.jsonl").write_text("{}\n")
+    flags = ["--eval_data_path", "chat=chat.jsonl", "code=code.jsonl", "owner/data"]
+    assert preflight.look(str(tmp_path), flags)["missing"]["data"] == ["code.jsonl"]

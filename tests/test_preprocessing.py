@@ -90,7 +90,9 @@ def tokenize_rows(rows, tmp_path, tokenizer=None, **changes):
 def load(train, tmp_path, evaluation=(), tokenizer=None, seed=0, **changes):
     tokenizer = tokenizer or tiny.tokenizer()
     made = rules(tmp_path, **changes)
-    return load_comparisons(list(train), list(evaluation), tokenizer, special_tokens(tokenizer), made, seed)
+    named = {"": list(evaluation)} if evaluation else {}
+    rows, sets = load_comparisons(list(train), named, tokenizer, special_tokens(tokenizer), made, seed)
+    return rows, sets[""]
 
 
 def whole(comparison):

@@ -52,7 +52,7 @@ def look(checkout: str, flags: list[str]) -> dict:
     output = Path(options.output_dir or ".").absolute()
     there = next(folder for folder in (output, *output.parents) if folder.exists())
     count = gpus()
-    data = [*options.data_path, *options.eval_data_path]
+    data = [*options.data_path, *map(without_name, options.eval_data_path)]
     code = ("reward_model/**/*.py", "reward_model/config/zero/*.json", "training_scripts/*.py")
     files = [file for pattern in code for file in Path(checkout).glob(pattern)]
     return {
@@ -85,6 +85,11 @@ def run_flags(flags: list[str]) -> argparse.Namespace:
     parser.add_argument("--eval_data_path", "--eval-data-path", nargs="+", default=[])
     parser.add_argument("--output_dir", "--output-dir")
     return parser.parse_known_args(flags)[0]
+
+
+def without_name(entry: str) -> str:
+    """The path of an entry of --eval_data_path, which may be NAME=PATH."""
+    return entry if os.path.exists(entry) else entry.partition("=")[2] or entry
 
 
 def version(package: str) -> str:

@@ -66,7 +66,9 @@ def check_data(config: RunConfig) -> list[str]:
         UserError: what training would say of them.
     """
     data = config.data
-    entries = [(entry, True) for entry in data.data_path] + [(entry, False) for entry in data.eval_data_path]
+    held_out = [path for paths in data.eval_sets.values() for path in paths]
+    held_out = [path for paths in data.eval_sets.values() for path in paths]
+    entries = [(entry, True) for entry in data.data_path] + [(entry, False) for entry in held_out]
     unseen = [entry for entry, _ in entries if _is_name(entry)]
     if len(unseen) == len(entries):
         return unseen

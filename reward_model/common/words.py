@@ -4,6 +4,15 @@
 from __future__ import annotations
 
 
+def at_step(step: int, name: str = "") -> str:
+    """Where something was found: after a step and, if there are several evaluation sets, in one of them.
+
+    >>> at_step(40), at_step(40, "chat")
+    ('step 40', 'step 40, chat')
+    """
+    return f"step {step}, {name}" if name else f"step {step}"
+
+
 def counted(count: int, noun: str) -> str:
     """A number with its noun.
 

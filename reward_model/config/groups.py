@@ -101,6 +101,20 @@ POSITIVE = (0, math.inf, False)
 COUNT = (1, math.inf, True)
 
 
+SET_NAME = re.compile(r"[\w.-]+", re.ASCII)  # of an evaluation set, which is a part of TensorBoard's tags
+
+
+def set_of(entry: str) -> tuple[str | None, str]:
+    """The name and the path of an entry of ``--eval_data_path``; None: it has no name, as a path that exists has none.
+
+    >>> set_of("chat=eval/chat.jsonl"), set_of("owner/name")
+    (('chat', 'eval/chat.jsonl'), (None, 'owner/name'))
+    """
+    name, equals, path = entry.partition("=")
+    is_path = os.path.exists(entry) or os.path.exists(entry.rpartition(":")[0])  # year=2026/eval.jsonl:0.5
+    return (name, path) if equals and not is_path else (None, entry)
+
+
 @dataclass(frozen=True)
 class DataConfig(Group):
     """Which rows a run reads, and how they become token ids."""
@@ -122,8 +136,10 @@ class DataConfig(Group):
     )
     eval_data_path: list[str] = flag(
         (),
-        metavar="PATH",
-        help="The rows to evaluate on. Without it, the evaluation split of the data or a tenth of the rows is used.",
+        metavar="[NAME=]PATH",
+        help="The rows to evaluate on. Without it, the evaluation split of the data or a tenth of the rows is used. "
+        "Each NAME=PATH is a set with metrics of its own; what has no name is one set. The first set decides for "
+        "--keep_best and --early_stop.",
     )
     columns: list[str] = flag(
         (),
@@ -184,12 +200,32 @@ class DataConfig(Group):
             name, equals, column = part.partition("=")
             if not (name and equals and column):
                 raise UserError(f"--columns {part}: write FIELD=COLUMN, such as prompt=question")
+        seen: set[str] = set()
+        for entry in self.eval_data_path:
+            set_name, path = set_of(entry)
+            if set_name is None:
+                continue
+            if not SET_NAME.fullmatch(set_name) or not path:
+                raise UserError(
+                    f"--eval_data_path {entry}: no such path, and no NAME=PATH, whose name has letters, digits, _ - ."
+                )
+            if set_name in seen:
+                raise UserError(f"--eval_data_path {entry}: the name {set_name} is given twice")
+            seen.add(set_name)
 
     @property
     def names(self) -> dict[str, str]:
         """Field → the column that holds it."""
         parts = (part.partition("=") for part in self.columns)
         return {name: column for name, _, column in parts}
+
+    @property
+    def eval_sets(self) -> dict[str, list[str]]:
+        """Name → paths of each evaluation set that is named by path, in the order of the first; '' has no name."""
+        sets: dict[str, list[str]] = {}
+        for name, path in map(set_of, self.eval_data_path):
+            sets.setdefault(name or "", []).append(path)
+        return sets
 
     @property
     def cache_folder(self) -> Path:

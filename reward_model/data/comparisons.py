@@ -44,6 +44,7 @@ class Comparison:
     ranks: of the responses, 0 the best, equal where tied; none at all: the row says no order.
     targets: score or label of each response; NaN or none at all: not said.
     prompt_tokens: of what was asked; the responses may go on alike. None: the whole prompt.
+    subset: the part of its data set that the row belongs to, for evaluations; empty: the row says none.
     """
 
     prompt: list[int]
@@ -58,6 +59,7 @@ class Comparison:
     ranks: list[int] = field(default_factory=list)
     targets: list[float] = field(default_factory=list)
     prompt_tokens: int | None = None
+    subset: str = ""
 
     @property
     def tokens(self) -> int:
@@ -152,6 +154,10 @@ class Comparisons:
     def targets(self) -> np.ndarray:
         """Score or label of every response, one row's after the other; NaN where there is none. (t,)"""
         return np.asarray(self._arrow("targets").flatten(), dtype=np.float64)
+
+    def subsets(self) -> list[str]:
+        """The subset of each row; empty where it says none. (r,)"""
+        return self._arrow("subset").to_pylist()
 
     def select(self, indices: np.ndarray) -> Comparisons:
         return Comparisons(self.table.select(indices), self.origins.select(indices))

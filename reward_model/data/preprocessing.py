@@ -53,6 +53,7 @@ FEATURES = datasets.Features(
         "probability": datasets.List(datasets.Value("float32")),
         "ranks": datasets.List(datasets.Value("int32")),
         "targets": datasets.List(datasets.Value("float32")),
+        "subset": datasets.Value("string"),
         "length": datasets.Value("int32"),
         "tokens": datasets.Value("int32"),
         "prompt_hash": datasets.Value("int64"),
@@ -89,64 +90,73 @@ class PreprocessingConfig:
 
 def load_comparisons(
     train_paths: list[str],
-    eval_paths: list[str],
+    eval_sets: dict[str, list[str]],
     tokenizer: PreTrainedTokenizerBase,
     special: SpecialTokens,
     preprocessing: PreprocessingConfig,
     seed: int,
     data_split: str | None = None,
     most: tuple[int, int] = (0, 0),
-) -> tuple[Comparisons, Comparisons]:
-    """Training and evaluation Comparisons, tokenized once and then read from the cache.
+) -> tuple[Comparisons, dict[str, Comparisons]]:
+    """Training Comparisons, and those of each evaluation set by its name, tokenized once and then read from the cache.
 
-    Evaluation rows are those of ``eval_paths``; else those that the training entries bring; else, for an entry that
-    brings none, a tenth of its rows is held out.
+    Evaluation rows are those of ``eval_sets``; else one set without a name: what the training entries bring or, for an
+    entry that brings none, a tenth of its rows, which is held out.
 
     Args:
-        most: training rows and evaluation rows, drawn at random where there are more; 0: all.
+        eval_sets: name → paths.
+        most: training rows and rows of an evaluation set, drawn at random where there are more; 0: all.
 
     Raises:
         UserError: unreadable data, a bad row under ``stop``, or nothing left.
     """
     if preprocessing.splits.train and all(os.path.isfile(amount_of(path)[0]) for path in train_paths):
         raise UserError(f"--split {preprocessing.splits.train}: {train_paths[0]} is one file, which has no splits")
-    train, evaluation, undivided = [], [], []
+    train, undivided = [], []
+    evaluation: dict[str, list[Comparisons]] = {name: [] for name in eval_sets or ("",)}
     for entry in train_paths:
         path, amount = amount_of(entry)
         train_sources, eval_sources = read_sources(
-            path, seed, data_split, not eval_paths, preprocessing.names, preprocessing.splits, preprocessing.chat
+            path, seed, data_split, not eval_sets, preprocessing.names, preprocessing.splits, preprocessing.chat
         )
         train_sources = take(train_sources, amount, seed, path)
         tokenized = [
             tokenize(source, tokenizer, special, preprocessing, preprocessing.missing) for source in train_sources
         ]
-        if eval_paths or eval_sources:
+        if eval_sets or eval_sources:
             train += tokenized
         else:
             undivided += tokenized
-        if not eval_paths:
-            evaluation += [
+        if not eval_sets:
+            evaluation[""] += [
                 tokenize(source, tokenizer, special, preprocessing, nothing_judged) for source in eval_sources
             ]
-    for path in eval_paths:
-        evaluation += _evaluation_rows(path, tokenizer, special, preprocessing, seed, nothing_judged)
+    for name, paths in eval_sets.items():
+        for path in paths:
+            evaluation[name] += _evaluation_rows(path, tokenizer, special, preprocessing, seed, nothing_judged)
     if any(len(part) for part in undivided):
         undivided, held_out = _hold_out(undivided, seed)
-        train, evaluation = train + undivided, evaluation + held_out
-    whole = []
-    for name, parts, limit in (("training", train, most[0]), ("evaluation", evaluation, most[1])):
-        if sum(len(part) for part in parts) == 0:
-            raise UserError(f"no {name} rows are left")
-        whole.append(_at_most(_join(parts), limit, name, seed))
-    for line in doubts(*whole):
-        logger.warning(line)
-    return whole[0], whole[1]
+        train += undivided
+        evaluation[""] += held_out
+    rows = _at_most(train, most[0], "training rows", seed)
+    sets = {
+        name: _at_most(parts, most[1], f"evaluation rows of {name}" if name else "evaluation rows", seed)
+        for name, parts in evaluation.items()
+    }
+    for name, held in sets.items():
+        for line in doubts(rows, held):
+            logger.warning(f"{name}: {line}" if name else line)
+    return rows, sets
 
 
-def _at_most(found: Comparisons, most: int, name: str, seed: int) -> Comparisons:
+def _at_most(parts: list[Comparisons], most: int, what: str, seed: int) -> Comparisons:
+    """The rows of several parts, or so many of them. Raises UserError if there are none."""
+    if sum(len(part) for part in parts) == 0:
+        raise UserError(f"no {what} are left")
+    found = _join(parts)
     if not most or len(found) <= most:
         return found
-    logger.info(f"{name}: {most} of {len(found)} rows, drawn at random")
+    logger.info(f"{most} of {len(found)} {what}, drawn at random")
     return found.select(np.sort(np.random.RandomState(seed).permutation(len(found))[:most]))
 
 
@@ -374,7 +384,7 @@ def _tokenize_rows(
     for text in texts:
         record: dict[str, Any] = {name: [] for name in FEATURES}
         record |= dict.fromkeys(("length", "tokens", "prompt_hash", "prompt_tokens"), 0)
-        record |= {"cut": False, "is_plain": False, "is_glued": False, "problem": None}
+        record |= {"cut": False, "is_plain": False, "is_glued": False, "subset": "", "problem": None}
         if isinstance(text, str):
             record["problem"] = text
         else:

@@ -40,7 +40,7 @@ PAIR = ("chosen", "rejected")
 LARGEST = float(np.finfo(np.float32).max)
 FIELDS = (  # that a row may have; everything else is not read
     *("prompt", *PAIR, "responses", "response", "scores", "ranks", "score", "label", "margin", "rating", "probability"),
-    *("chosen_score", "rejected_score", "score_chosen", "score_rejected", "tools", "chat_template_kwargs"),
+    *("chosen_score", "rejected_score", "score_chosen", "score_rejected", "tools", "chat_template_kwargs", "subset"),
 )
 OTHER_ROWS = "responses with scores or ranks, or response with a score or label"
 
@@ -52,7 +52,7 @@ class Texts:
     prompt: What was asked.
     whole: The texts that begin with the prompt, one for each response.
     names: What messages to the user call each response.
-    judged: The fields of a Comparison that say what was judged.
+    judged: The fields of a Comparison that say what was judged, and its subset.
     templated: Whether a chat template wrote the texts, special tokens included.
     """
 
@@ -90,6 +90,7 @@ def read_row(row: dict, tokenizer: PreTrainedTokenizerBase, chat: bool = False) 
         found, names, judged = [row["response"]], ["response"], judge_answer(row)
     else:
         found, names, judged = [row.get(name) for name in PAIR], PAIR, judge_pair(row)
+    judged |= {"subset": _subset(row)}
     prompt = in_plain("prompt", row.get("prompt"))
     found = [in_plain(name, value) for name, value in zip(names, found)]
     if prompt == []:
@@ -111,6 +112,12 @@ def read_row(row: dict, tokenizer: PreTrainedTokenizerBase, chat: bool = False) 
         found = [text[len(prompt) :] for text in found]
     _require_content(found, names)
     return Texts(prompt, [prompt + text for text in found], names, judged, templated=False)
+
+
+def _subset(row: dict) -> str:
+    """The part of its data set that a row belongs to; what is no text or number is ignored, as others use the word."""
+    value = row.get("subset")
+    return str(value) if isinstance(value, (str, int)) and not isinstance(value, bool) else ""
 
 
 def _require_types(row: dict, prompt, found: list, names: Sequence[str]) -> None:

@@ -15,9 +15,11 @@ COLORS = {"chosen": CHOSEN, "rejected": REJECTED, "scored answers": CHOSEN}
 
 
 def read_metrics(path: Path) -> tuple[list[dict], list[dict]]:
-    """The records of a ``metrics.jsonl``: training steps, evaluations."""
+    """The records of a ``metrics.jsonl``: training steps, evaluations of the first evaluation set."""
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [r for r in records if r["split"] == "train"], [r for r in records if r["split"] == "eval"]
+    evaluations = [r for r in records if r["split"] == "eval"]
+    first = evaluations[0].get("set") if evaluations else None
+    return [r for r in records if r["split"] == "train"], [r for r in evaluations if r.get("set") == first]
 
 
 def read_warnings(path: Path) -> list[str]:

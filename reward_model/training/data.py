@@ -25,15 +25,22 @@ from reward_model.objectives.objective import Objective
 class Data:
     """The rows of a run, tokenized.
 
-    reference: those that scores are normalized by; None: they are not. longest: tokens of the longest text of all.
+    evaluation: name → rows of each evaluation set. The first one decides which weights are the best; a set that is
+    named by none has the name ''. reference: those that scores are normalized by; None: they are not. longest: tokens
+    of the longest text of all.
     """
 
     tokenizer: PreTrainedTokenizerBase
     special: SpecialTokens
     train: Comparisons
-    evaluation: Comparisons
+    evaluation: dict[str, Comparisons]
     reference: Comparisons | None
     longest: int
+
+    @property
+    def held_out(self) -> Comparisons:
+        """The rows of the first evaluation set."""
+        return next(iter(self.evaluation.values()))
 
 
 def load_data(
@@ -68,7 +75,7 @@ def load_data(
     )
     train, evaluation = load_comparisons(
         data.data_path,
-        data.eval_data_path,
+        data.eval_sets,
         tokenizer,
         special,
         preprocessing,
@@ -77,12 +84,13 @@ def load_data(
         (data.max_train_samples, data.max_eval_samples),
     )
     objective.require_rows(train)
-    known = {None: None, "train": train, "eval": evaluation}
+    known = {None: None, "train": train, "eval": next(iter(evaluation.values()))}
     if normalize is None or normalize in known:
         reference = known[normalize]
     else:
         reference = load_answers(normalize, tokenizer, special, preprocessing, seed)
-    longest = int(max(part.lengths.max() for part in (train, evaluation, reference) if part is not None))
+    parts = (train, *evaluation.values(), *([] if reference is None else [reference]))
+    longest = int(max(part.lengths.max() for part in parts))
     require_positions(config, tokenizer, longest)
     if "prior_cosine" in objective.kinds:
         assert settings.loss.prior_model is not None  # refused before

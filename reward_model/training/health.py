@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from reward_model.common.errors import UserError
 from reward_model.common.logging import logger
-from reward_model.common.words import counted
+from reward_model.common.words import at_step, counted
 from reward_model.config.loss import Loss
 from reward_model.config.objectives import kind_of
 from reward_model.config.settings import Settings
@@ -42,10 +42,15 @@ class TooManyBadSteps(UserError):
 
 @dataclass(frozen=True)
 class Alarm:
-    """Something that looks wrong, and what to try. kind: a name, of which each is raised once in a run."""
+    """Something that looks wrong, and what to try.
+
+    kind: a name, of which each is raised once in a run, or once for each evaluation set. set: the name of that; empty:
+    it is of the training, or the set has no name.
+    """
 
     kind: str
     message: str
+    set: str = ""
 
 
 @dataclass
@@ -166,8 +171,7 @@ class Health:
     where: Callable[[np.ndarray], dict[str, list[int]]]
     bad_steps: BadSteps = field(default_factory=BadSteps)
     block: Block = field(default_factory=Block)
-    best_accuracy: float = -1.0  # of the evaluations so far
-    size_at_best: float = 0.0  # mean |score| then
+    best: dict[str, tuple[float, float]] = field(default_factory=dict)  # evaluation set → best accuracy, |score| then
     alarms: list[Alarm] = field(default_factory=list)
 
     def state(self) -> dict[str, Any]:
@@ -175,14 +179,13 @@ class Health:
         return {
             "bad_steps": asdict(self.bad_steps),
             "block": asdict(self.block),
-            "best_accuracy": self.best_accuracy,
-            "size_at_best": self.size_at_best,
+            "best": self.best,
             "alarms": [asdict(alarm) for alarm in self.alarms],
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state` of an earlier run."""
-        self.best_accuracy, self.size_at_best = state["best_accuracy"], state["size_at_best"]
+        self.best = {name: (accuracy, size) for name, (accuracy, size) in state.get("best", {}).items()}
         self.bad_steps, self.block = BadSteps(**state["bad_steps"]), Block(**state["block"])
         self.alarms = [Alarm(**alarm) for alarm in state["alarms"]]
         if self.bad_steps.in_a_row >= self.watch.max_bad_steps:
@@ -254,7 +257,8 @@ class Health:
         found = []
         means = [abs(values[name]) for name in ("chosen_mean", "rejected_mean") if name in values]
         if means and max(means) > self._limit():
-            found.append(self._beyond(values["step"], f"training scores have a mean of {max(means):.4g}"))
+            step = values["step"]
+            found.append(self._beyond(step, f"training scores have a mean of {max(means):.4g}", at_step(step)))
         return self._new(found + self._loss_alarms(values["step"], values["loss"]))
 
     def _loss_alarms(self, step: int, loss: float) -> list[Alarm]:
@@ -279,31 +283,36 @@ class Health:
             return [Alarm("loss_at_log_2", f"{text}: raise {rate}{penalty}, or {look}")]
         return []
 
-    def after_evaluation(self, step: int, metrics: dict[str, Any], scores: dict[str, np.ndarray]) -> list[Alarm]:
+    def after_evaluation(
+        self, step: int, metrics: dict[str, Any], scores: dict[str, np.ndarray], name: str = ""
+    ) -> list[Alarm]:
         """Look at an evaluation.
 
         Args:
             metrics: as ``metrics.jsonl`` has them.
             scores: name of a group, such as ``chosen``, → its scores (n,).
+            name: of the evaluation set; empty: it has none.
         """
+        at = at_step(step, name)
         sizes = np.abs(np.concatenate([np.zeros(0), *scores.values()]))
         found = []
         if len(sizes) and np.mean(sizes > self._limit()) > SHARE_BEYOND:
-            found.append(self._beyond(step, f"held-out scores have a mean size of {sizes.mean():.4g}"))
+            found.append(self._beyond(step, f"held-out scores have a mean size of {sizes.mean():.4g}", at))
         if "accuracy" in metrics:
-            found += self._growth(step, metrics["accuracy"], metrics["score_abs_mean"])
+            found += self._growth(at, name, metrics["accuracy"], metrics["score_abs_mean"])
             if step:
-                found += ties(step, metrics["accuracy"], scores["chosen"], scores["rejected"])
-        return self._new(found)
+                found += ties(at, metrics["accuracy"], scores["chosen"], scores["rejected"])
+        return self._new([replace(alarm, set=name) for alarm in found])
 
-    def _growth(self, step: int, accuracy: float, size: float) -> list[Alarm]:
+    def _growth(self, at: str, name: str, accuracy: float, size: float) -> list[Alarm]:
         limit = self._limit()
-        if accuracy > self.best_accuracy:
-            self.best_accuracy, self.size_at_best = accuracy, size
-        elif math.isfinite(limit) and size > max(GROWN * self.size_at_best, EARLY * limit):
+        best, size_at_best = self.best.get(name, (-1.0, 0.0))
+        if accuracy > best:
+            self.best[name] = accuracy, size
+        elif math.isfinite(limit) and size > max(GROWN * size_at_best, EARLY * limit):
             text = (
-                f"step {step}: the mean size of held-out scores has grown from {self.size_at_best:.4g} to {size:.4g}, "
-                f"and the accuracy has not ({self.best_accuracy:.4f}, now {accuracy:.4f})"
+                f"{at}: the mean size of held-out scores has grown from {size_at_best:.4g} to {size:.4g}, "
+                f"and the accuracy has not ({best:.4f}, now {accuracy:.4f})"
             )
             return [Alarm("score_growth", f"{text}: train for fewer epochs, or add --score_penalty l2")]
         return []
@@ -312,10 +321,10 @@ class Health:
         """Of the size of a score; targets of the data have to be within it."""
         return max(self.watch.score_limit, 2 * self.watch.largest_target) if self.watch.score_limit else math.inf
 
-    def _beyond(self, step: int, what: str) -> Alarm:
+    def _beyond(self, step: int, what: str, at: str) -> Alarm:
         limit = self._limit()
         apart = 2.0 ** (math.floor(math.log2(limit)) - 7)
-        text = f"step {step}: {what}, beyond {limit:g} (--score_limit), where numbers of bfloat16 are {apart:g} apart"
+        text = f"{at}: {what}, beyond {limit:g} (--score_limit), where numbers of bfloat16 are {apart:g} apart"
         if not step:
             return Alarm("score_limit", f"{text}: so they come from the model; load it in float32")
         advice = f"lower --learning_rate ({self.watch.learning_rate:g}), or add --score_penalty l2"
@@ -323,8 +332,8 @@ class Health:
 
     def _new(self, found: list[Alarm]) -> list[Alarm]:
         """Those that were not raised yet."""
-        known = {alarm.kind for alarm in self.alarms}
-        new = [alarm for alarm in found if alarm.kind not in known]
+        known = {(alarm.kind, alarm.set) for alarm in self.alarms}
+        new = [alarm for alarm in found if (alarm.kind, alarm.set) not in known]
         self.alarms += new
         return new
 
@@ -332,7 +341,8 @@ class Health:
         """Say alarms, and write them to ``metrics.jsonl``."""
         for alarm in alarms:
             logger.warning(alarm.message)
-            records.add({"split": "alarm", "step": step, "kind": alarm.kind, "message": alarm.message})
+            of_set = {"set": alarm.set} if alarm.set else {}
+            records.add({"split": "alarm", "step": step} | of_set | {"kind": alarm.kind, "message": alarm.message})
 
     def before_training(self, train: Comparisons) -> list[Alarm]:
         """Look at the training rows."""
@@ -343,13 +353,17 @@ class Health:
         return self._new([Alarm("made_equal", f"{text}: raise --max_seq_len")])
 
 
-def ties(step: int, accuracy: float, chosen: np.ndarray, rejected: np.ndarray) -> list[Alarm]:
-    """Whether many of p pairs have equal scores, so that the accuracy hardly depends on which answer is the better."""
+def ties(at: str, accuracy: float, chosen: np.ndarray, rejected: np.ndarray) -> list[Alarm]:
+    """Whether many of p pairs have equal scores, so that the accuracy hardly depends on which answer is the better.
+
+    Args:
+        at: step and evaluation set, in words.
+    """
     equal = int(np.sum(chosen == rejected))
     if equal <= MOST_TIES * len(chosen):
         return []
     text = (
-        f"step {step}: {equal} of {len(chosen)} held-out pairs have two equal scores: the accuracy is {accuracy:.4f}, "
+        f"{at}: {equal} of {len(chosen)} held-out pairs have two equal scores: the accuracy is {accuracy:.4f}, "
         f"and {1 - accuracy:.4f} with chosen and rejected exchanged"
     )
     return [Alarm("ties", f"{text}: lower --learning_rate, take --dtype fp32, or look whether the answers differ")]

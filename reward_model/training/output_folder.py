@@ -30,7 +30,7 @@ from reward_model.models.scorer import Scorer, count
 from reward_model.training import resume, verify
 from reward_model.training.checkpoint import remove_unfinished
 from reward_model.training.data import Data
-from reward_model.training.resume import FINISHED, INTERRUPTED, hash_of_model, hash_of_rows
+from reward_model.training.resume import FINISHED, INTERRUPTED, hash_of_model, hash_of_rows, hash_of_sets
 
 LOCK = ".lock"
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "tokenizers", "peft")  # whose versions run.json has
@@ -72,7 +72,7 @@ def described_by(settings: Settings, context: DistributedContext, data: Data) ->
     if context.is_first and settings.output.output_dir:
         content = {
             "train": hash_of_rows(data.train),
-            "evaluation": hash_of_rows(data.evaluation),
+            "evaluation": hash_of_sets(data.evaluation),
             "model": hash_of_model(settings.model.model_name_or_path),
         }
     versions = {"reward_model": reward_model.__version__, "python": platform.python_version()}
@@ -114,7 +114,7 @@ def open_folder(
         except OSError as error:
             raise UserError(f"cannot write {folder / 'run.json'}: {error.strerror}") from error
         trust = settings.model.trust_remote_code
-        problem = verify.rehearse(data.evaluation, scorer.config, data.tokenizer, data.special, trust)
+        problem = verify.rehearse(data.held_out, scorer.config, data.tokenizer, data.special, trust)
     if problem := distributed.first_text(problem):
         raise UserError(f"the model could not be saved after the training: {problem}")
 

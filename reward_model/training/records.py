@@ -31,7 +31,7 @@ class Records:
         return self.folder / "metrics.jsonl" if self.folder else None
 
     def add(self, values: dict) -> None:
-        """A line of ``metrics.jsonl``; its numbers go to TensorBoard under ``split/name``."""
+        """A line of ``metrics.jsonl``; its numbers go to TensorBoard under ``split/name`` or ``split/set/name``."""
         self.lines += 1
         if not self.is_first:
             return
@@ -39,9 +39,8 @@ class Records:
         self._write()
         if self.monitor.enabled:
             numbers = {k: v for k, v in values.items() if isinstance(v, float) and k != "epoch"}
-            self.monitor.write_events(
-                [(f"{values['split']}/{name}", number, values["step"]) for name, number in numbers.items()]
-            )
+            group = "/".join(values[name] for name in ("split", "set") if name in values)
+            self.monitor.write_events([(f"{group}/{name}", number, values["step"]) for name, number in numbers.items()])
 
     def _write(self) -> None:
         """Write what waits, as far as the disk lets."""

@@ -61,12 +61,19 @@ def hash_of_rows(rows: Comparisons) -> str:
     """
     digest = hashlib.sha256()
     for name in sorted(rows.table.column_names):
-        if name in ("prompt", "responses"):
+        if name in ("prompt", "responses", "subset"):  # no number of a run depends on a row's subset
             continue
         digest.update(name.encode())
         for part in _bytes_of(rows, name):
             digest.update(part)
     return digest.hexdigest()
+
+
+def hash_of_sets(sets: dict[str, Comparisons]) -> str:
+    """Equal for evaluation sets of the same rows, names and order; of one set without a name, its rows' hash."""
+    if list(sets) == [""]:
+        return hash_of_rows(sets[""])
+    return hashlib.sha256(json.dumps([[name, hash_of_rows(rows)] for name, rows in sets.items()]).encode()).hexdigest()
 
 
 def _bytes_of(rows: Comparisons, name: str) -> list[bytes]:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,8 @@ class TrainResult:
     """What a run came to.
 
     metrics: of its last evaluation, as the last ``eval`` line of ``metrics.jsonl`` has them; ``accuracy``, ``loss``, …
+    Where there are several evaluation sets, of the first one.
+    sets: name of an evaluation set → its metrics; the name is '' for one that has none.
     steps: of the optimizer.
     folder: holds the model, ``metrics.jsonl`` and ``run.json``; None: there was no ``--output_dir``.
     report: the picture of the run.
@@ -72,6 +74,13 @@ class TrainResult:
     steps: int
     folder: Path | None = None
     report: Path | None = None
+    sets: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, sets: dict[str, dict[str, Any]], steps: int, folder: Path | None) -> TrainResult:
+        """With the metrics of each evaluation set, the first of which are the run's."""
+        report = folder / "report.png" if folder else None
+        return cls(dict(next(iter(sets.values()))), steps, folder, report, sets)
 
 
 @watchdog.while_it_runs
@@ -115,7 +124,9 @@ def run_in(folder: Path | None, config: RunConfig, context: DistributedContext, 
         logger.info(f"{folder} holds this run, finished after {counted(start.finished['step'], 'step')}: nothing to do")
         if line := not_applied(folder, described_run):
             logger.warning(line)
-        return TrainResult(start.finished["metrics"], start.finished["step"], folder, folder / "report.png")
+        return TrainResult.of(
+            start.finished.get("sets", {"": start.finished["metrics"]}), start.finished["step"], folder
+        )
     try:
         trainer = prepare(settings, context, objective, data, folder, described_run, start, stop)
     except UserError:
@@ -141,7 +152,7 @@ def run_in(folder: Path | None, config: RunConfig, context: DistributedContext, 
     summarize(trainer, folder)
     torch.distributed.barrier()
     release(trainer)
-    return TrainResult(dict(trainer.last.metrics), trainer.step, folder, folder / "report.png" if folder else None)
+    return TrainResult.of(trainer.metrics, trainer.step, folder)
 
 
 def not_applied(folder: Path, described_run: dict[str, Any]) -> str:
@@ -196,8 +207,9 @@ def prepare(
     eval_batch = settings.evaluation.per_device_eval_batch_size
     planner = Planner(settings.batches, eval_batch, seed, context, objective.by_row)
     most = settings.evaluation.eval_iters * eval_batch * context.data_size
-    groups = planner.training_groups(data.train), planner.evaluation_groups(data.evaluation, most)
-    steps = steps_of_epochs(planner, groups[0], settings.training)
+    train = data.train, planner.training_groups(data.train)
+    held_out = {name: (rows, planner.evaluation_groups(rows, most)) for name, rows in data.evaluation.items()}
+    steps = steps_of_epochs(planner, train[1], settings.training)
     if start.steps is not None and start.steps >= steps[1]:
         raise UserError(
             f"--output_dir {folder}: that run is finished after {counted(start.steps, 'step')}, and these flags ask "
@@ -214,15 +226,18 @@ def prepare(
     most_responses, pad = settings.batches.max_responses, data.special.pad
     forward = ForwardPass(engine, scorer, dtype, context.device, pad, most_responses, context.sequence)
     records = Records(folder, engine.monitor, context.is_first)
-    rows = data.train, data.evaluation
     trainer = Trainer(
-        settings, context, engine, forward, objective, planner, records, rows, groups, steps, checkpointer, stop
+        settings, context, engine, forward, objective, planner, records, train, held_out, steps, checkpointer, stop
     )
     logger.info(described(trainer))
+    if len(held_out) > 1:
+        logger.info(
+            f"evaluation sets: {', '.join(map(called, held_out))}; what is best, and the result, go by the first"
+        )
     forward.require_scores(data.special.end)
 
     def to_time(layout: Layout) -> list[Batch]:
-        return planner.first(data.train, groups[0], layout)
+        return planner.first(*train, layout)
 
     attention = settings.batches.attention
     if start.checkpoint and context.sequence.size == 1:
@@ -230,7 +245,7 @@ def prepare(
     logger.info(forward.choose_attention(data.longest, attention, to_time))
     if settings.engine.compile:
         logger.info(compile_layers(scorer, settings.model.gradient_checkpointing))
-    for line in planner.advice(groups[0], forward.layout.kind):
+    for line in planner.advice(train[1], forward.layout.kind):
         logger.warning(line)
     if not folder:
         logger.warning("no --output_dir: nothing will be saved")
@@ -267,7 +282,8 @@ def described(trainer: Trainer) -> str:
     """What is going to be done, in a line."""
     settings, context, by_row = trainer.settings, trainer.context, trainer.objective.by_row
     batches, engine, optim = settings.batches, settings.engine, settings.training.optim
-    sizes = [(0 if by_row else part.pairs.sum()) or len(part) for part in (trainer.train_set, trainer.eval_set)]
+    parts = trainer.train_set, *(rows for rows, _ in trainer.held_out.values())
+    sizes = [(0 if by_row else part.pairs.sum()) or len(part) for part in parts]
     what = "row" if by_row else "pair"
     element = "prompt" if batches.batch_element == "prompt" else what
     each = counted(batches.per_device_train_batch_size, element)
@@ -276,7 +292,7 @@ def described(trainer: Trainer) -> str:
         shares = f"{counted(context.data_size, 'group')} of {context.sequence.size} processes that share texts"
     brought = f" in {counted(len(trainer.groups), 'group')}" if batches.merge == "prompt" else ""
     return (
-        f"{counted(sizes[0], f'training {what}')}{brought}, {sizes[1]} held out; "
+        f"{counted(sizes[0], f'training {what}')}{brought}, {' + '.join(map(str, sizes[1:]))} held out; "
         f"global batch {settings.deepspeed.config['train_batch_size'] // context.sequence.size} = "
         f"{each} × {batches.gradient_accumulation_steps} accumulated × "
         f"{shares}; "
@@ -286,16 +302,21 @@ def described(trainer: Trainer) -> str:
     )
 
 
+def called(name: str) -> str:
+    """An evaluation set in a list of them."""
+    return name or "that without a name"
+
+
 def take_best(trainer: Trainer) -> None:
     """With ``--keep_best``: the weights of the best evaluation in place of the last, and its numbers."""
     best, file = trainer.best, trainer.checkpointer.best_file
     if not (trainer.settings.evaluation.keep_best and best and best.step and file):
         if not trainer.last.scores:  # the run had been evaluated before it was resumed
-            trainer.last = trainer.scored() or trainer.last
+            trainer.evaluate_again()
         return
     trainer.engine.empty_partition_cache()
     read_weights(trainer.forward.scorer, file)
-    trainer.last = trainer.scored() or trainer.last
+    trainer.evaluate_again()
     logger.info(f"what is saved is the best of all evaluations, step {best.step}: {best.by} {best.value:.4f}")
 
 
@@ -372,7 +393,7 @@ def finish(trainer: Trainer, folder: Path) -> None:
     trainer.records.flush()
     if trainer.checkpointer.best_file:
         trainer.checkpointer.best_file.unlink(missing_ok=True)
-    mark(folder, FINISHED, {"step": trainer.step, "metrics": trainer.last.metrics})
+    mark(folder, FINISHED, {"step": trainer.step, "metrics": trainer.last.metrics, "sets": trainer.metrics})
 
 
 def release(trainer: Trainer) -> None:
@@ -385,7 +406,13 @@ def release(trainer: Trainer) -> None:
 
 def summarize(trainer: Trainer, folder: Path | None) -> None:
     """What a user wants to know at the end."""
-    for number, line in enumerate(summary(trainer.last.metrics, trainer.objective.names)):
+    sets = trainer.metrics
+    lines = [
+        f"{name or 'without a name'}: {line}" if len(sets) > 1 else line
+        for name, metrics in sets.items()
+        for line in summary(metrics, trainer.objective.names)
+    ]
+    for number, line in enumerate(lines):
         logger.info(line if number else f"\n{line}")
     for line in trainer.health.summary():
         logger.warning(line)

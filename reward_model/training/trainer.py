@@ -23,7 +23,7 @@ from reward_model.common.errors import UserError
 from reward_model.common.logging import logger
 from reward_model.common.progress import progress
 from reward_model.common.pulse import beat
-from reward_model.common.words import counted
+from reward_model.common.words import at_step, counted
 from reward_model.config.settings import Settings
 from reward_model.data.comparisons import Comparisons
 from reward_model.evaluation.evaluate import Evaluation, Stopped, described, evaluate
@@ -38,6 +38,8 @@ from reward_model.training.skipping import StepGuard, marked
 from reward_model.training.step_log import StepLog
 from reward_model.training.stopping import Interrupted, StopRequest
 from reward_model.training.verify import MOST_WRITTEN, choose_texts
+
+Rows = tuple[Comparisons, RowGroups]
 
 
 class Trainer:
@@ -56,8 +58,8 @@ class Trainer:
         objective: Objective,
         planner: Planner,
         records: Records,
-        rows: tuple[Comparisons, Comparisons],
-        groups: tuple[RowGroups, RowGroups],
+        train: Rows,
+        held_out: dict[str, Rows],
         steps: tuple[list[int], int],
         checkpointer: Checkpointer,
         stop: StopRequest,
@@ -65,22 +67,38 @@ class Trainer:
         """
         Args:
             engine: DeepSpeed's, around the scorer of ``forward``.
-            rows, groups: for training, and for evaluations.
+            train: rows to train on, and their groups.
+            held_out: name → rows and groups of each evaluation set; the first one decides which weights are the best.
             steps: of each epoch, and those that are taken.
             stop: that the run shall end before that.
         """
         self.settings, self.context, self.engine, self.forward = settings, context, engine, forward
         self.objective, self.planner, self.records = objective, planner, records
-        self.train_set, self.eval_set = rows
-        self.groups, self.eval_groups = groups
+        self.train_set, self.groups = train
+        self.held_out = held_out
         self.ends, self.total_steps = list(accumulate(steps[0])), steps[1]
         self.checkpointer, self.stop = checkpointer, stop
         self.step, self.evaluated = 0, -1
-        self.last = Evaluation()
+        self.found = dict.fromkeys(held_out, Evaluation())
         by = settings.evaluation.keep_best or ("loss" if settings.evaluation.early_stop else None)
         self.best = Best(by) if by else None
         self.guard = StepGuard(engine)
         self.health = Health(Watch.of(settings, self.total_steps, self.train_set), self.where)
+
+    @property
+    def eval_set(self) -> Comparisons:
+        """The rows of the first evaluation set."""
+        return next(iter(self.held_out.values()))[0]
+
+    @property
+    def last(self) -> Evaluation:
+        """What the last evaluation found in the first set."""
+        return next(iter(self.found.values()))
+
+    @property
+    def metrics(self) -> dict[str, dict[str, Any]]:
+        """Name of an evaluation set → its metrics in the last evaluation."""
+        return {name: found.metrics for name, found in self.found.items()}
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint stores of the loop, as JSON has it; of the rest, what ``reward-model export`` needs."""
@@ -88,7 +106,7 @@ class Trainer:
         return {
             "step": self.step,
             "evaluated": self.evaluated,
-            "metrics": self.last.metrics,
+            "metrics": self.metrics,
             "lines": self.records.lines,
             "attention": self.forward.attention.name,
             "best": self.best and self.best.state(),
@@ -101,7 +119,7 @@ class Trainer:
     def restore(self, state: dict[str, Any]) -> None:
         """Be where a run was when it wrote its :meth:`state`; the attention is chosen by whoever calls this."""
         self.step, self.evaluated = state["step"], state["evaluated"]
-        self.last = Evaluation(state["metrics"])
+        self.found = {name: Evaluation(state["metrics"].get(name, {})) for name in self.held_out}
         if self.best and state["best"] and state["best"]["by"] == self.best.by:
             self.best = Best(**state["best"])
         self.health.restore(state["health"])
@@ -259,21 +277,27 @@ class Trainer:
             self.end_early()
 
     def evaluate(self) -> None:
-        """Score the evaluation rows on all ranks, each once, and record the metrics of the whole set.
+        """Score the evaluation rows on all ranks, each once, and record the metrics of each whole set.
 
         Raises:
             UserError: a score is not finite.
-            Stopped: the run shall end.
+            Stopped: the run shall end; nothing is recorded then, so that no set has its line twice.
         """
-        found = self.scored()
-        if found is None:
-            raise UserError(f"step {self.step}: a held-out score is not finite; {self.why_not_finite()}")
-        self.last, self.evaluated = found, self.step
-        self.records.add({"split": "eval", "step": self.step, "epoch": round(self.epoch, 4)} | found.metrics)
-        logger.info(f"step {self.step}: {described(found.metrics, self.objective.names)}")
-        alarms = self.health.after_evaluation(self.step, found.metrics, found.scores)
-        self.health.tell(self.step, alarms, self.records)
-        if self.best and self.best.judge(found.metrics, self.step) and self.settings.evaluation.keep_best:
+        found = {name: self.scored(name) for name in self.held_out}
+        for name, each in found.items():
+            if each is None:
+                at = at_step(self.step, name)
+                raise UserError(f"{at}: a held-out score is not finite; {self.why_not_finite()}")
+            self.found[name] = each
+        self.evaluated = self.step
+        for name, each in self.found.items():
+            of_set = {"set": name} if name else {}
+            where = {"split": "eval", "step": self.step} | of_set | {"epoch": round(self.epoch, 4)}
+            self.records.add(where | each.metrics)
+            logger.info(f"{at_step(self.step, name)}: {described(each.metrics, self.objective.names)}")
+            alarms = self.health.after_evaluation(self.step, each.metrics, each.scores, name)
+            self.health.tell(self.step, alarms, self.records)
+        if self.best and self.best.judge(self.last.metrics, self.step) and self.settings.evaluation.keep_best:
             self.checkpointer.save_best(self.best)
         if self.is_good_enough and self.best:
             logger.info(
@@ -282,11 +306,16 @@ class Trainer:
                 + ("" if self.settings.evaluation.keep_best else "; --keep_best would save the weights of that step")
             )
 
-    def scored(self) -> Evaluation | None:
-        """The evaluation rows, scored; None: a score is not finite."""
-        layout = self.forward.layout
-        plan = self.planner.evaluation(self.eval_groups, layout.kind)
-        batches = self.planner.load(self.eval_set, plan, layout)
+    def evaluate_again(self) -> None:
+        """Score the evaluation rows with the weights that are saved; where that fails, what was found before counts."""
+        for name in self.held_out:
+            self.found[name] = self.scored(name) or self.found[name]
+
+    def scored(self, name: str) -> Evaluation | None:
+        """The rows of an evaluation set, scored; None: a score is not finite."""
+        layout, (rows, groups) = self.forward.layout, self.held_out[name]
+        plan = self.planner.evaluation(groups, layout.kind)
+        batches = self.planner.load(rows, plan, layout)
         return evaluate(self.forward, self.objective, batches, self.context, lambda: self.stop.asked)
 
     def why_not_finite(self) -> str:

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A data set as a model scores it, row for row in the order of the data: what every figure is computed from.
+
+Notation: r rows, n responses of all rows, p judged pairs, c rows of a batch, t responses of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from reward_model.batching.batch import Batch
+from reward_model.batching.plan import MicroBatch
+from reward_model.common.distributed import DistributedContext
+from reward_model.data.comparisons import Comparisons, Origins
+from reward_model.evaluation.evaluate import Loaded, score_batches
+from reward_model.models.forward import ForwardPass
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Scores of the responses of a data set, and what people said of them.
+
+    Of rows, (r,): prompts, equal numbers where the same was asked; subsets, names, empty where a row has none; origins.
+    Of responses, (n,): rows, which row; scores; lengths, in tokens; ranks, 0 the best in its row, −1 not said; targets,
+    NaN not said. Of pairs, (p,): better, worse, which responses; margins, NaN not said.
+    """
+
+    prompts: np.ndarray
+    subsets: np.ndarray
+    rows: np.ndarray
+    scores: np.ndarray
+    lengths: np.ndarray
+    ranks: np.ndarray
+    targets: np.ndarray
+    better: np.ndarray
+    worse: np.ndarray
+    margins: np.ndarray
+    origins: Origins
+
+    @classmethod
+    def of(cls, data: Comparisons, scores: np.ndarray) -> Judged:
+        """Put scores (n,) beside what the data say."""
+        _, text_lengths, counts = data.texts()
+        first = np.cumsum(counts) - counts
+        rows = np.repeat(np.arange(len(data)), counts)
+        places = np.repeat(first, data.pairs)
+        better, worse = (data.numbers(name) for name in ("better", "worse"))
+        return cls(
+            prompts=data.prompt_hashes(),
+            subsets=data.subsets(),
+            rows=rows,
+            scores=np.asarray(scores, np.float64),
+            lengths=text_lengths - data.prompt_tokens[rows],
+            ranks=data.filled("ranks", counts, -1).astype(np.int64),
+            targets=data.filled("targets", counts, np.nan),
+            better=better + places,
+            worse=worse + places,
+            margins=data.filled("margin", data.pairs, np.nan),
+            origins=data.origins,
+        )
+
+    def __len__(self) -> int:
+        """The number of pairs."""
+        return len(self.better)
+
+    @cached_property
+    def gaps(self) -> np.ndarray:
+        """Score of the better response minus that of the other, (p,)."""
+        return self.scores[self.better] - self.scores[self.worse]
+
+    @cached_property
+    def pair_rows(self) -> np.ndarray:
+        """The row of each pair, (p,)."""
+        return self.rows[self.better]
+
+    @cached_property
+    def pair_prompts(self) -> np.ndarray:
+        """The prompt of each pair, numbered from 0, (p,)."""
+        return np.unique(self.prompts[self.pair_rows], return_inverse=True)[1]
+
+    @property
+    def right(self) -> np.ndarray:
+        """1 where a pair is in the right order, ½ where its scores are equal, (p,)."""
+        return (self.gaps > 0) + 0.5 * (self.gaps == 0)
+
+    def divided(self, temperature: float) -> Judged:
+        """With every score divided by a temperature."""
+        return replace(self, scores=self.scores / temperature)
+
+
+def judge(
+    forward: ForwardPass,
+    data: Comparisons,
+    plan: Sequence[list[MicroBatch]],
+    batches: Iterable[Loaded],
+    context: DistributedContext,
+    pad: int | None = None,
+    is_asked: Callable[[], bool] | None = None,
+) -> Judged:
+    """Score the rows of a plan on all ranks; every rank gets all of them.
+
+    Args:
+        plan: this rank's share of an evaluation that has every row of the data, or some of them.
+        batches: of this plan.
+        pad: of which a text is not scored at the last one; None: it is scored at its last token.
+
+    Returns:
+        The rows of the plan, in the order of the data; a score that is not finite stays what it is.
+
+    Raises:
+        Stopped: ``is_asked`` said so on a rank.
+    """
+    shares = iter(micro_batch.rows for (micro_batch,) in plan)
+
+    def read(batch: Batch, scores: torch.Tensor) -> list[torch.Tensor]:
+        rows = torch.from_numpy(np.asarray(next(shares))).to(scores.device)
+        found = rows[batch.points.row_indices][batch.points.rows]
+        return [torch.stack([found.double(), scores[batch.points.responses].double()], dim=1)]
+
+    (table,) = score_batches(forward, batches, context, read, is_asked, lambda batch: scored_at(batch, pad))
+    table = table[np.argsort(table[:, 0], kind="stable")]  # a row's responses stay in their order
+    rows = np.unique(table[:, 0].astype(np.int64))
+    return Judged.of(data if len(rows) == len(data) else data.select(rows), table[:, 1])
+
+
+def scored_at(batch: Batch, pad: int | None) -> torch.Tensor:
+    """Where each response is scored, (n,): at its last token that is no pad, as Transformers' classes have it."""
+    ends, ids = batch.tokens.ends, batch.tokens.input_ids.flatten()
+    if pad is None:
+        return ends
+    first = batch.tokens.spans[:, 0]
+    while (is_pad := (ids[ends] == pad) & (ends > first)).any():
+        ends = ends - is_pad.long()
+    return ends
