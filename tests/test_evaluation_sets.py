@@ -111,16 +111,16 @@ def test_each_set_has_its_rows_and_its_limit(tmp_path, rules, capsys):
 def test_a_subset_is_kept_and_what_is_none_is_empty(tmp_path, rules):
     path = write(tmp_path / "rows.jsonl", pairs("a", "math", None, 7, ["x"], ""))
     rows = read(path, rules)
-    assert rows.subsets() == ["math", "", "7", "", ""]
-    assert [rows[i].subset for i in range(5)] == rows.subsets()
-    assert rows.select(np.array([2, 0])).subsets() == ["7", "math"]
+    assert rows.subsets().tolist() == ["math", "", "7", "", ""]
+    assert [rows[i].subset for i in range(5)] == rows.subsets().tolist()
+    assert rows.select(np.array([2, 0])).subsets().tolist() == ["7", "math"]
 
 
 def test_another_column_may_hold_the_subset(tmp_path, rules):
     rows = [{**row, "domain": row["subset"]} for row in pairs("a", "math", "code")]
     rows = [{name: row[name] for name in ("prompt", "chosen", "rejected", "domain")} for row in rows]
     found = read(write(tmp_path / "rows.jsonl", rows), replace(rules, names={"subset": "domain"}))
-    assert found.subsets() == ["math", "code"]
+    assert found.subsets().tolist() == ["math", "code"]
 
 
 def test_a_mixture_keeps_subsets_and_merging_ignores_them(tmp_path, rules):
@@ -133,7 +133,7 @@ def test_a_mixture_keeps_subsets_and_merging_ignores_them(tmp_path, rules):
     train = write(tmp_path / "train.jsonl", pairs("train", None))
     _, sets = load_comparisons([train], {"": [with_subset, without]}, tokenizer, special, rules, 0)
     rows = sets[""]
-    assert rows.subsets() == ["math", "", ""]
+    assert rows.subsets().tolist() == ["math", "", ""]
     (merged,) = merge([rows[i] for i in range(3)], Layout("packed", pad=0))
     assert [i for i, _ in merged.rows] == [0, 1, 2]
     assert merged.texts.subset == ""

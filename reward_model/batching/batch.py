@@ -206,6 +206,7 @@ class Points(TensorFields):
     targets: torch.Tensor  # (t,) float32; its score or label; 0 where there is none
     weights: torch.Tensor  # (t,) float32; weight in the batch's mean loss; 0 where there is no target
     row_weights: torch.Tensor  # (c,) float32; the weight of each row; they sum to 1
+    row_indices: torch.Tensor  # (c,) int64; each row's position in the list that was collated
 
     @classmethod
     def collate(cls, placed: Sequence[PlacedRow]) -> Points:
@@ -223,6 +224,7 @@ class Points(TensorFields):
             targets=_floats(targets),
             weights=_floats(weights),
             row_weights=_floats([row.weight for row in placed]),
+            row_indices=_integers([row.index for row in placed]),
         )
 
 

@@ -30,11 +30,13 @@ class PlacedRow:
     """A row of the data, and where its responses are in a batch.
 
     comparison: The row itself.
+    index: Its position in the list that was merged.
     weight: The row's share of the batch's mean loss. The weights of all rows of a batch sum to 1.
     responses: The number of each of the row's responses among the n responses of the batch.
     """
 
     comparison: Comparison
+    index: int
     weight: float
     responses: list[int]
 
@@ -136,6 +138,6 @@ def place(
     """
     placed, first = [], 0
     for part in merged:
-        placed += [PlacedRow(comparisons[i], weights[i], [first + at for at in places]) for i, places in part.rows]
+        placed += [PlacedRow(comparisons[i], i, weights[i], [first + at for at in places]) for i, places in part.rows]
         first += len(part.texts.responses)
     return placed

@@ -155,9 +155,25 @@ class Comparisons:
         """Score or label of every response, one row's after the other; NaN where there is none. (t,)"""
         return np.asarray(self._arrow("targets").flatten(), dtype=np.float64)
 
-    def subsets(self) -> list[str]:
-        """The subset of each row; empty where it says none. (r,)"""
-        return self._arrow("subset").to_pylist()
+    def subsets(self) -> np.ndarray:
+        """The subset of each row, text; empty where it says none. (r,)"""
+        return np.array(self._arrow("subset").to_pylist(), dtype=np.str_)
+
+    def numbers(self, column: str) -> np.ndarray:
+        """What a column of lists holds, one row's after the other, int64."""
+        return np.asarray(self._arrow(column).flatten(), dtype=np.int64)
+
+    def filled(self, column: str, counts: np.ndarray, absent: float) -> np.ndarray:
+        """The same of a column that has no numbers in some rows, float64, with ``absent`` in their place.
+
+        Args:
+            counts: how many numbers each row has where it has them, (r,).
+        """
+        values = self._arrow(column)
+        present = np.asarray(values.value_lengths(), dtype=np.int64) > 0
+        found = np.full(int(counts.sum()), absent, np.float64)
+        found[np.repeat(present, counts)] = np.asarray(values.flatten(), dtype=np.float64)
+        return found
 
     def select(self, indices: np.ndarray) -> Comparisons:
         return Comparisons(self.table.select(indices), self.origins.select(indices))

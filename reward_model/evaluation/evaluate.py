@@ -53,6 +53,7 @@ def score_batches(
     context: DistributedContext,
     read: Read,
     is_asked: Callable[[], bool] | None = None,
+    at: Callable[[Batch], torch.Tensor] = lambda batch: batch.tokens.ends,
 ) -> list[np.ndarray]:
     """Score batches on all ranks, each row once, and join what ``read`` takes from each batch.
 
@@ -60,6 +61,7 @@ def score_batches(
         batches: Lists of one batch. A batch of weight 0 is a filler, of which nothing counts.
         read: Takes a batch and its scores, shape (n,), and returns tables with a line for each pair, response or list.
         is_asked: Whether this rank is asked to end the run; None: nobody can ask.
+        at: The tokens at which a batch is scored.
 
     Returns:
         The tables, with the lines of all ranks.
@@ -72,7 +74,7 @@ def score_batches(
     for (loaded,) in progress(batches, desc="evaluating", unit="batch", leave=False, disable=not context.is_first):
         beat("a batch of an evaluation")
         batch = loaded.to(forward.device)
-        tables = read(batch, forward(batch, batch.tokens.ends))
+        tables = read(batch, forward(batch, at(batch)))
         counts = batch.weight and context.sequence.rank == 0  # its neighbors have the same scores
         found.append([table if counts else table[:0] for table in tables])
         if any_asked():

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that is said of a model on a data set, as one object of JSON: ``evaluation.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from reward_model.data.comparisons import Comparison, Comparisons
+from reward_model.evaluation.baselines import baselines, longer_wins
+from reward_model.evaluation.calibration import calibration, tempered
+from reward_model.evaluation.intervals import difference, share
+from reward_model.evaluation.judged import Judged
+from reward_model.evaluation.list_metrics import list_metrics, specificity
+from reward_model.evaluation.metrics import QUANTILES, correlation, point_metrics
+
+FORMAT = 1
+FILE = "evaluation.json"
+BINS_SHOWN = 40  # of a histogram
+POINTS_SHOWN = 2_000  # of score against length
+MISTAKES = 40
+CHARACTERS = 2_000  # of a text that is shown
+MOST_SUBSETS = 200
+MARGIN_BINS = 5
+
+
+def assess(judged: Judged, texts: Sequence[list[int]] | None = None, seed: int = 0, stored: float = 1.0) -> dict:
+    """What is found of one model on one data set; keys that the data have nothing for are left out.
+
+    Args:
+        texts: token ids of each response, for the bag of words; None: without it.
+        seed: of what is drawn: resamples, folds, halves and the points of a picture.
+        stored: the temperature that the model was saved with.
+
+    Returns:
+        ``rows``, ``answers``, ``pairs``, ``prompts``; ``accuracy`` with its interval and its ties, ``loss``; ``scores``
+        of chosen, rejected and all; ``histogram`` and ``gaps``; ``calibration``; ``length``; ``by_subset``,
+        ``by_margin``; ``lists``, ``points``, ``specificity``; ``baselines``; ``scatter``.
+    """
+    found: dict[str, Any] = {
+        "format": FORMAT,
+        "rows": len(judged.prompts),
+        "answers": len(judged.scores),
+        "pairs": len(judged),
+        "prompts": len(np.unique(judged.prompts)),
+    }
+    sides = {"chosen": judged.scores[judged.better], "rejected": judged.scores[judged.worse]} if len(judged) else {}
+    found["scores"] = {name: _spread(values) for name, values in (sides | {"all": judged.scores}).items()}
+    found["histogram"] = _histograms(sides or {"all": judged.scores})
+    if len(judged):
+        found |= _of_pairs(judged, texts, seed, stored)
+    parts = {"lists": list_metrics(judged, seed), "points": _of_points(judged), "specificity": specificity(judged)}
+    found |= {name: part for name, part in parts.items() if part}
+    found["length"] = found.get("length", {}) | {"correlation": correlation(judged.scores, judged.lengths)}
+    found["scatter"] = _scatter(judged, seed)
+    return found
+
+
+def _of_pairs(judged: Judged, texts: Sequence[list[int]] | None, seed: int, stored: float) -> dict[str, Any]:
+    gaps, prompts, right = judged.gaps, judged.pair_prompts, judged.right
+    longer = longer_wins(judged)
+    shorter = share(right[longer == 0], prompts[longer == 0], seed)
+    found: dict[str, Any] = {
+        "accuracy": share(right, prompts, seed).to_json() | {"ties": int(np.sum(gaps == 0))},
+        "loss": float(np.logaddexp(0.0, -gaps).mean()),
+        "gap": {"mean": float(gaps.mean()), "std": float(gaps.std())},
+        "gaps": _histogram(gaps, "counts"),
+        "calibration": _calibration(gaps, prompts, seed, stored),
+        "length": {"longer_wins": float(longer.mean())},
+        "baselines": [{"name": name} | of.to_json() for name, of in baselines(judged, texts, seed).items()],
+    }
+    if shorter.pairs:
+        found["length"]["shorter_is_better"] = shorter.to_json()
+    if subsets := _by_subset(judged, seed):
+        found["by_subset"] = subsets
+    if margins := _by_margin(judged):
+        found["by_margin"] = margins
+    return found
+
+
+def _calibration(gaps: np.ndarray, prompts: np.ndarray, seed: int, stored: float) -> dict[str, Any]:
+    """Of σ(Δ); of σ(Δ / T) with a T that was fitted on other prompts; and of the T that the model has."""
+    fitted = tempered(gaps, prompts, seed)
+    found: dict[str, Any] = {"raw": calibration(gaps).to_json(), "reported_on": len(gaps)}
+    if fitted:
+        found |= {
+            "temperature": fitted.temperature,
+            "fitted_on": len(gaps),
+            "folds": 2,
+            "tempered": fitted.tempered.to_json(),
+        }
+    if stored != 1.0:
+        found |= {"stored_temperature": stored, "stored": calibration(gaps / stored).to_json()}
+    return found
+
+
+def _of_points(judged: Judged) -> dict[str, float | int]:
+    """Scores beside the targets of responses that have one."""
+    known = np.isfinite(judged.targets)
+    if known.sum() < 2 or not np.ptp(judged.targets[known]):
+        return {}
+    nothing = np.full(int(known.sum()), np.nan)
+    found = point_metrics(judged.scores[known], judged.targets[known], nothing, nothing)
+    return {"answers": int(known.sum()), "pearson": found["pearson"], "spearman": found["spearman"]}
+
+
+def _spread(scores: np.ndarray) -> dict[str, Any]:
+    if not len(scores):
+        return {"count": 0}
+    return {
+        "count": len(scores),
+        "mean": float(scores.mean()),
+        "std": float(scores.std()),
+        "quantiles": np.quantile(scores, QUANTILES).tolist(),
+    }
+
+
+def _histogram(values: np.ndarray, name: str) -> dict[str, list]:
+    counts, edges = np.histogram(values, BINS_SHOWN)
+    return {"edges": edges.tolist(), name: counts.tolist()}
+
+
+def _histograms(sides: dict[str, np.ndarray]) -> dict[str, list]:
+    """Of several groups, in the same bins."""
+    edges = np.histogram_bin_edges(np.concatenate(list(sides.values())), BINS_SHOWN)
+    return {"edges": edges.tolist()} | {name: np.histogram(values, edges)[0].tolist() for name, values in sides.items()}
+
+
+def _by_subset(judged: Judged, seed: int) -> list[dict]:
+    """Of each subset that rows name, most pairs first; the rows without one as ''."""
+    names = judged.subsets[judged.pair_rows]
+    if not np.any(names != ""):
+        return []
+    kinds, counts = np.unique(names, return_counts=True)
+    shown = kinds[np.argsort(-counts, kind="stable")][:MOST_SUBSETS]
+    parts = ((str(kind), names == kind) for kind in shown)
+    return [
+        {"subset": kind} | share(judged.right[mine], judged.pair_prompts[mine], seed).to_json() for kind, mine in parts
+    ]
+
+
+def _by_margin(judged: Judged) -> list[dict]:
+    """Accuracy of the pairs in each fifth of the margins that the data give; of each value where there are few."""
+    known = np.isfinite(judged.margins)
+    if not known.any() or not np.ptp(judged.margins[known]):
+        return []
+    margins, right = judged.margins[known], judged.right[known]
+    values = np.unique(margins)
+    if len(values) <= MARGIN_BINS:
+        edges = np.append(values, np.inf)
+    else:
+        edges = np.unique(np.quantile(margins, np.linspace(0, 1, MARGIN_BINS + 1)))
+        edges[-1] = np.inf
+    places = np.searchsorted(edges, margins, side="right") - 1
+    found = []
+    for place in np.unique(places):
+        mine = places == place
+        low, high = float(margins[mine].min()), float(margins[mine].max())
+        found.append({"low": low, "high": high, "pairs": int(mine.sum()), "value": float(right[mine].mean())})
+    return found
+
+
+def _scatter(judged: Judged, seed: int) -> dict[str, list]:
+    """Length and score of some responses, and which side of a pair they are."""
+    sides = np.full(len(judged.scores), "neither", dtype="<U8")
+    sides[judged.worse] = "rejected"
+    sides[judged.better] = "chosen"
+    drawn = np.sort(np.random.default_rng(seed).permutation(len(judged.scores))[:POINTS_SHOWN])
+    return {
+        "length": judged.lengths[drawn].tolist(),
+        "score": judged.scores[drawn].tolist(),
+        "side": sides[drawn].tolist(),
+    }
+
+
+# --- texts ---
+
+
+def mistakes(judged: Judged, data: Comparisons, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
+    """The pairs that a model has wrong with the largest gaps, with their texts."""
+    order = np.argsort(judged.gaps, kind="stable")[:MISTAKES]
+    return [described_pair(judged, data, tokenizer, int(i)) for i in order if judged.gaps[i] < 0]
+
+
+def disagreements(one: Judged, other: Judged, data: Comparisons, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
+    """The pairs that two models order differently, first those on which they are furthest apart, in their spreads."""
+    gaps = [each.gaps / (each.scores.std() or 1.0) for each in (one, other)]
+    apart = np.flatnonzero(np.sign(gaps[0]) != np.sign(gaps[1]))
+    order = apart[np.argsort(-np.abs(gaps[0] - gaps[1])[apart], kind="stable")][:MISTAKES]
+    return [
+        described_pair(one, data, tokenizer, int(i)) | {"gap": float(one.gaps[i]), "other_gap": float(other.gaps[i])}
+        for i in order
+    ]
+
+
+def described_pair(judged: Judged, data: Comparisons, tokenizer: PreTrainedTokenizerBase, pair: int) -> dict:
+    """A pair in words: its texts, as the tokenizer reads its ids back, its scores, and where the row is."""
+    row = int(judged.pair_rows[pair])
+    first = int(np.searchsorted(judged.rows, row))
+    comparison, better, worse = data[row], judged.better[pair], judged.worse[pair]
+    prompt, chosen, rejected = _texts(comparison, int(better - first), int(worse - first), tokenizer)
+    return {
+        "prompt": prompt if len(prompt) <= CHARACTERS else f"… {prompt[-CHARACTERS:]}",
+        "chosen": _cut(chosen),
+        "rejected": _cut(rejected),
+        "chosen_score": float(judged.scores[better]),
+        "rejected_score": float(judged.scores[worse]),
+        "file": judged.origins.names[int(judged.origins.sources[row])],
+        "row": int(judged.origins.numbers[row]),
+    }
+
+
+def _texts(row: Comparison, better: int, worse: int, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
+    """What was asked, and the two responses, which may go on alike after it."""
+    asked = len(row.prompt) if row.prompt_tokens is None else row.prompt_tokens
+    ids = [row.prompt[:asked], *(row.prompt[asked:] + row.responses[i] for i in (better, worse))]
+    prompt, one, other = (str(tokenizer.decode(each, skip_special_tokens=True)) for each in ids)
+    return prompt, one, other
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= CHARACTERS else f"{text[:CHARACTERS]} …"
+
+
+def responses_of(data: Comparisons) -> list[list[int]]:
+    """Token ids of each response of all rows, after what was asked, (n,)."""
+    found = []
+    for i in range(len(data)):
+        row = data[i]
+        asked = len(row.prompt) if row.prompt_tokens is None else row.prompt_tokens
+        found += [row.prompt[asked:] + response for response in row.responses]
+    return found
+
+
+def compared(one: Judged, other: Judged, seed: int = 0) -> dict:
+    """How two models do on the same pairs, as :class:`reward_model.evaluation.intervals.Difference` has it."""
+    return difference(one.right, other.right, one.pair_prompts, seed).to_json()

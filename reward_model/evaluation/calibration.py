@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether σ(Δ) is the probability that the chosen answer wins, and the temperature that makes it one.
+
+A library for this, netcal, brings a dozen packages for what is a histogram and one number; SciPy finds the number.
+
+Notation: p pairs with gaps Δ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from reward_model.evaluation.metrics import BINS, calibration_error
+
+BOUNDS = (1e-3, 1e3)  # of a temperature; one at a bound was not found
+LEAST_PAIRS = 20  # a temperature of fewer says nothing
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Pairs whose confidence σ(|Δ|) lies from low to high: how many, their mean confidence, the share that is right."""
+
+    low: float
+    high: float
+    pairs: int
+    confidence: float
+    right: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How well σ(Δ) tells the share of pairs in the right order.
+
+    ece: mean over the pairs of |right − confidence| of their bin; mce: the largest of these (Guo et al. 2017, arXiv
+    1706.04599, eqs. 3 and 5). brier: mean of (1 − σ(Δ))². log_loss: mean of −log σ(Δ).
+    """
+
+    bins: list[Bin]
+    ece: float
+    mce: float
+    brier: float
+    log_loss: float
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+
+def calibration(gaps: np.ndarray) -> Calibration:
+    """The reliability of p ≥ 1 gaps, in ten bins of equal width over [½, 1]; a tie is half right."""
+    gaps = gaps.astype(np.float64)
+    confidence = 1 / (1 + np.exp(-np.abs(gaps)))
+    right = np.where(gaps == 0, 0.5, gaps > 0)
+    places = np.minimum((2 * BINS * (confidence - 0.5)).astype(int), BINS - 1)
+    counts, sums, hits = (np.bincount(places, values, BINS) for values in (np.ones_like(gaps), confidence, right))
+    edges = np.linspace(0.5, 1.0, BINS + 1)
+    bins = [
+        Bin(float(edges[i]), float(edges[i + 1]), int(n), float(sums[i] / n), float(hits[i] / n))
+        for i, n in enumerate(counts)
+        if n
+    ]
+    losses = np.logaddexp(0.0, -gaps)
+    return Calibration(
+        bins=bins,
+        ece=calibration_error(gaps),
+        mce=max(abs(b.right - b.confidence) for b in bins),
+        brier=float(np.mean(np.exp(-np.logaddexp(0.0, gaps)) ** 2)),
+        log_loss=float(losses.mean()),
+    )
+
+
+def temperature_of(gaps: np.ndarray) -> float | None:
+    """The T > 0 of least mean −log σ(Δ / T) over p pairs (Guo et al. 2017, section 4.2); None: there is none.
+
+    The loss is convex in 1/T. It has no least value where every pair is in the right order (T → 0) or where wrong pairs
+    outweigh right ones (T → ∞).
+    """
+    from scipy.optimize import minimize_scalar
+
+    if len(gaps) < LEAST_PAIRS or not np.any(gaps):
+        return None
+    gaps = gaps.astype(np.float64)
+    size = float(np.abs(gaps).mean())  # searched in units of the gaps
+    found = minimize_scalar(
+        lambda log: float(np.logaddexp(0.0, -gaps / (size * np.exp(log))).mean()),
+        bounds=(float(np.log(BOUNDS[0])), float(np.log(BOUNDS[1]))),
+        method="bounded",
+        options={"xatol": 1e-8},
+    )
+    temperature = float(np.exp(found.x))
+    is_inside = BOUNDS[0] * 1.01 < temperature < BOUNDS[1] / 1.01
+    return size * temperature if is_inside else None
+
+
+@dataclass(frozen=True)
+class Tempered:
+    """What a temperature does to the calibration of pairs that it was not fitted on.
+
+    temperature: of all pairs. raw, tempered: of every pair, each by the temperature of the other half of the prompts.
+    """
+
+    temperature: float
+    raw: Calibration
+    tempered: Calibration
+
+
+def tempered(gaps: np.ndarray, prompts: np.ndarray, seed: int = 0) -> Tempered | None:
+    """Fit a temperature on each half of the prompts, and look at it on the other half; None: a half has none.
+
+    Args:
+        prompts: the prompt of each pair, (p,).
+    """
+    names, numbers = np.unique(prompts, return_inverse=True)
+    half = np.random.default_rng(seed).permutation(len(names)) % 2 == 0
+    is_first = half[numbers]
+    temperature = temperature_of(gaps)
+    found = [temperature_of(gaps[part]) for part in (is_first, ~is_first)]
+    if temperature is None or found[0] is None or found[1] is None:
+        return None
+    others = np.where(is_first, found[1], found[0])
+    return Tempered(temperature, calibration(gaps), calibration(gaps / others))
