@@ -8,28 +8,38 @@ reward.score(["Human: 2 + 2? Assistant:"], [" 4"])
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from reward_model.batching.collate import collate
+from reward_model.batching.planner import Planner
+from reward_model.common.distributed import DistributedContext
 from reward_model.common.errors import UserError
 from reward_model.common.logging import logger
 from reward_model.common.remote_code import never_asking
+from reward_model.config.groups import BatchConfig, DataConfig
 from reward_model.config.model_folder import require_plausible_folder
-from reward_model.config.options import require_no_adapter
 from reward_model.data.chats import half_character, in_plain, is_chat, write
-from reward_model.data.comparisons import BadRow, Comparison
+from reward_model.data.comparisons import BadRow, Comparison, Comparisons
 from reward_model.data.preprocessing import end_text, one_start
 from reward_model.data.tokenizer import choose_special_tokens, load_tokenizer
+from reward_model.evaluation.judged import Judged, judge
+from reward_model.models.adapters import is_adapter, merged, merged_before
+from reward_model.models.attention import SEPARATE
 from reward_model.models.forward import ForwardPass
 from reward_model.models.loading import DTYPES, load_for_training
 from reward_model.models.saved_forms import form_of, load_form
 from reward_model.models.scorer import Scorer, embedding_rows
 from reward_model.objectives.losses import likeliest_grade
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name
 
 
 class RewardScorer:
@@ -59,6 +69,49 @@ class RewardScorer:
         self.mean = getattr(scorer.config, "score_mean", 0.0)  # of a normalized model: its head has no bias to take it
         self.thresholds = [value - self.mean for value in getattr(scorer.config, "score_thresholds", [])]
         self.lowest_grade = getattr(scorer.config, "lowest_grade", 0)
+        self.temperature = getattr(scorer.config, "score_temperature", None) or 1.0  # of a probability, not of scores
+
+    def judge(
+        self,
+        data: Comparisons,
+        context: DistributedContext,
+        batch_size: int = 32,
+        tokens_per_batch: int = 0,
+        attention: Literal["auto", "timed", "slices", "flex", "varlen", "dense", "separate"] = "auto",
+        seed: int = 0,
+    ) -> Judged:
+        """The scores of a data set's responses, each prompt's together, on all ranks; every rank gets all of them.
+
+        Args:
+            data: tokenized for this model.
+            batch_size: of a rank, in judged pairs or single responses.
+            tokens_per_batch: the most tokens of a forward pass, pads included; 0: no limit.
+            attention: as ``--attention`` of main.py.
+            seed: of the order in which ties are broken when prompts are brought together.
+
+        Raises:
+            UserError: the attention that was asked for is not right for this model.
+        """
+        if self.pad is None and self.scorer.pooling == "classifier":  # takes no pads, see score_ids
+            rows = (data[i] for i in range(len(data)))
+            texts = [row.prompt + response for row in rows for response in row.responses]
+            return Judged.of(data, np.array(self.score_ids(texts)))
+        batches = BatchConfig(merge="prompt", per_device_train_batch_size=batch_size, tokens_per_batch=tokens_per_batch)
+        planner = Planner(batches, batch_size, seed, context, by_row=False)
+        groups = planner.evaluation_groups(data, 0)
+        longest = int(data.lengths.max())
+        logger.info(
+            self.forward.choose_attention(longest, attention, lambda layout: planner.first(data, groups, layout))
+        )
+        try:
+            plan = planner.evaluation(groups, self.forward.layout.kind)
+            loaded = planner.load(data, plan, self.forward.layout)
+            found = judge(
+                self.forward, data, plan, loaded, context, self.pad if self.scorer.pooling == "last" else None
+            )
+        finally:
+            self.forward.use(SEPARATE)
+        return replace(found, scores=found.scores - self.mean)
 
     def grades(self, scores: Sequence[float]) -> list[int]:
         """The likeliest grade of each score, by the thresholds that ``--loss ordinal`` has learned.
@@ -183,9 +236,10 @@ def load(
     form: Literal["hf", "dschat"] | None = None,
     trust_remote_code: bool = False,
 ) -> RewardScorer:
-    """A model that the trainer saved, in whichever form it was saved.
+    """A model that the trainer saved, in whichever form it was saved, or any reward model that Transformers loads.
 
     Args:
+        folder: or a name on the hub. A LoRA adapter is merged into its base, in the cache of tokenized rows.
         dtype: of the weights, a ``torch.dtype`` or ``fp32``, ``bf16`` or ``fp16``; None: as saved.
         form: of a folder that holds two; None: ``dschat`` only where there is nothing else.
         trust_remote_code: run the code that the model brings.
@@ -193,18 +247,20 @@ def load(
     Raises:
         UserError: no such model, or weights missing.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
+    if not Path(folder).is_dir() and not HUB_NAME.fullmatch(str(folder)):
         raise UserError(f"{folder}: no such folder")
-    require_no_adapter(folder)
-    require_plausible_folder(folder, trust_remote_code)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} holds no model: there is no config.json in it")
+    if is_adapter(str(folder)):
+        folder = merged_before(str(folder)) or merged(str(folder), DataConfig().cache_folder, trust_remote_code)
+    folder = Path(folder)
+    if folder.is_dir():
+        require_plausible_folder(folder, trust_remote_code)
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{folder} holds no model: there is no config.json in it")
     dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     if isinstance(dtype, str):
         raise UserError(f"dtype {dtype}: give one of {', '.join(DTYPES)}, or a torch.dtype")
     tokenizer = load_tokenizer(str(folder), trust_remote_code=trust_remote_code)
-    its_form = form_of(folder, form)
+    its_form = form_of(folder, form) if folder.is_dir() else None
     if its_form:
         with never_asking(trust_remote_code):
             scorer = load_form(folder, its_form, dtype, trust_remote_code)

@@ -184,9 +184,8 @@ def start(local_rank: int = -1, offload: bool = False, debug: bool = False) -> D
         if local_rank >= accelerator.device_count():
             raise UserError(f"local rank {local_rank} on {accelerator.device_count()} devices: start fewer processes")
         accelerator.set_device(local_rank)
-    elif "OMP_NUM_THREADS" not in os.environ:
-        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+    else:
+        _share_cores()
     if on_cpu and os.environ["RANK"] == "0" and not _has_compiled_ops():
         logger.info("DeepSpeed compiles its communication op, once: about half a minute")
     if os.environ["RANK"] == "0":
@@ -199,6 +198,39 @@ def start(local_rank: int = -1, offload: bool = False, debug: bool = False) -> D
         torch.distributed.get_world_size(),
         torch.device(accelerator.current_device_name()),
     )
+
+
+def join(local_rank: int = -1) -> DistributedContext:
+    """Join the other processes for work without an optimizer, where DeepSpeed has nothing to do.
+
+    Args:
+        local_rank: as a launcher gives it on the command line; the environment comes first.
+
+    Raises:
+        UserError: half of what a launcher sets, or fewer devices than processes.
+    """
+    if missing := [name for name in SET_BY_LAUNCHERS if name not in os.environ]:
+        raise UserError(f"RANK is set in the environment without {', '.join(missing)}: start this by a launcher")
+    local_rank = int(os.environ.get("LOCAL_RANK", max(local_rank, 0)))
+    on_gpu = torch.cuda.is_available()
+    if on_gpu and local_rank >= torch.cuda.device_count():
+        raise UserError(f"local rank {local_rank} on {torch.cuda.device_count()} devices: start fewer processes")
+    if on_gpu:
+        torch.cuda.set_device(local_rank)
+    else:
+        require_no_unseen_gpu()
+        _share_cores()
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if on_gpu else "gloo", init_method=meeting.method())
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    return DistributedContext(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
+
+
+def _share_cores() -> None:
+    """Give each process of this machine its part of the cores, unless OMP_NUM_THREADS says otherwise."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
 
 
 def share_texts(context: DistributedContext, size: int) -> DistributedContext:

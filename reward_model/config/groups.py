@@ -23,9 +23,16 @@ Optimizer = Literal["adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"]  # Tr
 Scheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 
 
-def flag(default: Any = MISSING, *, help: str, metavar: str | tuple[str, ...] | None = None) -> Any:
-    """A field with its help; a list is given as a tuple, from which each object gets a list of its own."""
+def flag(
+    default: Any = MISSING, *, help: str, metavar: str | tuple[str, ...] | None = None, aliases: tuple[str, ...] = ()
+) -> Any:
+    """A field with its help; a list is given as a tuple, from which each object gets a list of its own.
+
+    Args:
+        aliases: other flags for it, as another program has them, with their hyphens.
+    """
     metadata: dict[str, Any] = {"help": help} | ({} if metavar is None else {"metavar": metavar})
+    metadata |= {"aliases": list(aliases)} if aliases else {}
     if isinstance(default, tuple):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)

@@ -174,6 +174,23 @@ def doubts(train: Comparisons, evaluation: Comparisons) -> Iterator[str]:
         yield f"{int(known.sum())} of {few} held-out rows have only texts that are trained on, too"
 
 
+def load_evaluation(
+    paths: list[str], tokenizer, special: SpecialTokens, preprocessing: PreprocessingConfig, seed: int, most: int = 0
+) -> Comparisons:
+    """The rows of files, or the evaluation rows of folders and hub names, that judge anything.
+
+    Args:
+        most: drawn at random where there are more; 0: all.
+
+    Raises:
+        UserError: unreadable data, a bad row under ``stop``, or nothing left.
+    """
+    parts = []
+    for path in paths:
+        parts += _evaluation_rows(path, tokenizer, special, preprocessing, seed, nothing_judged)
+    return _at_most(parts, most, "evaluation rows", seed)
+
+
 def load_answers(
     path: str, tokenizer, special: SpecialTokens, preprocessing: PreprocessingConfig, seed: int
 ) -> Comparisons:

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An assessment for people: lines of text, numbers in columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from reward_model.common.words import counted
+
+SUBSETS_SHOWN = 12
+
+
+def lines_of(found: dict) -> Iterator[str]:
+    """What :func:`reward_model.evaluation.assessment.assess` found, with the names of the model and the data."""
+    size = counted(found["pairs"], "pair") if found["pairs"] else counted(found["answers"], "answer")
+    named = f" ({found['set']})" if found.get("set") else ""
+    yield f"{found['model']} on {', '.join(found['data'])}{named}: {size} of {counted(found['prompts'], 'prompt')}"
+    yield from _accuracy(found)
+    yield from _scores(found)
+    if "calibration" in found:
+        yield from _calibration(found["calibration"])
+    yield from _length(found)
+    for part in found.get("by_subset", [])[:SUBSETS_SHOWN]:
+        yield _line(f"subset {part['subset'] or '(none)'}", f"{_share(part)}, {counted(part['pairs'], 'pair')}")
+    if more := len(found.get("by_subset", [])) - SUBSETS_SHOWN:
+        if more > 0:
+            yield _line("", f"{more} more subsets are in --json")
+    if "by_margin" in found:
+        bins = ", ".join(f"{b['value']:.3f} at {_range(b['low'], b['high'])}" for b in found["by_margin"])
+        yield _line("by margin", bins)
+    yield from _beyond_pairs(found)
+
+
+def _accuracy(found: dict) -> Iterator[str]:
+    if "accuracy" not in found:
+        return
+    ties = found["accuracy"]["ties"]
+    yield _line("accuracy", _share(found["accuracy"]) + (f", {counted(ties, 'tie')} as half" if ties else ""))
+    for base in found["baselines"]:
+        yield _line("", f"{_share(base)} for {base['name']}")
+    yield _line("loss", f"{found['loss']:.4f} (log 2 = 0.6931 for equal scores)")
+
+
+def _scores(found: dict) -> Iterator[str]:
+    parts = [
+        f"{name} {of['mean']:.3f} ± {of['std']:.3f}" for name, of in found["scores"].items() if of["count"]
+    ]
+    gap = f"; gap {found['gap']['mean']:.3f} ± {found['gap']['std']:.3f}" if "gap" in found else ""
+    yield _line("scores", ", ".join(parts) + gap)
+
+
+def _calibration(found: dict) -> Iterator[str]:
+    names = {"raw": "σ(gap)", "tempered": "", "stored": ""}
+    for name, of in ((name, found[name]) for name in names if name in found):
+        what = names[name]
+        if name == "tempered":
+            what = f"σ(gap / {found['temperature']:.3f}), fitted on other prompts"
+        elif name == "stored":
+            what = f"σ(gap / {found['stored_temperature']:.3f}), as the model is saved"
+        errors = f"error {of['ece']:.4f} (largest {of['mce']:.3f}), Brier {of['brier']:.4f}, loss {of['log_loss']:.4f}"
+        yield _line("calibration" if name == "raw" else "", f"{errors}: {what}")
+    if "tempered" not in found:
+        yield _line("", "no temperature can be fitted: too few pairs, or all of them right")
+
+
+def _length(found: dict) -> Iterator[str]:
+    length = found["length"]
+    said = f"correlation with the score {length['correlation']:.3f}"
+    if "shorter_is_better" in length:
+        part = length["shorter_is_better"]
+        said += f"; accuracy {_share(part)} where the shorter answer is better ({counted(part['pairs'], 'pair')})"
+    yield _line("length", said)
+
+
+def _beyond_pairs(found: dict) -> Iterator[str]:
+    if lists := found.get("lists"):
+        regret = f", regret {lists['regret']:.4f}" if "regret" in lists else ""
+        said = f"best of list {lists['best_of']:.4f}{regret}, τ {lists['kendall']:.4f}, ρ {lists['spearman']:.4f}"
+        yield _line(counted(lists["lists"], "list"), f"{said}, NDCG {lists['ndcg']:.4f}")
+    if points := found.get("points"):
+        said = f"correlation {points['pearson']:.4f}, ρ {points['spearman']:.4f}"
+        yield _line("targets", f"{said} with {counted(points['answers'], 'target')}")
+    if same := found.get("specificity"):
+        said = f"scores of answers held equal are {same['spread']:.3f} apart, {same['share']:.0%} of the whole spread"
+        yield _line("specificity", f"{said} ({counted(same['groups'], 'group')})")
+
+
+def compared_lines(found: dict) -> Iterator[str]:
+    """How two models compare, as :func:`reward_model.evaluation.assessment.compared` has it, with their names."""
+    between = "" if found["low"] is None else f" [{found['low']:+.4f}, {found['high']:+.4f}]"
+    yield f"{found['one']} against {found['other']}: {found['value']:+.4f}{between} accuracy"
+    only = f"{found['only_one']} right by the first alone, {found['only_other']} by the second alone"
+    yield _line("McNemar", f"p = {found['p_value']:.3g}; {only}")
+
+
+def _line(name: str, said: str) -> str:
+    return f"  {name:14}{said}"
+
+
+def _share(part: dict) -> str:
+    between = "" if part["low"] is None else f" [{part['low']:.4f}, {part['high']:.4f}]"
+    return f"{part['value']:.4f}{between}"
+
+
+def _range(low: float, high: float) -> str:
+    return f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
