@@ -12,20 +12,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from reward_model.common.errors import UserError
+    from reward_model.config.evaluation import EvaluateConfig
     from reward_model.config.options import RunConfig
     from reward_model.inference import load
+    from reward_model.judging.api import evaluate
     from reward_model.training.api import train
     from reward_model.training.run import TrainResult
     from reward_model.training.stopping import Interrupted
 
 __version__ = "0.1.0"
-__all__ = ["Interrupted", "RunConfig", "TrainResult", "UserError", "load", "train"]
+__all__ = ["EvaluateConfig", "Interrupted", "RunConfig", "TrainResult", "UserError", "evaluate", "load", "train"]
 
 _MODULES = {
     "RunConfig": "reward_model.config.options",
     "Interrupted": "reward_model.training.stopping",
     "TrainResult": "reward_model.training.run",
     "UserError": "reward_model.common.errors",
+    "EvaluateConfig": "reward_model.config.evaluation",
+    "evaluate": "reward_model.judging.api",
     "load": "reward_model.inference",
     "train": "reward_model.training.api",
 }

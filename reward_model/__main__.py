@@ -12,6 +12,7 @@ from reward_model.common.logging import quieten
 COMMANDS = {
     "train": ("reward_model.commands.train", "train a reward model: what training_scripts/main.py does"),
     "export": ("reward_model.commands.export", "a model of a checkpoint, of a run that did not end"),
+    "evaluate": ("reward_model.commands.evaluate", "how right models are on some data, how sure, and what scores mean"),
     "plan": ("reward_model.commands.plan", "memory and communication of a run, and the line that launches it"),
     "check": (
         "reward_model.commands.check",

@@ -18,6 +18,7 @@ from reward_model.data.files import Source, loader_of, read_file
 from reward_model.data.layouts import BY_NAME, NAMED, NO_REJECTED, OWN, Layout, layout_of, unread
 
 EVAL_NAMES = ("eval", "evaluation", "test", "validation", "valid", "dev")
+SAVED = ("dataset_dict.json", "state.json")  # of a folder that save_to_disk made
 SHARD = re.compile(r"-\d+-of-\d+")
 AMOUNT = re.compile(r"(?P<path>.+):(?P<amount>\d+(\.\d+)?)")
 EVAL_SPLITS = {"stanfordnlp/SHP": "validation"}
@@ -90,6 +91,26 @@ def read_sources(
         train = [_phase_two(source, data_split, seed) for source in train]
         evaluation = [_phase_two(source, data_split, seed) for source in evaluation]
     return train, evaluation
+
+
+def raw_sources(path: str, split: str | None = None, first: int | None = None) -> list[Source]:
+    """Every file of an entry, or every split of a hub name or saved data set, as it is stored, without a layout.
+
+    Args:
+        split: the one to read; None: all.
+        first: read no more than so many rows of each file.
+
+    Raises:
+        UserError: nothing there, or nothing readable.
+    """
+    if os.path.isfile(path):
+        return [read_file(Path(path), first)]
+    if os.path.isdir(path) and not any((Path(path) / name).is_file() for name in SAVED):
+        return [read_file(each, first) for each in _files(Path(path))]
+    loaded = _saved(Path(path)) if os.path.isdir(path) else _loaded(path)
+    if split and split not in loaded:
+        raise UserError(f"{path} has no split named {split}, only {', '.join(loaded)}")
+    return [Source(f"{path}, split {name}", loaded[name]) for name in loaded if split in (None, name)]
 
 
 def _find(path: str, splits: Splits, first: int | None) -> tuple[list[Source], list[Source]]:
@@ -216,12 +237,8 @@ def _jsonfile_folder() -> Path:
 
 
 def _read_folder(folder: Path, splits: Splits, first: int | None) -> tuple[list[Source], list[Source]]:
-    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        try:
-            loaded = datasets.load_from_disk(str(folder))
-        except Exception as error:
-            raise UserError(f"{folder}: {first_line(error)}") from error
-        return _splits(str(folder), loaded if isinstance(loaded, dict) else {"train": loaded}, splits)
+    if any((folder / name).is_file() for name in SAVED):
+        return _splits(str(folder), _saved(folder), splits)
     files = _files(folder)
 
     def named(names: tuple[str, ...]) -> list[Path]:
@@ -246,6 +263,15 @@ def _read_folder(folder: Path, splits: Splits, first: int | None) -> tuple[list[
     if others:
         logger.warning(f"{folder}: files that are not read: {', '.join(others[:5])}{', …' if len(others) > 5 else ''}")
     return [read_file(path, first) for path in train], [read_file(path, first) for path in evaluation]
+
+
+def _saved(folder: Path) -> dict[str, datasets.Dataset]:
+    """The splits of a folder that save_to_disk made."""
+    try:
+        loaded = datasets.load_from_disk(str(folder))
+    except Exception as error:
+        raise UserError(f"{folder}: {first_line(error)}") from error
+    return loaded if isinstance(loaded, dict) else {"train": loaded}
 
 
 def _files(folder: Path) -> list[Path]:
@@ -275,15 +301,19 @@ def _raise(error: OSError):
 
 
 def _read_hub(name: str, splits: Splits) -> tuple[list[Source], list[Source]]:
+    return _splits(name, _loaded(name), splits)
+
+
+def _loaded(name: str) -> dict[str, datasets.Dataset]:
+    """The splits of a hub name."""
     if name.startswith((".", "/", "~")) or loader_of(Path(name)):
         raise UserError(f"--data_path {name}: no such file or folder")
     owner, *rest = name.split("/")
     repository = ["/".join([owner, *rest[:1]]), *rest[1:]]  # owner/name/subset
     try:
-        loaded = datasets.load_dataset(*repository)
+        return datasets.load_dataset(*repository)
     except Exception as error:
         raise UserError(f"--data_path {name}: no such file or folder, and the hub says: {first_line(error)}") from error
-    return _splits(name, loaded, splits)
 
 
 def _splits(name: str, loaded: dict, splits: Splits) -> tuple[list[Source], list[Source]]:

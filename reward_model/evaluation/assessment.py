@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from reward_model.data.comparisons import Comparison, Comparisons
 from reward_model.evaluation.baselines import baselines, longer_wins
 from reward_model.evaluation.calibration import calibration, tempered
-from reward_model.evaluation.intervals import difference, share
+from reward_model.evaluation.intervals import share
 from reward_model.evaluation.judged import Judged
 from reward_model.evaluation.list_metrics import list_metrics, specificity
 from reward_model.evaluation.metrics import QUANTILES, correlation, point_metrics
@@ -233,8 +233,3 @@ def responses_of(data: Comparisons) -> list[list[int]]:
         asked = len(row.prompt) if row.prompt_tokens is None else row.prompt_tokens
         found += [row.prompt[asked:] + response for response in row.responses]
     return found
-
-
-def compared(one: Judged, other: Judged, seed: int = 0) -> dict:
-    """How two models do on the same pairs, as :class:`reward_model.evaluation.intervals.Difference` has it."""
-    return difference(one.right, other.right, one.pair_prompts, seed).to_json()

@@ -22,9 +22,8 @@ def lines_of(found: dict) -> Iterator[str]:
     yield from _length(found)
     for part in found.get("by_subset", [])[:SUBSETS_SHOWN]:
         yield _line(f"subset {part['subset'] or '(none)'}", f"{_share(part)}, {counted(part['pairs'], 'pair')}")
-    if more := len(found.get("by_subset", [])) - SUBSETS_SHOWN:
-        if more > 0:
-            yield _line("", f"{more} more subsets are in --json")
+    if (more := len(found.get("by_subset", [])) - SUBSETS_SHOWN) > 0:
+        yield _line("", f"{more} more subsets are in --json")
     if "by_margin" in found:
         bins = ", ".join(f"{b['value']:.3f} at {_range(b['low'], b['high'])}" for b in found["by_margin"])
         yield _line("by margin", bins)
@@ -42,9 +41,7 @@ def _accuracy(found: dict) -> Iterator[str]:
 
 
 def _scores(found: dict) -> Iterator[str]:
-    parts = [
-        f"{name} {of['mean']:.3f} ± {of['std']:.3f}" for name, of in found["scores"].items() if of["count"]
-    ]
+    parts = [f"{name} {of['mean']:.3f} ± {of['std']:.3f}" for name, of in found["scores"].items() if of["count"]]
     gap = f"; gap {found['gap']['mean']:.3f} ± {found['gap']['std']:.3f}" if "gap" in found else ""
     yield _line("scores", ", ".join(parts) + gap)
 

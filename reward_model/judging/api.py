@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluation from Python: what ``reward-model evaluate`` does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+
+from reward_model.common.distributed import join, prepare_environment
+from reward_model.common.errors import UserError
+from reward_model.common.files import write_whole
+from reward_model.config.evaluation import EvaluateConfig
+from reward_model.evaluation.assessment import FILE
+from reward_model.judging.evaluations import Evaluations, compare
+from reward_model.judging.subject import Subject
+
+
+def evaluate(models: Sequence[str], config: EvaluateConfig) -> Evaluations:
+    """Score every set of the data with each model, and say what follows; every process of a launch calls it.
+
+    >>> import reward_model
+    >>> config = reward_model.EvaluateConfig(data=["demo/data"])
+    >>> found = reward_model.evaluate(["demo/output"], config)  # doctest: +SKIP
+    >>> found.assessments[0]["accuracy"]["value"]  # doctest: +SKIP
+    0.9767
+
+    Raises:
+        UserError: a model that does not load or has no score head, or data that cannot be used.
+    """
+    prepare_environment()
+    context = join(config.local_rank)
+    found = Evaluations()
+    judged: dict[str, list] = {name: [] for name in config.sets}
+    for model in models:
+        subject = Subject.load(model, config, context)
+        for name, paths in config.sets.items():
+            judged[name].append(subject.judge(name, paths, found))
+    for name, of_models in judged.items():
+        for (one, first), (other, second) in combinations(zip(models, of_models), 2):
+            if first is not None and second is not None:
+                found.comparisons.append(
+                    {"set": name, "one": one, "other": other} | compare(first, second, config.seed)
+                )
+    if config.output_dir and context.is_first:
+        _write(found, Path(config.output_dir))
+    if config.report and context.is_first:
+        from reward_model.reporting import page_of_assessments
+
+        page_of_assessments(found.assessments, Path(config.report))
+    return found
+
+
+def _write(found: Evaluations, folder: Path) -> None:
+    """``evaluation.json``, and rewardbench's files of benchmarks."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / FILE, json.dumps(found.to_json(), indent=1, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise UserError(f"--output_dir {folder}: {error.strerror}") from error
