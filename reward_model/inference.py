@@ -106,9 +106,8 @@ class RewardScorer:
         try:
             plan = planner.evaluation(groups, self.forward.layout.kind)
             loaded = planner.load(data, plan, self.forward.layout)
-            found = judge(
-                self.forward, data, plan, loaded, context, self.pad if self.scorer.pooling == "last" else None
-            )
+            pad = self.pad if self.scorer.pooling == "last" else None
+            found, _ = judge(self.forward, data, plan, loaded, context, pad)
         finally:
             self.forward.use(SEPARATE)
         return replace(found, scores=found.scores - self.mean)

@@ -17,8 +17,10 @@ from reward_model.batching.batch import Batch
 from reward_model.batching.plan import MicroBatch
 from reward_model.common.distributed import DistributedContext
 from reward_model.data.comparisons import Comparisons, Origins
-from reward_model.evaluation.evaluate import Loaded, score_batches
+from reward_model.evaluation.scoring import Loaded, score_batches
 from reward_model.models.forward import ForwardPass
+
+Also = Callable[[Batch, torch.Tensor], list[torch.Tensor]]  # a batch and its scores → tensors (t,)
 
 
 @dataclass(frozen=True)
@@ -101,16 +103,19 @@ def judge(
     context: DistributedContext,
     pad: int | None = None,
     is_asked: Callable[[], bool] | None = None,
-) -> Judged:
+    also: Also | None = None,
+) -> tuple[Judged, list[np.ndarray]]:
     """Score the rows of a plan on all ranks; every rank gets all of them.
 
     Args:
         plan: this rank's share of an evaluation that has every row of the data, or some of them.
         batches: of this plan.
         pad: of which a text is not scored at the last one; None: it is scored at its last token.
+        also: what else to read of each response.
 
     Returns:
-        The rows of the plan, in the order of the data; a score that is not finite stays what it is.
+        The rows of the plan, in the order of the data, a score that is not finite as it is; and what ``also`` has read,
+        float64 (n,) each.
 
     Raises:
         Stopped: ``is_asked`` said so on a rank.
@@ -119,13 +124,15 @@ def judge(
 
     def read(batch: Batch, scores: torch.Tensor) -> list[torch.Tensor]:
         rows = torch.from_numpy(np.asarray(next(shares))).to(scores.device)
-        found = rows[batch.points.row_indices][batch.points.rows]
-        return [torch.stack([found.double(), scores[batch.points.responses].double()], dim=1)]
+        found = [rows[batch.points.row_indices][batch.points.rows], scores[batch.points.responses]]
+        found += also(batch, scores) if also else []
+        return [torch.stack([values.double() for values in found], dim=1)]
 
     (table,) = score_batches(forward, batches, context, read, is_asked, lambda batch: scored_at(batch, pad))
     table = table[np.argsort(table[:, 0], kind="stable")]  # a row's responses stay in their order
     rows = np.unique(table[:, 0].astype(np.int64))
-    return Judged.of(data if len(rows) == len(data) else data.select(rows), table[:, 1])
+    judged = Judged.of(data if len(rows) == len(data) else data.select(rows), table[:, 1])
+    return judged, list(table[:, 2:].T)
 
 
 def scored_at(batch: Batch, pad: int | None) -> torch.Tensor:

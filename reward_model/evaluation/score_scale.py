@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from reward_model.common.distributed import DistributedContext
-from reward_model.evaluation.evaluate import Loaded, score_batches
+from reward_model.evaluation.scoring import Loaded, score_batches
 from reward_model.models.forward import ForwardPass
 from reward_model.models.scorer import Scorer, divide_head, gathered
 

@@ -26,7 +26,8 @@ from reward_model.common.pulse import beat
 from reward_model.common.words import at_step, counted
 from reward_model.config.settings import Settings
 from reward_model.data.comparisons import Comparisons
-from reward_model.evaluation.evaluate import Evaluation, Stopped, described, evaluate
+from reward_model.evaluation.evaluate import Evaluation, described, evaluate
+from reward_model.evaluation.scoring import Stopped
 from reward_model.models.forward import ForwardPass
 from reward_model.models.scorer import count
 from reward_model.objectives.objective import Objective
@@ -316,7 +317,7 @@ class Trainer:
         layout, (rows, groups) = self.forward.layout, self.held_out[name]
         plan = self.planner.evaluation(groups, layout.kind)
         batches = self.planner.load(rows, plan, layout)
-        return evaluate(self.forward, self.objective, batches, self.context, lambda: self.stop.asked)
+        return evaluate(self.forward, self.objective, rows, plan, batches, self.context, lambda: self.stop.asked)
 
     def why_not_finite(self) -> str:
         """What the weights say of scores that are not finite, and what to do; all ranks call it."""

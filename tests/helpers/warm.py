@@ -65,7 +65,7 @@ def send_signal_at(event):
     from reward_model.evaluation import evaluate
     from reward_model.training.step_log import StepLog
 
-    end_step, read_judged, reached = StepLog.end_step, evaluate.read_judged, []
+    end_step, read_points, reached = StepLog.end_step, evaluate.read_points, []
 
     def ended(log, step, *rest):
         end_step(log, step, *rest)
@@ -76,9 +76,9 @@ def send_signal_at(event):
     def read(*arguments):
         if event.get("in_evaluation") and reached[-1:] == [event["step"]]:
             os.kill(os.getpid(), getattr(signal, event["signal"]))
-        return read_judged(*arguments)
+        return read_points(*arguments)
 
-    StepLog.end_step, evaluate.read_judged = ended, read
+    StepLog.end_step, evaluate.read_points = ended, read
 
 
 def become_main(request, rank):
