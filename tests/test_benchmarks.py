@@ -231,7 +231,9 @@ def of_rows(benchmark, rows, scores, file=""):
     """Numbers of (row, file) with the scores of their answers, which are all different texts."""
     rows = [row if isinstance(row, tuple) else (row, file) for row in rows]
     questions = [question for row, name in rows for question in benchmark.questions(row, name)]
-    return measure(benchmark, questions, scores)["values"]
+    values = measure(benchmark, questions, scores)["values"]
+    assert json.loads(json.dumps(values)) == values
+    return values
 
 
 def test_rewardbench_by_hand():
@@ -293,12 +295,17 @@ def test_rm_bench_by_hand():
 
 
 def test_judgebench_by_hand():
-    """A tie is B>A."""
-    rows = [judgebench_row("mmlu-pro-law", "A>B"), judgebench_row("mmlu-pro-math", "B>A")]
-    rows += [judgebench_row("livecodebench", "A>B"), judgebench_row("another", "B>A")]
-    assert of_rows(JUDGEBENCH, rows, [[1, 1], [1, 1], [2, 1], [2, 1]]) == {
-        "overall": 50.0,
+    """A tie is B>A: wrong where A is right, and right where B is."""
+    rows = [judgebench_row("mmlu-pro-law", "A>B"), judgebench_row("livebench-math", "B>A")]
+    rows += [
+        judgebench_row("livecodebench", "A>B"),
+        judgebench_row("another", "B>A"),
+        judgebench_row("mmlu-pro", "A>B"),
+    ]
+    assert of_rows(JUDGEBENCH, rows, [[1, 1], [1, 1], [2, 1], [2, 1], [1, 0]]) == {
+        "overall": 60.0,
         "mmlu-pro": 50.0,
+        "livebench-math": 100.0,
         "livecodebench": 100.0,
     }
 
