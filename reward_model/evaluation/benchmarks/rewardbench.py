@@ -70,12 +70,12 @@ def prior_set_of(file: str) -> str:
 def fits(columns: set[str], first: dict, file: str) -> bool:
     if {"prompt", "chosen", "rejected", "subset", "id", "chosen_model", "rejected_model"} <= columns:
         return first.get("subset") in COUNTS
-    return columns == {"prompt", "chosen", "rejected"} and bool(prior_set_of(file))
+    return columns - {"subset"} == {"prompt", "chosen", "rejected"} and bool(prior_set_of(file))
 
 
 def questions(row: dict, file: str) -> list[Question]:
-    """A pair. The subset of a prior set is its file's name."""
-    subset = row.get("subset") or prior_set_of(file)
+    """A pair. The subset of a prior set is its file's name, also where it has subsets of its own."""
+    subset = row["subset"] if "chosen_model" in row else prior_set_of(file)
     answers = text_of(row, "chosen"), text_of(row, "rejected")
     models = {name: row[name] for name in ("chosen_model", "rejected_model") if name in row}
     return [ask(_prompt(row), answers, (0, 1), subset, row.get("id", ""), **models)]

@@ -68,7 +68,8 @@ def ties_score(asked: list[Question], scores: Scores) -> float | None:
     - .01 · mean of tanh(min(c_ref, c_tied)/d_tied − 1), where 0/0 gives 0.
 
     Ties of scores: c = 0 is wrong, c = d is not greater. The last part makes the weights add up to 1.01.
-    Source: ``process_single_model`` of ``rewardbench/utils.py``.
+    Source: ``process_single_model`` of ``rewardbench/utils.py``, as of version 0.1.5. Version 0.1.4 leaves rows with
+    d = 0 out of the last part, which is .01 at most.
     """
     rows: dict[str, dict[int, tuple[float, float]]] = {"ref": {}, "tied": {}}
     for question, values in zip(asked, scores, strict=True):
