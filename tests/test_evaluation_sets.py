@@ -22,6 +22,7 @@ from reward_model.evaluation.pictures import read_metrics
 from reward_model.training.health import Health, Watch
 from reward_model.training.records import Records
 from reward_model.training.resume import hash_of_rows, hash_of_sets
+from reward_model.training.trackers import Trackers
 
 
 def sets_of(*entries):
@@ -190,12 +191,10 @@ def test_trackers_get_a_tag_for_each_set():
     events = []
 
     class Monitor:
-        enabled = True
-
         def write_events(self, new):
             events.extend(new)
 
-    records = Records(None, Monitor(), True)
+    records = Records(None, Trackers({"csv": Monitor()}), True)
     records.add({"split": "eval", "step": 3, "accuracy": 0.5})
     records.add({"split": "eval", "step": 3, "set": "chat", "accuracy": 0.75})
     assert events == [("eval/accuracy", 0.5, 3), ("eval/chat/accuracy", 0.75, 3)]

@@ -521,6 +521,9 @@ class EvaluationConfig(Group):
     )
 
 
+TRACKERS = ("tensorboard", "wandb", "csv")  # Transformers' names for the first two
+
+
 @dataclass(frozen=True)
 class OutputConfig(Group):
     """What a run leaves behind, and what it shows."""
@@ -561,7 +564,16 @@ class OutputConfig(Group):
     save_format: Literal["hf", "dschat", "both"] = flag(
         "hf", help="Save what Transformers loads, what upstream's step 3 loads, or both."
     )
-    enable_tensorboard: bool = flag(False, help="Write events for TensorBoard.")
+    report_to: list[str] = flag(
+        (),
+        metavar="TRACKER",
+        help=f"The trackers that get the numbers of the run, too: {', '.join(TRACKERS)}, or none. With "
+        "WANDB_MODE=offline in the environment wandb keeps them on this disk.",
+    )
+    run_name: str | None = flag(
+        None, metavar="NAME", help="The name of the run in Weights & Biases. Default: that of the output folder."
+    )
+    enable_tensorboard: bool = flag(False, help="Upstream's flag: the same as --report_to tensorboard.")
     tensorboard_path: str | None = flag(
         None,
         metavar="FOLDER",
@@ -573,6 +585,19 @@ class OutputConfig(Group):
         super().__post_init__()
         if self.time_limit is not None:
             seconds_of(self.time_limit)
+        for name in self.report_to:
+            if name not in (*TRACKERS, "none"):
+                raise UserError(f"--report_to {name}: choose from {', '.join(TRACKERS)}, none")
+        if "none" in self.report_to and (len(set(self.report_to)) > 1 or self.enable_tensorboard):
+            raise UserError("--report_to none, and a tracker beside it (--enable_tensorboard is one): keep one of them")
+        if "csv" in self.report_to and not self.output_dir:
+            raise UserError("--report_to csv without --output_dir: its files lie there")
+
+    @property
+    def trackers(self) -> list[str]:
+        """The names of the trackers that the flags ask for, each once."""
+        asked = [*self.report_to, *["tensorboard"] * self.enable_tensorboard]
+        return [name for name in TRACKERS if name in asked]
 
     @property
     def tensorboard_folder(self) -> str:

@@ -47,6 +47,7 @@ from reward_model.training.output_folder import described_by, locked, mark, open
 from reward_model.training.records import Records
 from reward_model.training.resume import FINISHED, INTERRUPTED, Start, choose_start
 from reward_model.training.stopping import Interrupted, StopRequest
+from reward_model.training.trackers import Trackers
 from reward_model.training.trainer import Trainer
 
 ROWS_TO_NORMALIZE_BY = 4_096  # their standard deviation is known to about 1 %; OpenAI took 256
@@ -116,35 +117,38 @@ def run_in(folder: Path | None, config: RunConfig, context: DistributedContext, 
     if start.finished is not None:
         assert folder is not None
         logger.info(f"{folder} holds this run, finished after {counted(start.finished['step'], 'step')}: nothing to do")
-        return TrainResult.of(
-            start.finished.get("sets", {"": start.finished["metrics"]}), start.finished["step"], folder
-        )
-    try:
-        trainer = prepare(settings, context, objective, data, folder, described_run, start, stop)
-    except UserError:
-        if folder and context.is_first and not start.checkpoint:
-            with suppress(OSError):
-                (folder / "run.json").unlink()  # nothing was trained: the mended command may take the folder
-        raise
-    watchdog.start(settings.engine.hang_timeout, context)
-    with stop.listening():
+        sets = start.finished.get("sets", {"": start.finished["metrics"]})
+        return TrainResult.of(sets, start.finished["step"], folder)
+    goes_on = start.checkpoint is not None
+    told = {name: value for name, value in described_run.items() if name not in ("content", "special", "given")}
+    sections, name = settings.deepspeed.config, settings.output.run_name
+    with Trackers.start(sections, context, folder, name, told, goes_on) as trackers:
         try:
-            trainer.train()
-        except Interrupted:
-            if folder and context.is_first:
-                mark(folder, INTERRUPTED, {"step": trainer.step, "signal": stop.reason})
-            torch.distributed.barrier()
-            release(trainer)
+            trainer = prepare(settings, context, objective, data, folder, described_run, start, stop, trackers)
+        except UserError:
+            if folder and context.is_first and not start.checkpoint:
+                with suppress(OSError):
+                    (folder / "run.json").unlink()  # nothing was trained: the mended command may take the folder
             raise
-        take_best(trainer)
-        keep_scale(trainer, data.reference)
-        if folder:
-            save(trainer, data, folder)
-            finish(trainer, folder)
-    summarize(trainer, folder)
-    torch.distributed.barrier()
-    release(trainer)
-    return TrainResult.of(trainer.metrics, trainer.step, folder)
+        watchdog.start(settings.engine.hang_timeout, context)
+        with stop.listening():
+            try:
+                trainer.train()
+            except Interrupted:
+                if folder and context.is_first:
+                    mark(folder, INTERRUPTED, {"step": trainer.step, "signal": stop.reason})
+                torch.distributed.barrier()
+                release(trainer)
+                raise
+            take_best(trainer)
+            keep_scale(trainer, data.reference)
+            if folder:
+                save(trainer, data, folder)
+                finish(trainer, folder)
+        summarize(trainer, folder)
+        torch.distributed.barrier()
+        release(trainer)
+        return TrainResult.of(trainer.metrics, trainer.step, folder)
 
 
 def with_whole_model(config: RunConfig, context: DistributedContext) -> RunConfig:
@@ -178,6 +182,7 @@ def prepare(
     described_run: dict[str, Any],
     start: Start,
     stop: StopRequest,
+    trackers: Trackers,
 ) -> Trainer:
     """The model, its engine and everything around them, ready to train, at the first step or where a run was."""
     thresholds = objective.start_thresholds(data.train)
@@ -209,7 +214,7 @@ def prepare(
     torch.manual_seed(seed + context.rank)  # dropout: another stream on each rank
     most_responses, pad = settings.batches.max_responses, data.special.pad
     forward = ForwardPass(engine, scorer, dtype, context.device, pad, most_responses, context.sequence)
-    records = Records(folder, engine.monitor, context.is_first)
+    records = Records(folder, trackers, context.is_first)
     trainer = Trainer(
         settings, context, engine, forward, objective, planner, records, train, held_out, steps, checkpointer, stop
     )
