@@ -23,12 +23,18 @@ Optimizer = Literal["adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"]  # Tr
 Scheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 
 
-def flag(default: Any = MISSING, *, help: str, metavar: str | tuple[str, ...] | None = None) -> Any:
-    """A field with its help; a list is given as a tuple, from which each object gets a list of its own."""
+def flag(
+    default: Any = MISSING, *, help: str, metavar: str | tuple[str, ...] | None = None, is_secret: bool = False
+) -> Any:
+    """A field with its help; a list is given as a tuple, from which each object gets a list of its own.
+
+    Args:
+        is_secret: the value is not shown where the object is.
+    """
     metadata: dict[str, Any] = {"help": help} | ({} if metavar is None else {"metavar": metavar})
     if isinstance(default, tuple):
         return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata=metadata, repr=not is_secret)
 
 
 class Group:
@@ -579,6 +585,20 @@ class OutputConfig(Group):
         metavar="FOLDER",
         help="The folder of TensorBoard's events. Default: tensorboard in the output folder, or step2_tensorboard.",
     )
+    push_to_hub: bool = flag(
+        False, help="Push the saved model with its card to a repository of the Hugging Face hub when the run is over."
+    )
+    hub_model_id: str | None = flag(
+        None, metavar="OWNER/NAME", help="The repository. Default: the output folder's name, under your own."
+    )
+    hub_private_repo: bool = flag(False, help="Let the repository be private if it is made.")
+    hub_token: str | None = flag(
+        None,
+        metavar="TOKEN",
+        help="A token that may write. Default: HF_TOKEN, or that of hf auth login. Other users of the machine can read "
+        "command lines, and nothing keeps it.",
+        is_secret=True,
+    )
     debug: bool = flag(False, help="Show tracebacks and DeepSpeed's own log.")
 
     def __post_init__(self) -> None:
@@ -592,6 +612,10 @@ class OutputConfig(Group):
             raise UserError("--report_to none, and a tracker beside it (--enable_tensorboard is one): keep one of them")
         if "csv" in self.report_to and not self.output_dir:
             raise UserError("--report_to csv without --output_dir: its files lie there")
+        if self.push_to_hub and not self.output_dir:
+            raise UserError("--push_to_hub without --output_dir: what is pushed lies there")
+        if (self.hub_model_id or self.hub_private_repo) and not self.push_to_hub:
+            raise UserError("--hub_model_id or --hub_private_repo without --push_to_hub: nothing would be pushed")
 
     @property
     def trackers(self) -> list[str]:

@@ -52,6 +52,7 @@ class Settings:
         """
         groups = (self.data, self.model, self.batches, self.training, self.evaluation, self.output, self.engine)
         values: dict[str, Any] = {name: value for group in groups for name, value in asdict(group).items()}
+        values.pop("hub_token")  # the folder is given away with the model
         loss = asdict(self.loss)
         weights = loss.pop("weights")
         values |= {

@@ -129,7 +129,7 @@ def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
     ['--seed (1 there, 2 here)']
     """
     same_ranks = there.get("world_size") == here.get("world_size")
-    skipped = FREE | BY_CONTENT | {"given", "versions", "content", "world_size", "deepspeed_json", "special"}
+    skipped = FREE | BY_CONTENT | {"given", "versions", "content", "world_size", "deepspeed_json", "special", "data"}
     skipped |= set() if same_ranks else BATCHES
     found = [
         f"--{name} ({there.get(name)} there, {here.get(name)} here)"

@@ -36,13 +36,14 @@ from reward_model.models.loading import DTYPES, is_reward_model, read_config
 from reward_model.models.scorer import Scorer
 from reward_model.objectives.losses import Thresholds
 from reward_model.objectives.objective import Objective
-from reward_model.training import verify, watchdog
+from reward_model.training import hub, verify, watchdog
 from reward_model.training.best import read_weights
 from reward_model.training.checkpoint import prune
 from reward_model.training.checkpointing import Checkpointer
 from reward_model.training.compiling import compile_layers
 from reward_model.training.data import Data, load_data
 from reward_model.training.engine import build_scorer, partition_while_loading, start_engine
+from reward_model.training.model_card import Trained, card_of, write_card
 from reward_model.training.output_folder import described_by, locked, mark, open_folder
 from reward_model.training.records import Records
 from reward_model.training.resume import FINISHED, INTERRUPTED, Start, choose_start
@@ -108,6 +109,9 @@ def run_in(folder: Path | None, config: RunConfig, context: DistributedContext, 
     settings = resolve(config, default_dtype, context.world_size, text.hidden_size, text.vocab_size, on_gpu)
     distributed.require_dtype(settings.engine.dtype)
     distributed.require_zero(settings.deepspeed.zero, settings.engine.nvme_path)
+    if settings.output.push_to_hub:
+        problem = distributed.first_text(hub.why_not(settings.output) if context.is_first else "")
+        hub.require_access(problem, folder is not None and (folder / "checkpoints").is_dir())
     set_seed(settings.training.seed)
     objective = Objective(settings.loss)
     is_trained = is_reward_model(config.model.model_name_or_path, model_config) and not config.model.new_head
@@ -143,12 +147,16 @@ def run_in(folder: Path | None, config: RunConfig, context: DistributedContext, 
             take_best(trainer)
             keep_scale(trainer, data.reference)
             if folder:
-                save(trainer, data, folder)
+                names = save(trainer, data, folder)
+                describe(trainer, data, folder, described_run, names)
                 finish(trainer, folder)
         summarize(trainer, folder)
         torch.distributed.barrier()
         release(trainer)
-        return TrainResult.of(trainer.metrics, trainer.step, folder)
+    if settings.output.push_to_hub and folder and context.is_first:
+        watchdog.stop()  # however long it takes
+        hub.push(folder, names, settings.output)
+    return TrainResult.of(trainer.metrics, trainer.step, folder)
 
 
 def with_whole_model(config: RunConfig, context: DistributedContext) -> RunConfig:
@@ -334,8 +342,11 @@ def keep_scale(trainer: Trainer, reference: Comparisons | None) -> None:
     score_scale.keep_thresholds(forward.scorer, trainer.objective.lowest_grade, scale)
 
 
-def save(trainer: Trainer, data: Data, folder: Path) -> None:
+def save(trainer: Trainer, data: Data, folder: Path) -> list[str]:
     """Write the model and the picture of the run, and see to it that the saved model scores as the trained one does.
+
+    Returns:
+        The names of what belongs to the model; none but on the first rank.
 
     Raises:
         UserError: it does not; what was saved is kept under another name.
@@ -365,6 +376,20 @@ def save(trainer: Trainer, data: Data, folder: Path) -> None:
             problem = f"what was saved is not what was evaluated, and lies in {kept}: {problem}"
     if problem := distributed.first_text(problem):
         raise UserError(problem)
+    return names
+
+
+def describe(trainer: Trainer, data: Data, folder: Path, run: dict[str, Any], names: list[str]) -> None:
+    """Write the model card of what was saved."""
+    if not trainer.context.is_first:
+        return
+    best, config = trainer.best, trainer.forward.scorer.config
+    is_best = bool(trainer.settings.evaluation.keep_best and best and best.step)
+    step = best.step if best and is_best else trainer.step
+    scale = {name: getattr(config, name) for name in saving.SCALE if hasattr(config, name)}
+    trained = Trained(run, trainer.metrics, step, trainer.health.state(), scale)
+    name = trainer.settings.output.hub_model_id or folder.resolve().name
+    write_card(folder, card_of(name, names, data.tokenizer, trained))
 
 
 def draw(trainer: Trainer, folder: Path) -> None:
