@@ -163,6 +163,7 @@ def test_a_killed_run_goes_on_in_its_csv_and_tensorboard_files(demo, tmp_path):
     assert not [tag for tag in events.Tags()["scalars"] if not tag.startswith(("train/", "eval/"))]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_WANDB, reason="wandb is not installed")
 def test_weights_and_biases_offline(demo, tmp_path):
     """Really by wandb: one run of the same id, although it was killed; and no token in what it keeps."""

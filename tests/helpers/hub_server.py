@@ -51,9 +51,8 @@ class Hub:
             }
         if path.endswith(".git/info/lfs/objects/batch"):
             objects = json.loads(body)["objects"]
-            actions = [
-                each | {"actions": {"upload": {"href": f"{self.endpoint}/lfs/{each['oid']}"}}} for each in objects
-            ]
+            for each in objects:
+                each["actions"] = {"upload": {"href": f"{self.endpoint}/lfs/{each['oid']}"}}
             return 200, {"transfer": "basic", "objects": objects}
         if re.fullmatch(r"/api/models/[^/]+/[^/]+/commit/main", path):
             if self.refuses:
