@@ -24,7 +24,7 @@ RUN = {"data": ORIGIN, "loss": ["logistic"], "learning_rate": 1e-3, "offload": F
 
 
 def card(name="model", files=("config.json", "model.safetensors"), tokenizer=None, **changes):
-    values = {"run": RUN, "sets": {"chat": METRICS, "": METRICS | {"accuracy": 0.5}}, "step": 20}
+    values = {"run": RUN, "sets": {"chat": METRICS, "": METRICS | {"accuracy": 0.5}}, "step": 20, "evaluated": 20}
     values |= {"health": NOTHING_WRONG, "scale": {}}
     return card_of(name, files, tokenizer or tiny.tokenizer(), Trained(**values | changes))
 
@@ -65,6 +65,8 @@ def test_metrics_data_settings_versions_and_warnings_are_told():
     assert "| torch | 2.13.0 |" in text
     assert "- step 5: many are equal\n- 2 steps skipped" in text
     assert "Warnings" not in card()
+    assert "Found after step 10, not with these weights." in card(evaluated=10)
+    assert "Found after" not in card()
 
 
 def test_how_to_score_fits_the_form():
@@ -143,4 +145,6 @@ def test_an_exported_model_has_a_card_too(trained, tmp_path):
     assert main([str(out), str(tmp_path / "exported")]) == 0
     text = (tmp_path / "exported" / NAME).read_text()
     assert "# exported" in text
-    assert f"| {metrics.final['pairs']} | {metrics.final['accuracy']:.4f} |" in text
+    first = metrics.evaluations[0]  # a checkpoint is written before the evaluation of its step
+    assert f"| {first['pairs']} | {first['accuracy']:.4f} |" in text
+    assert "Found after step 0, not with these weights." in text

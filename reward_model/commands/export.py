@@ -149,9 +149,9 @@ def write(
     if problem := verify.check(out, forms, expected, tokenizer, special, trust):
         raise UserError(f"what was saved lies in {verify.set_aside(out, names)}, and scores otherwise: {problem}")
     scale = {name: getattr(scorer.config, name) for name in saving.SCALE if hasattr(scorer.config, name)}
-    sets, step = state["metrics"], checkpoint.step
+    sets, step, evaluated = state["metrics"], checkpoint.step, state["evaluated"]
     if is_best:  # of which the state keeps one number
         best = state["best"]
-        sets, step = {next(iter(sets)): {best["by"]: best["value"]}}, best["step"]
-    trained = Trained(run, sets, step, state["health"], scale)
+        sets, step, evaluated = {next(iter(sets)): {best["by"]: best["value"]}}, best["step"], best["step"]
+    trained = Trained(run, sets, step, evaluated, state["health"], scale)
     write_card(out, card_of(out.resolve().name, names, tokenizer, trained))

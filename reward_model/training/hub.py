@@ -13,7 +13,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from reward_model.common.errors import UserError, first_line, masked
+from reward_model.common.errors import first_line, masked
 from reward_model.common.logging import logger
 from reward_model.config.groups import OutputConfig
 from reward_model.training import model_card
@@ -46,6 +46,15 @@ def why_not(output: OutputConfig) -> str:
     except Exception as error:  # of the library that asks, whichever that is
         return f"--push_to_hub: the hub does not answer: {_said(error, output)}"
     return _lacking(me, name)
+
+
+def hindrance(output: OutputConfig) -> str:
+    """:func:`why_not`, for a run that begins; one that goes on from a checkpoint only says it, and has nothing."""
+    problem = why_not(output)
+    if problem and any(Path(output.output_dir or "").glob("checkpoints/step-*")):
+        logger.warning(f"{problem}; it is tried at the end of the run")
+        return ""
+    return problem
 
 
 def _lacking(me: dict[str, Any], name: str) -> str:
@@ -91,11 +100,3 @@ def _said(error: Exception, output: OutputConfig) -> str:
     """What an error says, without the token."""
     text = first_line(error)
     return masked(text.replace(output.hub_token, "***") if output.hub_token else text)
-
-
-def require_access(problem: str, has_checkpoints: bool) -> None:
-    """Raises UserError if nothing could be pushed; a run that goes on from a checkpoint only says so."""
-    if problem and not has_checkpoints:
-        raise UserError(problem)
-    if problem:
-        logger.warning(f"{problem}; it is tried at the end of the run")

@@ -54,13 +54,15 @@ SETTINGS = (  # of run.json, those that matter to who reads a card
 class Trained:
     """What a card tells of a training.
 
-    run: what ``run.json`` says. sets: name of an evaluation set → metrics. step: of the weights. health: what
-    :meth:`reward_model.training.health.Health.state` gives. scale: what ``config.json`` says of the scores.
+    run: what ``run.json`` says. sets: name of an evaluation set → metrics. step: of the weights. evaluated: the step
+    after which the metrics were found. health: what :meth:`reward_model.training.health.Health.state` gives. scale:
+    what ``config.json`` says of the scores.
     """
 
     run: dict[str, Any]
     sets: dict[str, dict[str, Any]]
     step: int
+    evaluated: int
     health: dict[str, Any]
     scale: dict[str, Any]
 
@@ -126,6 +128,11 @@ def card_of(name: str, files: Sequence[str], tokenizer: PreTrainedTokenizerBase,
         "A reward model: it gives a text, a prompt with its answer, one score, of which a higher one is better. It was "
         f"trained from {_code(base)} with dschat-reward; these are the weights of step {trained.step}.",
         "## Held-out metrics",
+        *(
+            []
+            if trained.evaluated == trained.step
+            else [f"Found after step {trained.evaluated}, not with these weights."]
+        ),
         _metrics(trained.sets),
         "## How to score",
         *_scoring(name, files, tokenizer, trained),

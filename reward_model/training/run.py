@@ -109,9 +109,9 @@ def run_in(folder: Path | None, config: RunConfig, context: DistributedContext, 
     settings = resolve(config, default_dtype, context.world_size, text.hidden_size, text.vocab_size, on_gpu)
     distributed.require_dtype(settings.engine.dtype)
     distributed.require_zero(settings.deepspeed.zero, settings.engine.nvme_path)
-    if settings.output.push_to_hub:
-        problem = distributed.first_text(hub.why_not(settings.output) if context.is_first else "")
-        hub.require_access(problem, folder is not None and (folder / "checkpoints").is_dir())
+    asks_hub = settings.output.push_to_hub and context.is_first
+    if problem := distributed.first_text(hub.hindrance(settings.output) if asks_hub else ""):
+        raise UserError(problem)
     set_seed(settings.training.seed)
     objective = Objective(settings.loss)
     is_trained = is_reward_model(config.model.model_name_or_path, model_config) and not config.model.new_head
@@ -153,8 +153,8 @@ def run_in(folder: Path | None, config: RunConfig, context: DistributedContext, 
         summarize(trainer, folder)
         torch.distributed.barrier()
         release(trainer)
+        watchdog.stop()  # trackers and the hub may take long, and the run is over
     if settings.output.push_to_hub and folder and context.is_first:
-        watchdog.stop()  # however long it takes
         hub.push(folder, names, settings.output)
     return TrainResult.of(trainer.metrics, trainer.step, folder)
 
@@ -387,7 +387,7 @@ def describe(trainer: Trainer, data: Data, folder: Path, run: dict[str, Any], na
     is_best = bool(trainer.settings.evaluation.keep_best and best and best.step)
     step = best.step if best and is_best else trainer.step
     scale = {name: getattr(config, name) for name in saving.SCALE if hasattr(config, name)}
-    trained = Trained(run, trainer.metrics, step, trainer.health.state(), scale)
+    trained = Trained(run, trainer.metrics, step, step, trainer.health.state(), scale)
     name = trainer.settings.output.hub_model_id or folder.resolve().name
     write_card(folder, card_of(name, names, data.tokenizer, trained))
 

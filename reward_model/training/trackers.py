@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
@@ -30,6 +31,7 @@ SECTIONS = {  # of DeepSpeed's configuration → its module in deepspeed.monitor
     "comet": ("comet", "CometMonitor"),
 }
 KEPT = "trackers.json"  # in the output folder: by what a tracker knows the run when it goes on
+PATIENCE = 60.0  # seconds for Weights & Biases to send what is left at the end
 Event = tuple[str, float, int]  # tag, number, step
 
 
@@ -125,10 +127,17 @@ class Trackers:
                 if name == "tensorboard":
                     monitor.summary_writer.close()
         if self.opened:
-            with suppress(Exception):
-                import wandb
+            import wandb
 
-                wandb.finish(exit_code=status)
+            def finish() -> None:
+                with suppress(Exception):
+                    wandb.finish(exit_code=status)
+
+            finishing = threading.Thread(target=finish, name="wandb.finish", daemon=True)
+            finishing.start()
+            finishing.join(PATIENCE)  # a run that was asked to end has little time
+            if finishing.is_alive():
+                logger.warning(f"wandb: not all was sent within {PATIENCE:.0f} s; wandb sync sends the rest")
         self.monitors, self.opened = {}, False
 
 
