@@ -129,7 +129,7 @@ def folder(tmp_path):
 
 
 def test_the_model_its_card_and_its_evaluation_are_sent_and_nothing_else(hub, folder, capsys):
-    push(folder, SAVED, output(hub_token=TOKEN, hub_model_id="mine/model", hub_private_repo=True))
+    push(folder, SAVED, output(hub_token=TOKEN, hub_model_id="mine/model", hub_private_repo=True), "owner/base")
     sent = {*SAVED[1:], "adapter/adapter_model.safetensors", *BESIDE}
     assert {name: content.decode() for name, content in hub.files.items()} == {
         name: f"content of {name}" for name in sent
@@ -144,14 +144,15 @@ def test_the_model_its_card_and_its_evaluation_are_sent_and_nothing_else(hub, fo
 
 def test_the_repository_has_the_folder_s_name_unless_it_is_told(hub, folder):
     values = {"output_dir": str(folder), "push_to_hub": True, "hub_token": TOKEN}
-    push(folder, SAVED, RunConfig.of(model_name_or_path="m", **values).output)
+    push(folder, SAVED, RunConfig.of(model_name_or_path="m", **values).output, str(folder))
     assert [repo["name"] for repo in hub.repos] == [folder.name]
     assert not hub.repos[0].get("private")
+    assert set(hub.files) == {*SAVED[1:], *BESIDE}  # its adapter names a folder of this machine
 
 
 def test_a_push_that_fails_is_one_line_with_the_command(hub, folder, capsys):
     hub.refuses = 507
-    push(folder, SAVED, output(hub_token=TOKEN, hub_model_id="me/model"))
+    push(folder, SAVED, output(hub_token=TOKEN, hub_model_id="me/model"), "owner/base")
     said = capsys.readouterr().out
     (line,) = said.splitlines()
     assert line.startswith("not pushed to me/model: ")
@@ -172,7 +173,7 @@ def test_the_command_for_doing_it_by_hand_is_one_that_hf_takes(hub, folder, monk
     hub.refuses = 507
     said = []
     monkeypatch.setattr("reward_model.training.hub.logger.warning", said.append)
-    push(folder, SAVED, output(hub_token=TOKEN, hub_model_id="me/model"))
+    push(folder, SAVED, output(hub_token=TOKEN, hub_model_id="me/model"), "owner/base")
     hub.refuses = 0
     words = shlex.split(said[0].partition("by hand: ")[2])
     values = runs.environment(HF_ENDPOINT=hub.endpoint, HF_TOKEN=TOKEN, HF_HUB_OFFLINE=None, HF_HUB_DISABLE_XET="1")

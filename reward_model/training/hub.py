@@ -72,12 +72,14 @@ def _lacking(me: dict[str, Any], name: str) -> str:
     return ""
 
 
-def push(folder: Path, names: Sequence[str], output: OutputConfig) -> None:
+def push(folder: Path, names: Sequence[str], output: OutputConfig, base: str) -> None:
     """Send the model, its card and what was found of it; if that fails, say the command that does it.
 
     Args:
         names: of what was saved in the folder, as :func:`reward_model.models.saving.save` gives them.
+        base: the model that was trained. An adapter names it by its path, so that beside a local one it stays here.
     """
+    names = [name for name in names if name != "adapter" or not os.path.exists(base)]
     patterns = [f"{name}/*" if (folder / name).is_dir() else name for name in names]
     patterns += [pattern for pattern in BESIDE_THE_MODEL if any(folder.glob(pattern))]
     name = repository(output)

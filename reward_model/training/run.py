@@ -155,7 +155,7 @@ def run_in(folder: Path | None, config: RunConfig, context: DistributedContext, 
         release(trainer)
         watchdog.stop()  # trackers and the hub may take long, and the run is over
     if settings.output.push_to_hub and folder and context.is_first:
-        hub.push(folder, names, settings.output)
+        hub.push(folder, names, settings.output, settings.model.model_name_or_path)
     return TrainResult.of(trainer.metrics, trainer.step, folder)
 
 
