@@ -3,6 +3,7 @@
 
 import csv
 import json
+import shutil
 import sys
 from importlib import metadata
 
@@ -166,20 +167,25 @@ def test_a_killed_run_goes_on_in_its_csv_and_tensorboard_files(demo, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_WANDB, reason="wandb is not installed")
 def test_weights_and_biases_offline(demo, tmp_path):
-    """Really by wandb: one run of the same id, although it was killed; and no token in what it keeps."""
-    out, values = tmp_path / "out", {"WANDB_MODE": "offline", "WANDB_API_KEY": None}
+    """Really by wandb: one run of the same id, although its end was lost; and no token in what it keeps."""
+    out, secret = tmp_path / "out", "a-token-that-nobody-may-read"
     flags = ["--report_to", "wandb", "--run_name", "a name", "--num_train_epochs", 2, "--save_interval", 2]
-    values = {name: value for name, value in values.items() if value}
-    ran(demo, out, *flags, "--max_steps", 6, environment=values)
+    flags += ["--hub_token", secret]
+    ran(demo, out, *flags, "--max_steps", 6, environment={"WANDB_MODE": "offline"})
     (first,) = (out / "wandb").glob("offline-run-*")
     kept = json.loads((out / KEPT).read_text())["wandb"]
     assert first.name.endswith(kept)
-    ran(demo, out, *flags, "--max_steps", 10, environment=values)
+    shutil.rmtree(out / "checkpoints" / "step-00000006")  # as if it had been killed before it wrote this
+    (out / "finished.json").unlink()
+    said = ran(demo, out, *flags, "--max_steps", 10, environment={"WANDB_MODE": "offline"})
+    assert "resumed from step 4" in said
     folders = sorted((out / "wandb").glob("offline-run-*"))
     assert len(folders) == 2
     assert all(folder.name.endswith(kept) for folder in folders)
-    steps = [step for folder in folders for step in history(folder)]
-    assert steps == list(range(11))
+    assert [sorted(set(history(folder))) for folder in folders] == [list(range(7)), list(range(7, 11))]
+    files = [path for path in out.rglob("*") if path.is_file()]
+    assert [path for path in files if secret.encode() in path.read_bytes()] == []
+    assert b"--hub_token" in b"".join(path.read_bytes() for path in files if path.suffix == ".wandb")
 
 
 def history(folder):
