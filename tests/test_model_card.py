@@ -62,6 +62,9 @@ def test_metrics_data_settings_versions_and_warnings_are_told():
     assert "| training | `more.jsonl` | 20 |" in text
     assert "| learning_rate | 0.001 |" in text
     assert "offload" not in text
+    off = {"lora_dim": 0, "lora_alpha": 8.0, "score_penalty": None, "score_penalty_weight": 0.01}
+    assert "lora" not in card(run=RUN | off) and "penalty" not in card(run=RUN | off)
+    assert "| lora_alpha | 8.0 |" in card(run=RUN | off | {"lora_dim": 4})
     assert "| torch | 2.13.0 |" in text
     assert "- step 5: many are equal\n- 2 steps skipped" in text
     assert "Warnings" not in card()

@@ -49,6 +49,11 @@ SETTINGS = (  # of run.json, those that matter to who reads a card
     *("pooling", "dropout", "chat", "dtype", "zero_stage", "offload", "optim", "keep_best", "seed"),
 )
 
+BELONGS_TO = {  # setting → the one without which it says nothing
+    **dict.fromkeys(("lora_alpha", "lora_learning_rate", "lora_bits"), "lora_dim"),
+    "score_penalty_weight": "score_penalty",
+}
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -139,7 +144,7 @@ def card_of(name: str, files: Sequence[str], tokenizer: PreTrainedTokenizerBase,
         "## Data",
         _data(origin),
         "## Training",
-        _table(("setting", "value"), [(each, _value(run[each])) for each in SETTINGS if _is_told(run.get(each))]),
+        _table(("setting", "value"), [(each, _value(run[each])) for each in SETTINGS if _is_told(run, each)]),
     ]
     if warnings := _warnings(trained.health):
         parts += ["## Warnings of the run", "\n".join(f"- {printable(line)}" for line in warnings)]
@@ -216,7 +221,8 @@ def _scoring(name: str, files: Sequence[str], tokenizer: PreTrainedTokenizerBase
     if "score_mean" in trained.scale:
         parts.append(
             "The head was scaled to scores of standard deviation 1. `config.json` has their mean, "
-            f"{trained.scale['score_mean']:.4f}, which only `reward_model.inference` subtracts."
+            f"{trained.scale['score_mean']:.4f}, which only `reward_model.inference` subtracts. The metrics above are "
+            "of the scores before."
         )
     if "score_thresholds" in trained.scale:
         parts.append("`reward.grades(scores)` gives the grades that the model was trained on.")
@@ -237,8 +243,10 @@ def _warnings(health: dict[str, Any]) -> list[str]:
     return [alarm["message"] for alarm in health["alarms"]] + skipped
 
 
-def _is_told(value: Any) -> bool:
-    return value not in (None, "", 0, 0.0, False, [])
+def _is_told(run: dict[str, Any], name: str) -> bool:
+    """Whether a setting is not off, and says something."""
+    is_on = run.get(name) not in (None, "", 0, 0.0, False, [])
+    return is_on and (name not in BELONGS_TO or _is_told(run, BELONGS_TO[name]))
 
 
 def _value(value: Any) -> str:
