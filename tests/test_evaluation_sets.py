@@ -22,6 +22,8 @@ from reward_model.evaluation.pictures import read_metrics
 from reward_model.training.health import Health, Watch
 from reward_model.training.records import Records
 from reward_model.training.resume import hash_of_rows, hash_of_sets
+from reward_model.training.run import TrainResult
+from reward_model.training.trackers import Trackers
 
 
 def sets_of(*entries):
@@ -190,12 +192,10 @@ def test_trackers_get_a_tag_for_each_set():
     events = []
 
     class Monitor:
-        enabled = True
-
         def write_events(self, new):
             events.extend(new)
 
-    records = Records(None, Monitor(), True)
+    records = Records(None, Trackers({"csv": Monitor()}), True)
     records.add({"split": "eval", "step": 3, "accuracy": 0.5})
     records.add({"split": "eval", "step": 3, "set": "chat", "accuracy": 0.75})
     assert events == [("eval/accuracy", 0.5, 3), ("eval/chat/accuracy", 0.75, 3)]
@@ -205,6 +205,12 @@ def test_the_picture_is_of_the_first_set(tmp_path):
     lines = [{"split": "eval", "step": step, "set": name} for step in (0, 5) for name in ("chat", "code")]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert read_metrics(tmp_path / "metrics.jsonl")[1] == [lines[0], lines[2]]
+
+
+def test_the_result_is_that_of_the_first_set():
+    found = TrainResult.of({"chat": {"accuracy": 0.5}, "code": {"accuracy": 0.75}}, 3, None)
+    assert found.metrics == {"accuracy": 0.5}
+    assert found.sets["code"] == {"accuracy": 0.75}
 
 
 # --- runs ---

@@ -26,6 +26,7 @@ from reward_model.objectives.losses import Thresholds
 from reward_model.training import verify
 from reward_model.training.best import read_weights
 from reward_model.training.checkpoint import BEST, TOKENIZER, Checkpoint, listed
+from reward_model.training.model_card import Trained, card_of, write_card
 from reward_model.training.whole_state import WholeState, fill
 
 
@@ -48,7 +49,7 @@ def main(arguments: list[str]) -> int:
     if best and not best.is_file():
         raise UserError(f"--best: {found.folder} has no best weights, as a run with --keep_best writes them")
     scorer = build(run, state, found, best)
-    write(scorer, run, state, found, out, options.save_format)
+    write(scorer, run, state, found, out, options.save_format, best is not None)
     step = state["best"]["step"] if best else found.step
     logger.info(f"the model of step {step} of {run['model_name_or_path']}: {out}")
     return 0
@@ -116,9 +117,15 @@ def build(run: dict[str, Any], state: dict[str, Any], checkpoint: Checkpoint, be
 
 
 def write(
-    scorer: Scorer, run: dict[str, Any], state: dict[str, Any], checkpoint: Checkpoint, out: Path, save_format: str
+    scorer: Scorer,
+    run: dict[str, Any],
+    state: dict[str, Any],
+    checkpoint: Checkpoint,
+    out: Path,
+    save_format: str,
+    is_best: bool,
 ) -> None:
-    """Save a model, and compare what is loaded from the folder with it.
+    """Save a model with its card, and compare what is loaded from the folder with it.
 
     Raises:
         UserError: it cannot be saved so, or does not score as before.
@@ -141,3 +148,10 @@ def write(
     forms = ("hf", "dschat") if save_format == "both" else (save_format,)
     if problem := verify.check(out, forms, expected, tokenizer, special, trust):
         raise UserError(f"what was saved lies in {verify.set_aside(out, names)}, and scores otherwise: {problem}")
+    scale = {name: getattr(scorer.config, name) for name in saving.SCALE if hasattr(scorer.config, name)}
+    sets, step, evaluated = state["metrics"], checkpoint.step, state["evaluated"]
+    if is_best:  # of which the state keeps one number
+        best = state["best"]
+        sets, step, evaluated = {next(iter(sets)): {best["by"]: best["value"]}}, best["step"], best["step"]
+    trained = Trained(run, sets, step, evaluated, state["health"], scale)
+    write_card(out, card_of(out.resolve().name, names, tokenizer, trained))

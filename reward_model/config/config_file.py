@@ -55,6 +55,8 @@ def read_config_file(path: Path, parser) -> list[str]:
             raise UserError(f"--config {path}: {error}") from error
     for name, value in values.items():
         require_known(str(name), FLAGS, f"--config {path}: ")
+        if name == "hub_token":
+            raise UserError(f"--config {path}: a file is no place for hub_token; set HF_TOKEN in the environment")
         if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(v, (dict, list)) for v in value)):
             raise UserError(f"--config {path}: {name} is nested; give it a value, or a list of values")
     words = words_of(values)

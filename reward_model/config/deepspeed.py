@@ -18,11 +18,13 @@ from typing import Any, Literal
 
 from reward_model.common.errors import UserError, first_line
 from reward_model.common.logging import hushed, logger
-from reward_model.config.groups import Dtype, EngineConfig
+from reward_model.config.groups import Dtype, EngineConfig, OutputConfig
 from reward_model.config.options import RunConfig
 
 SMALLEST_SIDE = 4096  # side² elements: 32 MiB in 16 bits, as much as PyTorch's DDP sends at once (25 MiB)
 ZERO_FOLDER = Path(__file__).resolve().parent / "zero"  # package data: an installed package has it too
+PROJECT = "dschat-reward"  # in Weights & Biases, unless WANDB_PROJECT names one
+MONITORS = {"csv": "csv_monitor"}  # names of trackers → sections of DeepSpeed's monitor, where they differ
 OFFLOADS = ("offload_optimizer", "offload_param")
 OURS = {  # sections that the trainer provides itself
     "optimizer": "--learning_rate and --weight_decay",
@@ -102,8 +104,7 @@ def set_up_deepspeed(
     )  # DeepSpeed's waits for the GPU twice a micro-batch
     if config.training.optim != "adamw_torch_fused":
         _allow_optimizer(config.training.optim, content, path)
-    if config.output.enable_tensorboard:
-        _set_tensorboard(content, config.output.tensorboard_folder, path)
+    _set_trackers(config.output, content, path)
     _refuse_auto(content, path)
     if config.engine.deepspeed_config:
         require_accepted(path, content)
@@ -163,18 +164,24 @@ def _set_sizes(zero: dict, world_size: int, hidden_size: int, path: Path) -> Non
         zero["zero_hpz_partition_size"] = _ranks_per_node(world_size, path)
 
 
-def _set_tensorboard(content: dict, folder: str, path: Path) -> None:
-    if "tensorboard" in content:
-        there = _section(content, "tensorboard", path).get("output_path")
-        raise UserError(
-            f"--enable_tensorboard with --tensorboard_path {folder} and the section tensorboard "
-            f"with output_path {there} in {path}: keep one"
-        )
-    content["tensorboard"] = {
-        "enabled": True,
-        "output_path": f"{folder}/ds_tensorboard_logs/",
-        "job_name": "step2_model_tensorboard",
+def _set_trackers(output: OutputConfig, content: dict, path: Path) -> None:
+    """A section of DeepSpeed's monitor for each tracker that the flags ask for."""
+    board = output.tensorboard_folder
+    sections: dict[str, dict[str, Any]] = {  # the names in TensorBoard's path are upstream's
+        "tensorboard": {"output_path": f"{board}/ds_tensorboard_logs/", "job_name": "step2_model_tensorboard"},
+        "wandb": {"project": os.environ.get("WANDB_PROJECT") or PROJECT, "team": os.environ.get("WANDB_ENTITY")},
+        "csv": {"output_path": str(output.output_dir), "job_name": "csv"},
     }
+    for name in output.trackers:
+        key = MONITORS.get(name, name)
+        if key in content:
+            there = _section(content, key, path).get("output_path")
+            flag = f"--tensorboard_path {board} (--enable_tensorboard, --report_to)" if name == "tensorboard" else ""
+            raise UserError(
+                f"{flag or f'--report_to {name}'} and the section {key}{f' with output_path {there}' if there else ''} "
+                f"in {path}: keep one"
+            )
+        content[key] = {"enabled": True} | sections[name]
 
 
 def _path(engine: EngineConfig) -> Path:

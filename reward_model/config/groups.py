@@ -24,18 +24,24 @@ Scheduler = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "c
 
 
 def flag(
-    default: Any = MISSING, *, help: str, metavar: str | tuple[str, ...] | None = None, aliases: tuple[str, ...] = ()
+    default: Any = MISSING,
+    *,
+    help: str,
+    metavar: str | tuple[str, ...] | None = None,
+    aliases: tuple[str, ...] = (),
+    is_secret: bool = False,
 ) -> Any:
     """A field with its help; a list is given as a tuple, from which each object gets a list of its own.
 
     Args:
         aliases: other flags for it, as another program has them, with their hyphens.
+        is_secret: the value is not shown where the object is.
     """
     metadata: dict[str, Any] = {"help": help} | ({} if metavar is None else {"metavar": metavar})
     metadata |= {"aliases": list(aliases)} if aliases else {}
     if isinstance(default, tuple):
         return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata=metadata, repr=not is_secret)
 
 
 class Group:
@@ -528,6 +534,9 @@ class EvaluationConfig(Group):
     )
 
 
+TRACKERS = ("tensorboard", "wandb", "csv")  # Transformers' names for the first two
+
+
 @dataclass(frozen=True)
 class OutputConfig(Group):
     """What a run leaves behind, and what it shows."""
@@ -568,11 +577,34 @@ class OutputConfig(Group):
     save_format: Literal["hf", "dschat", "both"] = flag(
         "hf", help="Save what Transformers loads, what upstream's step 3 loads, or both."
     )
-    enable_tensorboard: bool = flag(False, help="Write events for TensorBoard.")
+    report_to: list[str] = flag(
+        (),
+        metavar="TRACKER",
+        help=f"The trackers that get the numbers of the run, too: {', '.join(TRACKERS)}, or none. With "
+        "WANDB_MODE=offline in the environment wandb keeps them on this disk.",
+    )
+    run_name: str | None = flag(
+        None, metavar="NAME", help="The name of the run in Weights & Biases. Default: that of the output folder."
+    )
+    enable_tensorboard: bool = flag(False, help="Upstream's flag: the same as --report_to tensorboard.")
     tensorboard_path: str | None = flag(
         None,
         metavar="FOLDER",
         help="The folder of TensorBoard's events. Default: tensorboard in the output folder, or step2_tensorboard.",
+    )
+    push_to_hub: bool = flag(
+        False, help="Push the saved model with its card to a repository of the Hugging Face hub when the run is over."
+    )
+    hub_model_id: str | None = flag(
+        None, metavar="OWNER/NAME", help="The repository. Default: the output folder's name, under your own."
+    )
+    hub_private_repo: bool = flag(False, help="Let the repository be private if it is made.")
+    hub_token: str | None = flag(
+        None,
+        metavar="TOKEN",
+        help="A token that may write. Default: HF_TOKEN, or that of hf auth login. Other users of the machine can read "
+        "command lines, and nothing keeps it.",
+        is_secret=True,
     )
     debug: bool = flag(False, help="Show tracebacks and DeepSpeed's own log.")
 
@@ -580,6 +612,23 @@ class OutputConfig(Group):
         super().__post_init__()
         if self.time_limit is not None:
             seconds_of(self.time_limit)
+        for name in self.report_to:
+            if name not in (*TRACKERS, "none"):
+                raise UserError(f"--report_to {name}: choose from {', '.join(TRACKERS)}, none")
+        if "none" in self.report_to and (len(set(self.report_to)) > 1 or self.enable_tensorboard):
+            raise UserError("--report_to none, and a tracker beside it (--enable_tensorboard is one): keep one of them")
+        if "csv" in self.report_to and not self.output_dir:
+            raise UserError("--report_to csv without --output_dir: its files lie there")
+        if self.push_to_hub and not self.output_dir:
+            raise UserError("--push_to_hub without --output_dir: what is pushed lies there")
+        if (self.hub_model_id or self.hub_private_repo) and not self.push_to_hub:
+            raise UserError("--hub_model_id or --hub_private_repo without --push_to_hub: nothing would be pushed")
+
+    @property
+    def trackers(self) -> list[str]:
+        """The names of the trackers that the flags ask for, each once."""
+        asked = [*self.report_to, *["tensorboard"] * self.enable_tensorboard]
+        return [name for name in TRACKERS if name in asked]
 
     @property
     def tensorboard_folder(self) -> str:

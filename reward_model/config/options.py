@@ -180,6 +180,23 @@ def require_bitsandbytes(model: ModelConfig, training: TrainingConfig) -> None:
         raise UserError(f"{flag}: bitsandbytes {there} is too old: pip install 'bitsandbytes>={lowest}'")
 
 
+PACKAGES_OF_TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
+
+
+def require_trackers(sections: dict[str, Any]) -> None:
+    """Raises UserError if a tracker's package is not there.
+
+    Args:
+        sections: DeepSpeed's configuration.
+    """
+    for name, package in PACKAGES_OF_TRACKERS.items():
+        if (sections.get(name) or {}).get("enabled"):
+            try:
+                metadata.version(package)  # a folder called wandb, as its runs leave one, can be imported, too
+            except metadata.PackageNotFoundError:
+                raise UserError(f"--report_to {name} needs a package that is not here: pip install {package}") from None
+
+
 def read_run(path: Path) -> dict[str, Any]:
     """What a ``run.json`` says of the run that wrote it; empty: it is none that could be gone on from."""
     try:

@@ -20,7 +20,7 @@ from reward_model.config.groups import (
     TrainingConfig,
 )
 from reward_model.config.loss import Loss, resolve_loss
-from reward_model.config.options import RunConfig, require_bits, require_bitsandbytes
+from reward_model.config.options import RunConfig, require_bits, require_bitsandbytes, require_trackers
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Settings:
         """
         groups = (self.data, self.model, self.batches, self.training, self.evaluation, self.output, self.engine)
         values: dict[str, Any] = {name: value for group in groups for name, value in asdict(group).items()}
+        values.pop("hub_token")  # the folder is given away with the model
         loss = asdict(self.loss)
         weights = loss.pop("weights")
         values |= {
@@ -93,6 +94,7 @@ def resolve(
     setup = set_up_deepspeed(config, default_dtype, world_size, hidden_size, vocab_size, on_gpu)
     require_bits(config.model, config.training, setup.zero_stage, setup.offload)
     require_bitsandbytes(config.model, config.training)
+    require_trackers(setup.config)
     if config.batches.attention in (("slices",) if on_gpu else ("flex",)):
         other = "CPU" if on_gpu else "GPU"
         raise UserError(

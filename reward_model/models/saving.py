@@ -36,6 +36,7 @@ from reward_model.models.quantization import dequantized, is_quantized
 from reward_model.models.scorer import Scorer, embedding_name, gathered
 from reward_model.reward_model import RewardModel
 
+TAGS = ("reward-model", "reward-trainer")  # of the model, as TRL's trainer has the second
 OWN_WEIGHTS = "reward_model{suffix}.safetensors"
 OWN_CONFIG = "reward_model.json"
 DSCHAT_WEIGHTS = "pytorch_model.bin"
@@ -188,6 +189,7 @@ def whole_state_dict(model: nn.Module, keep: bool = True) -> dict[str, torch.Ten
 def _save_for_loading(scorer: Scorer, state: dict[str, torch.Tensor], folder: Path) -> None:
     model = scorer.unwrapped
     if isinstance(model, PreTrainedModel):
+        model.add_model_tags(list(TAGS))  # for whoever pushes the model from Python
         model.save_pretrained(folder, state_dict=state)
         return
     config = copy.deepcopy(model.config)

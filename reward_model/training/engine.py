@@ -18,6 +18,7 @@ from reward_model.models.scorer import Scorer, resize_embedding
 from reward_model.training.compiling import require_whole_layers
 from reward_model.training.precision import set_tf32
 from reward_model.training.recompute import recompute_layers
+from reward_model.training.trackers import SECTIONS
 
 BETAS = (0.9, 0.95)  # upstream's
 
@@ -96,7 +97,9 @@ def start_engine(settings: Settings, scorer: Scorer, steps: int):
     """DeepSpeed's engine with AdamW and the learning-rate schedule of so many steps."""
     import deepspeed
 
-    training, ds_config = settings.training, settings.deepspeed.config
+    training = settings.training
+    # a monitor of the engine's own would write at other steps than ours, and Weights & Biases takes none that is lower
+    ds_config = {key: value for key, value in settings.deepspeed.config.items() if key not in SECTIONS}
     optimizer = _optimizer(settings, scorer)
     scheduler = get_scheduler(
         training.lr_scheduler_type,

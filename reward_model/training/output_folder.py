@@ -30,6 +30,7 @@ from reward_model.models.scorer import Scorer, count
 from reward_model.training import resume, verify
 from reward_model.training.checkpoint import remove_unfinished
 from reward_model.training.data import Data
+from reward_model.training.model_card import where_from
 from reward_model.training.resume import FINISHED, INTERRUPTED, hash_of_model, hash_of_rows, hash_of_sets
 
 LOCK = ".lock"
@@ -83,7 +84,7 @@ def described_by(settings: Settings, context: DistributedContext, data: Data) ->
     special = {
         name: sorted(value) if isinstance(value, frozenset) else value for name, value in asdict(data.special).items()
     }
-    return distributed.from_first(values | {"special": special})
+    return distributed.from_first(values | {"special": special, "data": where_from(settings, data)})
 
 
 def open_folder(

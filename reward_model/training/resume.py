@@ -24,6 +24,7 @@ from reward_model.config.options import read_run
 from reward_model.config.settings import Settings
 from reward_model.data.comparisons import Comparisons
 from reward_model.training.checkpoint import Checkpoint, newest_whole
+from reward_model.training.trackers import SECTIONS
 
 FINISHED, INTERRUPTED = "finished.json", "interrupted.json"  # marks beside the model
 # that change no number of a run, or that a run may be given more of
@@ -116,7 +117,7 @@ def _folder_of(name_or_path: str) -> Path | None:
 
 def described(settings: Settings, world_size: int, versions: dict[str, str], content: dict[str, str]) -> str:
     """``run.json``."""
-    ours = {"steps_per_print", "tensorboard", "train_batch_size"} | BATCHES_OF_DEEPSPEED
+    ours = {"steps_per_print", "train_batch_size"} | BATCHES_OF_DEEPSPEED | set(SECTIONS)
     deepspeed = {key: value for key, value in settings.deepspeed.config.items() if key not in ours}
     return settings.to_json(versions, content=content, world_size=world_size, deepspeed_json=deepspeed)
 
@@ -128,7 +129,7 @@ def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
     ['--seed (1 there, 2 here)']
     """
     same_ranks = there.get("world_size") == here.get("world_size")
-    skipped = FREE | BY_CONTENT | {"given", "versions", "content", "world_size", "deepspeed_json", "special"}
+    skipped = FREE | BY_CONTENT | {"given", "versions", "content", "world_size", "deepspeed_json", "special", "data"}
     skipped |= set() if same_ranks else BATCHES
     found = [
         f"--{name} ({there.get(name)} there, {here.get(name)} here)"

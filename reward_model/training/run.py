@@ -42,17 +42,19 @@ from reward_model.models.loading import DTYPES, is_reward_model, read_config
 from reward_model.models.scorer import Scorer
 from reward_model.objectives.losses import Thresholds
 from reward_model.objectives.objective import Objective
-from reward_model.training import verify, watchdog
+from reward_model.training import hub, verify, watchdog
 from reward_model.training.best import read_weights
 from reward_model.training.checkpoint import prune
 from reward_model.training.checkpointing import Checkpointer
 from reward_model.training.compiling import compile_layers
 from reward_model.training.data import Data, load_data
 from reward_model.training.engine import build_scorer, partition_while_loading, start_engine
+from reward_model.training.model_card import Trained, card_of, write_card
 from reward_model.training.output_folder import described_by, locked, mark, open_folder
 from reward_model.training.records import Records
 from reward_model.training.resume import FINISHED, INTERRUPTED, Start, choose_start
 from reward_model.training.stopping import Interrupted, StopRequest
+from reward_model.training.trackers import Trackers
 from reward_model.training.trainer import Trainer
 
 ROWS_TO_NORMALIZE_BY = 4_096  # their standard deviation is known to about 1 %; OpenAI took 256
@@ -113,6 +115,9 @@ def run_in(folder: Path | None, config: RunConfig, context: DistributedContext, 
     settings = resolve(config, default_dtype, context.world_size, text.hidden_size, text.vocab_size, on_gpu)
     distributed.require_dtype(settings.engine.dtype)
     distributed.require_zero(settings.deepspeed.zero, settings.engine.nvme_path)
+    asks_hub = settings.output.push_to_hub and context.is_first
+    if problem := distributed.first_text(hub.hindrance(settings.output) if asks_hub else ""):
+        raise UserError(problem)
     set_seed(settings.training.seed)
     objective = Objective(settings.loss)
     is_trained = is_reward_model(config.model.model_name_or_path, model_config) and not config.model.new_head
@@ -124,34 +129,41 @@ def run_in(folder: Path | None, config: RunConfig, context: DistributedContext, 
         logger.info(f"{folder} holds this run, finished after {counted(start.finished['step'], 'step')}: nothing to do")
         if line := not_applied(folder, described_run):
             logger.warning(line)
-        return TrainResult.of(
-            start.finished.get("sets", {"": start.finished["metrics"]}), start.finished["step"], folder
-        )
-    try:
-        trainer = prepare(settings, context, objective, data, folder, described_run, start, stop)
-    except UserError:
-        if folder and context.is_first and not start.checkpoint:
-            with suppress(OSError):
-                (folder / "run.json").unlink()  # nothing was trained: the mended command may take the folder
-        raise
-    watchdog.start(settings.engine.hang_timeout, context)
-    with stop.listening():
+        sets = start.finished.get("sets", {"": start.finished["metrics"]})
+        return TrainResult.of(sets, start.finished["step"], folder)
+    goes_on = start.checkpoint is not None
+    told = {name: value for name, value in described_run.items() if name not in ("content", "special", "given")}
+    sections, name = settings.deepspeed.config, settings.output.run_name
+    with Trackers.start(sections, context, folder, name, told, goes_on) as trackers:
         try:
-            trainer.train()
-        except Interrupted:
-            if folder and context.is_first:
-                mark(folder, INTERRUPTED, {"step": trainer.step, "signal": stop.reason})
-            torch.distributed.barrier()
-            release(trainer)
+            trainer = prepare(settings, context, objective, data, folder, described_run, start, stop, trackers)
+        except UserError:
+            if folder and context.is_first and not start.checkpoint:
+                with suppress(OSError):
+                    (folder / "run.json").unlink()  # nothing was trained: the mended command may take the folder
             raise
-        take_best(trainer)
-        keep_scale(trainer, data.reference)
-        if folder:
-            save(trainer, data, folder)
-            finish(trainer, folder)
-    summarize(trainer, folder)
-    torch.distributed.barrier()
-    release(trainer)
+        watchdog.start(settings.engine.hang_timeout, context)
+        with stop.listening():
+            try:
+                trainer.train()
+            except Interrupted:
+                if folder and context.is_first:
+                    mark(folder, INTERRUPTED, {"step": trainer.step, "signal": stop.reason})
+                torch.distributed.barrier()
+                release(trainer)
+                raise
+            take_best(trainer)
+            keep_scale(trainer, data.reference)
+            if folder:
+                names = save(trainer, data, folder)
+                describe(trainer, data, folder, described_run, names)
+                finish(trainer, folder)
+        summarize(trainer, folder)
+        torch.distributed.barrier()
+        release(trainer)
+        watchdog.stop()  # trackers and the hub may take long, and the run is over
+    if settings.output.push_to_hub and folder and context.is_first:
+        hub.push(folder, names, settings.output, settings.model.model_name_or_path)
     return TrainResult.of(trainer.metrics, trainer.step, folder)
 
 
@@ -194,6 +206,7 @@ def prepare(
     described_run: dict[str, Any],
     start: Start,
     stop: StopRequest,
+    trackers: Trackers,
 ) -> Trainer:
     """The model, its engine and everything around them, ready to train, at the first step or where a run was."""
     thresholds = objective.start_thresholds(data.train)
@@ -225,7 +238,7 @@ def prepare(
     torch.manual_seed(seed + context.rank)  # dropout: another stream on each rank
     most_responses, pad = settings.batches.max_responses, data.special.pad
     forward = ForwardPass(engine, scorer, dtype, context.device, pad, most_responses, context.sequence)
-    records = Records(folder, engine.monitor, context.is_first)
+    records = Records(folder, trackers, context.is_first)
     trainer = Trainer(
         settings, context, engine, forward, objective, planner, records, train, held_out, steps, checkpointer, stop
     )
@@ -345,8 +358,11 @@ def keep_scale(trainer: Trainer, reference: Comparisons | None) -> None:
     score_scale.keep_thresholds(forward.scorer, trainer.objective.lowest_grade, scale)
 
 
-def save(trainer: Trainer, data: Data, folder: Path) -> None:
+def save(trainer: Trainer, data: Data, folder: Path) -> list[str]:
     """Write the model and the picture of the run, and see to it that the saved model scores as the trained one does.
+
+    Returns:
+        The names of what belongs to the model; none but on the first rank.
 
     Raises:
         UserError: it does not; what was saved is kept under another name.
@@ -376,6 +392,20 @@ def save(trainer: Trainer, data: Data, folder: Path) -> None:
             problem = f"what was saved is not what was evaluated, and lies in {kept}: {problem}"
     if problem := distributed.first_text(problem):
         raise UserError(problem)
+    return names
+
+
+def describe(trainer: Trainer, data: Data, folder: Path, run: dict[str, Any], names: list[str]) -> None:
+    """Write the model card of what was saved."""
+    if not trainer.context.is_first:
+        return
+    best, config = trainer.best, trainer.forward.scorer.config
+    is_best = bool(trainer.settings.evaluation.keep_best and best and best.step)
+    step = best.step if best and is_best else trainer.step
+    scale = {name: getattr(config, name) for name in saving.SCALE if hasattr(config, name)}
+    trained = Trained(run, trainer.metrics, step, step, trainer.health.state(), scale)
+    name = trainer.settings.output.hub_model_id or folder.resolve().name
+    write_card(folder, card_of(name, names, data.tokenizer, trained))
 
 
 def draw(trainer: Trainer, folder: Path) -> None:

@@ -41,6 +41,7 @@ from reward_model.training.engine import start_engine
 from reward_model.training.records import Records
 from reward_model.training.step_log import StepLog
 from reward_model.training.stopping import StopRequest
+from reward_model.training.trackers import Trackers
 from reward_model.training.trainer import Trainer
 
 WAYS = {backend.name: backend for backend in (*ON_CUDA, SEPARATE)}
@@ -151,10 +152,21 @@ class Steps:
         engine = start_engine(settings, self.scorer, steps=10_000)
         forward = ForwardPass(engine, self.scorer, self.dtype, device, work.PAD)
         forward.use(way)
-        objective, records = Objective(settings.loss), Records(None, engine.monitor, True)
-        nothing, steps = ((None, None),) * 2, ([10_000], 10_000)
+        objective, records = Objective(settings.loss), Records(None, Trackers(), True)
+        train, held_out, steps = (None, None), {"": (None, None)}, ([10_000], 10_000)
         self.trainer = Trainer(
-            settings, self.context, engine, forward, objective, None, records, *nothing, steps, None, StopRequest()
+            settings,
+            self.context,
+            engine,
+            forward,
+            objective,
+            None,
+            records,
+            train,
+            held_out,
+            steps,
+            None,
+            StopRequest(),
         )
         self.log = StepLog(self.context, records, tqdm(disable=True), self.trainer.health)
         engine.train()

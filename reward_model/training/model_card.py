@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model card of what is saved: ``README.md`` with the front matter that the hub reads.
+
+Of the user's machine it names nothing but the last component of a path.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from huggingface_hub import EvalResult, ModelCardData
+from transformers import PreTrainedTokenizerBase
+
+from reward_model.common.errors import printable
+from reward_model.common.files import write_whole
+from reward_model.common.logging import logger
+from reward_model.common.words import counted
+from reward_model.config.settings import Settings
+from reward_model.data.comparisons import Comparisons
+from reward_model.data.sources import amount_of
+from reward_model.models.saving import DSCHAT_WEIGHTS, OWN_CONFIG, TAGS
+from reward_model.training.data import Data
+
+NAME, BESIDE = "README.md", "MODEL_CARD.md"  # the second where the first is the user's own
+MARK = "<!-- written by dschat-reward; a card with another hash than this was changed, and is kept: "
+METRICS = {  # of metrics.jsonl → their heading
+    "pairs": "pairs",
+    "accuracy": "accuracy",
+    "longer_wins_accuracy": "accuracy of always the longer answer",
+    "loss": "logistic loss",
+    "gap_mean": "mean gap",
+    "calibration_error": "calibration error",
+    "length_correlation": "correlation of score and length",
+    "rated": "scored answers",
+    "pearson": "Pearson's correlation with the targets",
+    "label_accuracy": "right labels",
+}
+SETTINGS = (  # of run.json, those that matter to who reads a card
+    *("loss", "loss_weight", "loss_level", "margin", "label_smoothing", "score_penalty", "score_penalty_weight"),
+    *("length_penalty", "learning_rate", "head_learning_rate", "lora_dim", "lora_alpha", "lora_learning_rate"),
+    *("lora_bits", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("world_size", "lr_scheduler_type", "warmup_ratio", "num_warmup_steps", "weight_decay", "max_seq_len", "merge"),
+    *("pooling", "dropout", "chat", "dtype", "zero_stage", "offload", "optim", "keep_best", "seed"),
+)
+
+BELONGS_TO = {  # setting → the one without which it says nothing
+    **dict.fromkeys(("lora_alpha", "lora_learning_rate", "lora_bits"), "lora_dim"),
+    "score_penalty_weight": "score_penalty",
+}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a card tells of a training.
+
+    run: what ``run.json`` says. sets: name of an evaluation set → metrics. step: of the weights. evaluated: the step
+    after which the metrics were found. health: what :meth:`reward_model.training.health.Health.state` gives. scale:
+    what ``config.json`` says of the scores.
+    """
+
+    run: dict[str, Any]
+    sets: dict[str, dict[str, Any]]
+    step: int
+    evaluated: int
+    health: dict[str, Any]
+    scale: dict[str, Any]
+
+
+def where_from(settings: Settings, data: Data) -> dict[str, Any]:
+    """What a card says of data and base model, found while the paths are there: for ``run.json``."""
+    model = settings.model.model_name_or_path
+    held_out = [path for paths in settings.data.eval_sets.values() for path in paths]
+    entries = dict.fromkeys(amount_of(entry)[0] for entry in (*settings.data.data_path, *held_out))
+    on_hub = [entry for entry in entries if not os.path.exists(entry) and entry != "local/jsonfile"]
+    return {
+        "base_model": shown(model),
+        "base_model_on_hub": not os.path.exists(model),
+        "datasets": ["/".join(entry.split("/")[:2]) for entry in on_hub],
+        "train": _rows_of(data.train),
+        "evaluation": {name: _rows_of(rows) for name, rows in data.evaluation.items()},
+    }
+
+
+def _rows_of(rows: Comparisons) -> dict[str, int]:
+    """Where rows are of → how many."""
+    found: dict[str, int] = {}
+    counts = np.bincount(rows.origins.sources, minlength=len(rows.origins.names)).tolist()
+    for name, count in zip(rows.origins.names, counts):
+        found[shown(name)] = found.get(shown(name), 0) + count
+    return found
+
+
+def shown(name: str) -> str:
+    """A path without the folders above it; a name of the hub as it is.
+
+    >>> shown("/home/me/secret/train.jsonl"), shown("owner/data, split train")
+    ('train.jsonl', 'owner/data, split train')
+    """
+    path, comma, split = name.partition(", split ")
+    is_path = os.path.exists(path) or path.startswith((".", "/", "~"))
+    return f"{Path(path).resolve().name if is_path else path}{comma}{split}"
+
+
+def card_of(name: str, files: Sequence[str], tokenizer: PreTrainedTokenizerBase, trained: Trained) -> str:
+    """The text of a card.
+
+    Args:
+        name: of the model, or of its repository.
+        files: that were saved, which tell the form.
+    """
+    run, origin = trained.run, trained.run.get("data", {})
+    hub = origin.get("base_model") if origin.get("base_model_on_hub") else None
+    front = ModelCardData(
+        base_model=hub,
+        datasets=origin.get("datasets") or None,
+        eval_results=_results(name, origin, trained.sets),
+        library_name="transformers",
+        metrics=["accuracy"] if any("accuracy" in each for each in trained.sets.values()) else None,
+        model_name=name,
+        pipeline_tag="text-classification",
+        tags=[*TAGS, "dschat-reward"],
+    )
+    base = origin.get("base_model", "a pretrained model")
+    parts = [
+        f"---\n{front.to_yaml()}\n---",
+        f"# {name}",
+        "A reward model: it gives a text, a prompt with its answer, one score, of which a higher one is better. It was "
+        f"trained from {_code(base)} with dschat-reward; these are the weights of step {trained.step}.",
+        "## Held-out metrics",
+        *(
+            []
+            if trained.evaluated == trained.step
+            else [f"Found after step {trained.evaluated}, not with these weights."]
+        ),
+        _metrics(trained.sets),
+        "## How to score",
+        *_scoring(name, files, tokenizer, trained),
+        "## Data",
+        _data(origin),
+        "## Training",
+        _table(("setting", "value"), [(each, _value(run[each])) for each in SETTINGS if _is_told(run, each)]),
+    ]
+    if warnings := _warnings(trained.health):
+        parts += ["## Warnings of the run", "\n".join(f"- {printable(line)}" for line in warnings)]
+    versions = [(package, version) for package, version in run.get("versions", {}).items()]
+    parts += ["## Versions", _table(("package", "version"), versions)]
+    return signed("\n\n".join(parts) + "\n")
+
+
+def _results(name: str, origin: dict[str, Any], sets: dict[str, dict[str, Any]]) -> list[EvalResult] | None:
+    """The accuracies, as the hub's model index has them; None: there are no pairs."""
+    found = []
+    for set_name, metrics in sets.items():
+        if "accuracy" not in metrics:
+            continue
+        sources = origin.get("evaluation", {}).get(set_name, {})
+        hub = [each for each in origin.get("datasets", []) if any(source.startswith(each) for source in sources)]
+        found.append(
+            EvalResult(
+                task_type="text-classification",
+                task_name="Preference pairs",
+                dataset_type=hub[0] if len(hub) == 1 else "preference-pairs",
+                dataset_name=set_name or ", ".join(sources) or "held-out pairs",
+                metric_type="accuracy",
+                metric_name="Pairs in the right order",
+                metric_value=round(metrics["accuracy"], 4),
+            )
+        )
+    return found or None
+
+
+def _metrics(sets: dict[str, dict[str, Any]]) -> str:
+    names = [name for name in METRICS if any(name in metrics for metrics in sets.values())]
+    rows = [
+        (_code(set_name) if set_name else "held out", *(_number(metrics.get(name)) for name in names))
+        for set_name, metrics in sets.items()
+    ]
+    return _table(("rows", *(METRICS[name] for name in names)), rows)
+
+
+def _scoring(name: str, files: Sequence[str], tokenizer: PreTrainedTokenizerBase, trained: Trained) -> list[str]:
+    """How to score, by Transformers where it loads the form, and by ours; with a template chats, too."""
+    is_dschat = DSCHAT_WEIGHTS in files and not any(each.endswith(".safetensors") for each in files)
+    end, template = trained.run.get("special", {}).get("end"), bool(tokenizer.chat_template)
+    closes = "tokenizer.eos_token"
+    if end is not None and end != tokenizer.eos_token_id:
+        closes = repr(tokenizer.convert_ids_to_tokens(end))
+    chat = '[{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]'
+    parts = []
+    if OWN_CONFIG not in files and not is_dschat:
+        lines = [
+            "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
+            "",
+            f"tokenizer = AutoTokenizer.from_pretrained({name!r})",
+            f"model = AutoModelForSequenceClassification.from_pretrained({name!r})",
+            f'text = "2 + 2 =" + " 4" + {closes}  # a prompt and its answer, closed',
+            'score = model(**tokenizer(text, return_tensors="pt")).logits[0, 0]',
+        ]
+        if template:
+            lines += [
+                "",
+                f"chat = {chat}",
+                "text = tokenizer.apply_chat_template(chat, tokenize=False)",
+                'score = model(**tokenizer(text, add_special_tokens=False, return_tensors="pt")).logits[0, 0]',
+            ]
+        parts.append(_python(lines))
+    lines = [
+        "from reward_model.inference import load  # dschat-reward",
+        "",
+        f"reward = load({name!r})  # a folder on this disk",
+        'reward.score(["2 + 2 ="], [" 4"])',
+        *([f"reward.score_chats([{chat}])"] if template else []),
+    ]
+    parts.append(_python(lines))
+    if "score_mean" in trained.scale:
+        parts.append(
+            "The head was scaled to scores of standard deviation 1. `config.json` has their mean, "
+            f"{trained.scale['score_mean']:.4f}, which only `reward_model.inference` subtracts. The metrics above are "
+            "of the scores before."
+        )
+    if "score_thresholds" in trained.scale:
+        parts.append("`reward.grades(scores)` gives the grades that the model was trained on.")
+    return parts
+
+
+def _data(origin: dict[str, Any]) -> str:
+    rows = [("training", _code(name), count) for name, count in origin.get("train", {}).items()]
+    for set_name, sources in origin.get("evaluation", {}).items():
+        use = f"held out, {_code(set_name)}" if set_name else "held out"
+        rows += [(use, _code(name), count) for name, count in sources.items()]
+    return _table(("used for", "source", "rows"), rows)
+
+
+def _warnings(health: dict[str, Any]) -> list[str]:
+    bad = health["bad_steps"]["count"]
+    skipped = [f"{counted(bad, 'step')} skipped for a loss or gradient that was not finite"] if bad else []
+    return [alarm["message"] for alarm in health["alarms"]] + skipped
+
+
+def _is_told(run: dict[str, Any], name: str) -> bool:
+    """Whether a setting is not off, and says something."""
+    is_on = run.get(name) not in (None, "", 0, 0.0, False, [])
+    return is_on and (name not in BELONGS_TO or _is_told(run, BELONGS_TO[name]))
+
+
+def _value(value: Any) -> str:
+    return ", ".join(map(_value, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _number(value: Any) -> str:
+    return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _code(text: str) -> str:
+    return f"`{printable(text).replace('`', '')}`"
+
+
+def _table(heading: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [heading, ["---"] * len(heading), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _python(lines: Sequence[str]) -> str:
+    return "\n".join(["```python", *lines, "```"])
+
+
+def signed(text: str) -> str:
+    """A card with a mark by which :func:`is_ours` knows that nobody has changed it."""
+    return f"{text}\n{MARK}{hashlib.sha256(text.encode()).hexdigest()} -->\n"
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file is a card as it was written."""
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
+    text, mark, _ = content.rpartition("\n" + MARK)
+    return bool(mark) and signed(text) == content
+
+
+def write_card(folder: Path, text: str) -> None:
+    """Write a card into a folder; a ``README.md`` of the user's stays, and the card then lies beside it."""
+    try:
+        for name in (NAME, BESIDE):
+            path = folder / name
+            if not path.exists() or is_ours(path):
+                write_whole(path, text)
+                return
+            logger.warning(f"{path} is yours, and stays as it is" + (f"; see {BESIDE}" if name == NAME else ""))
+    except OSError as error:
+        logger.warning(f"{path}: {error.strerror}; the model is complete without its card")
