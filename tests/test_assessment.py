@@ -2,6 +2,7 @@
 """What is said of scores: intervals, calibration and temperature, baselines, lists, subsets, and what is compared."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ def judged(scores, prompts=None, lengths=None, subsets=None, margins=None):
         better=numbers[:, 0],
         worse=numbers[:, 1],
         margins=np.full(count, np.nan) if margins is None else np.asarray(margins, float),
-        origins=Origins.of("rows.jsonl", np.arange(1, count + 1)),
+        data=SimpleNamespace(origins=Origins.of("rows.jsonl", np.arange(1, count + 1))),
     )
 
 
@@ -53,7 +54,7 @@ def lists(scores, ranks, targets=None):
         better=np.zeros(0, int),
         worse=np.zeros(0, int),
         margins=np.zeros(0),
-        origins=Origins.of("rows.jsonl", np.arange(1, count + 1)),
+        data=SimpleNamespace(origins=Origins.of("rows.jsonl", np.arange(1, count + 1))),
     )
 
 

@@ -179,10 +179,10 @@ def _scatter(judged: Judged, seed: int) -> dict[str, list]:
 # --- texts ---
 
 
-def mistakes(judged: Judged, data: Comparisons, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
+def mistakes(judged: Judged, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
     """The pairs that a model has wrong with the largest gaps, with their texts."""
     order = np.argsort(judged.gaps, kind="stable")[:MISTAKES]
-    return [described_pair(judged, data, tokenizer, int(i)) for i in order if judged.gaps[i] < 0]
+    return [described_pair(judged, tokenizer, int(i)) for i in order if judged.gaps[i] < 0]
 
 
 def disagreements(one: Judged, other: Judged, data: Comparisons, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
@@ -191,16 +191,16 @@ def disagreements(one: Judged, other: Judged, data: Comparisons, tokenizer: PreT
     apart = np.flatnonzero(np.sign(gaps[0]) != np.sign(gaps[1]))
     order = apart[np.argsort(-np.abs(gaps[0] - gaps[1])[apart], kind="stable")][:MISTAKES]
     return [
-        described_pair(one, data, tokenizer, int(i)) | {"gap": float(one.gaps[i]), "other_gap": float(other.gaps[i])}
+        described_pair(one, tokenizer, int(i)) | {"gap": float(one.gaps[i]), "other_gap": float(other.gaps[i])}
         for i in order
     ]
 
 
-def described_pair(judged: Judged, data: Comparisons, tokenizer: PreTrainedTokenizerBase, pair: int) -> dict:
+def described_pair(judged: Judged, tokenizer: PreTrainedTokenizerBase, pair: int) -> dict:
     """A pair in words: its texts, as the tokenizer reads its ids back, its scores, and where the row is."""
     row = int(judged.pair_rows[pair])
     first = int(np.searchsorted(judged.rows, row))
-    comparison, better, worse = data[row], judged.better[pair], judged.worse[pair]
+    comparison, better, worse = judged.data[row], judged.better[pair], judged.worse[pair]
     prompt, chosen, rejected = _texts(comparison, int(better - first), int(worse - first), tokenizer)
     return {
         "prompt": prompt if len(prompt) <= CHARACTERS else f"… {prompt[-CHARACTERS:]}",

@@ -27,11 +27,12 @@ Also = Callable[[Batch, torch.Tensor], list[torch.Tensor]]  # a batch and its sc
 class Judged:
     """Scores of the responses of a data set, and what people said of them.
 
-    Of rows, (r,): prompts, equal numbers where the same was asked; subsets, names, empty where a row has none; origins.
+    data: the rows. Of rows, (r,): prompts, equal numbers where the same was asked; subsets, empty where there is none.
     Of responses, (n,): rows, which row; scores; lengths, in tokens; ranks, 0 the best in its row, −1 not said; targets,
     NaN not said. Of pairs, (p,): better, worse, which responses; margins, NaN not said.
     """
 
+    data: Comparisons
     prompts: np.ndarray
     subsets: np.ndarray
     rows: np.ndarray
@@ -42,7 +43,6 @@ class Judged:
     better: np.ndarray
     worse: np.ndarray
     margins: np.ndarray
-    origins: Origins
 
     @classmethod
     def of(cls, data: Comparisons, scores: np.ndarray) -> Judged:
@@ -53,6 +53,7 @@ class Judged:
         places = np.repeat(first, data.pairs)
         better, worse = (data.numbers(name) for name in ("better", "worse"))
         return cls(
+            data=data,
             prompts=data.prompt_hashes(),
             subsets=data.subsets(),
             rows=rows,
@@ -63,12 +64,16 @@ class Judged:
             better=better + places,
             worse=worse + places,
             margins=data.filled("margin", data.pairs, np.nan),
-            origins=data.origins,
         )
 
     def __len__(self) -> int:
         """The number of pairs."""
         return len(self.better)
+
+    @property
+    def origins(self) -> Origins:
+        """Where each row was read."""
+        return self.data.origins
 
     @cached_property
     def gaps(self) -> np.ndarray:

@@ -10,7 +10,6 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from reward_model.common.errors import UserError
-from reward_model.data.comparisons import Comparisons
 from reward_model.evaluation.assessment import disagreements
 from reward_model.evaluation.intervals import difference
 from reward_model.evaluation.judged import Judged
@@ -34,10 +33,9 @@ class Evaluations:
 
 @dataclass(frozen=True)
 class Scored:
-    """A set as one model scored it, with the rows and the tokenizer to read them back."""
+    """A set as one model scored it, and the tokenizer to read its rows back."""
 
     judged: Judged
-    data: Comparisons
     tokenizer: PreTrainedTokenizerBase
 
 
@@ -56,7 +54,7 @@ def compare(one: Scored, other: Scored, seed: int) -> dict:
     if not len(first):
         raise UserError("the data have no pairs to compare models on")
     found = difference(first.right, second.right, first.pair_prompts, seed).to_json()
-    return found | {"pairs": len(first), "disagreements": disagreements(first, second, one.data, one.tokenizer)}
+    return found | {"pairs": len(first), "disagreements": disagreements(first, second, one.tokenizer)}
 
 
 def keys_of(judged: Judged) -> Sequence:

@@ -105,16 +105,16 @@ class Subject:
             self.config.max_samples,
         )  # fmt: skip
         judged = self._score(data)
-        found.assessments.append(self.assess(judged, data, name, rest))
-        return Scored(judged, data, self.scorer.tokenizer)
+        found.assessments.append(self.assess(judged, name, rest))
+        return Scored(judged, self.scorer.tokenizer)
 
-    def assess(self, judged: Judged, data: Comparisons, name: str, paths: Sequence[str]) -> dict:
+    def assess(self, judged: Judged, name: str, paths: Sequence[str]) -> dict:
         """What is found of this model on a set, with its names and the pairs that it has most wrong."""
         stored = self.config.temperature or self.scorer.temperature
         found: dict[str, Any] = {"model": self.name, "data": list(paths)} | ({"set": name} if name else {})
-        found |= assess(judged, responses_of(data), self.config.seed, stored)
+        found |= assess(judged, responses_of(judged.data), self.config.seed, stored)
         if len(judged):
-            found["mistakes"] = mistakes(judged, data, self.scorer.tokenizer)
+            found["mistakes"] = mistakes(judged, self.scorer.tokenizer)
         return found
 
     def _score(self, data: Comparisons) -> Judged:

@@ -41,7 +41,7 @@ OWN_WEIGHTS = "reward_model{suffix}.safetensors"
 OWN_CONFIG = "reward_model.json"
 DSCHAT_WEIGHTS = "pytorch_model.bin"
 NOT_FOR_TRANSFORMERS = "none-for-Transformers-since-pytorch_model.bin-is-DeepSpeed-Chats.safetensors"  # in its error
-SCALE = ("score_mean", "score_std", "score_thresholds", "lowest_grade")  # fields of config.json
+SCALE = ("score_mean", "score_std", "score_temperature", "score_thresholds", "lowest_grade")  # fields of config.json
 
 
 def require_dschat(scorer: Scorer, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -49,6 +49,7 @@ from reward_model.training.checkpointing import Checkpointer
 from reward_model.training.compiling import compile_layers
 from reward_model.training.data import Data, load_data
 from reward_model.training.engine import build_scorer, partition_while_loading, start_engine
+from reward_model.training.held_out import keep_temperature, write_evaluation
 from reward_model.training.model_card import Trained, card_of, write_card
 from reward_model.training.output_folder import described_by, locked, mark, open_folder
 from reward_model.training.records import Records
@@ -154,6 +155,7 @@ def run_in(folder: Path | None, config: RunConfig, context: DistributedContext, 
                 raise
             take_best(trainer)
             keep_scale(trainer, data.reference)
+            keep_temperature(trainer)
             if folder:
                 names = save(trainer, data, folder)
                 describe(trainer, data, folder, described_run, names)
@@ -382,6 +384,7 @@ def save(trainer: Trainer, data: Data, folder: Path) -> list[str]:
     names = saving.save(forward.scorer, data.tokenizer, folder, save_format, is_writer, make_room)
     beat("to load what was saved")
     if is_writer:
+        write_evaluation(trainer, data.tokenizer, folder)
         draw(trainer, folder)
         forms = ("hf", "dschat") if save_format == "both" else (save_format,)
         problem = verify.check(
