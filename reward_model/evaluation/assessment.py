@@ -185,7 +185,7 @@ def mistakes(judged: Judged, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
     return [described_pair(judged, tokenizer, int(i)) for i in order if judged.gaps[i] < 0]
 
 
-def disagreements(one: Judged, other: Judged, data: Comparisons, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
+def disagreements(one: Judged, other: Judged, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
     """The pairs that two models order differently, first those on which they are furthest apart, in their spreads."""
     gaps = [each.gaps / (each.scores.std() or 1.0) for each in (one, other)]
     apart = np.flatnonzero(np.sign(gaps[0]) != np.sign(gaps[1]))

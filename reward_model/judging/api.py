@@ -12,6 +12,7 @@ from reward_model.common.distributed import join, prepare_environment
 from reward_model.common.errors import UserError
 from reward_model.common.files import write_whole
 from reward_model.config.evaluation import EvaluateConfig
+from reward_model.data.sources import amount_of, raw_sources
 from reward_model.evaluation.assessment import FILE
 from reward_model.judging.evaluations import Evaluations, compare
 from reward_model.judging.subject import Subject
@@ -32,6 +33,8 @@ def evaluate(models: Sequence[str], config: EvaluateConfig) -> Evaluations:
     prepare_environment()
     context = join(config.local_rank)
     found = Evaluations()
+    for path in (path for paths in config.sets.values() for path in paths):
+        raw_sources(amount_of(path)[0], config.split, 1)  # what is not there is said before a model is loaded
     judged: dict[str, list] = {name: [] for name in config.sets}
     for model in models:
         subject = Subject.load(model, config, context)

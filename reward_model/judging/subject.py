@@ -24,7 +24,7 @@ from reward_model.data.chat_template import give_template, settle_template
 from reward_model.data.comparisons import BadRow, Comparisons
 from reward_model.data.files import Source
 from reward_model.data.preprocessing import PreprocessingConfig, load_evaluation, tokenize
-from reward_model.data.sources import Splits, raw_sources
+from reward_model.data.sources import Splits, amount_of, raw_sources
 from reward_model.evaluation.assessment import assess, mistakes, responses_of
 from reward_model.evaluation.benchmarks import Benchmark, Question, measure, recognize, write_results
 from reward_model.evaluation.judged import Judged
@@ -132,6 +132,8 @@ class Subject:
     def _benchmarks(self, paths: Sequence[str]) -> Iterator[tuple[str, Benchmark, list[Question]]]:
         """Entries that are a benchmark's, which benchmark, and the questions of each of their files."""
         for path in paths:
+            if amount_of(path)[1] is not None:
+                continue  # a part of a benchmark has no numbers of it
             for first in raw_sources(path, self.config.split, 1):
                 benchmark = _recognized(first)
                 if benchmark is None:

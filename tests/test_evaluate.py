@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""reward-model evaluate: saved models of every form on files of every kind, alone and by several processes."""
+
+import json
+import subprocess
+import sys
+
+import models
+import numpy as np
+import pytest
+import runs
+import torch
+
+from reward_model.__main__ import main
+from reward_model.commands.evaluate import models_of
+from reward_model.config.evaluation import EvaluateConfig
+from reward_model.inference import load
+from reward_model.judging.api import evaluate
+from reward_model.models import saving
+from reward_model.models.loading import load_for_training
+from reward_model.models.lora import add_lora
+from reward_model.models.scorer import head_layer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+WORDS = ["cat", "mat", "fish", "there", "sat", "other", "eats", "where"]
+
+
+def save(folder, family="llama", seed=5, save_format="hf", lora=False, **options):
+    """A reward model with random weights."""
+    tokenizer = models.write(family, folder / "base")
+    scorer = load_for_training(str(folder / "base"), torch.float32, seed=3, **options)
+    if lora:
+        add_lora(scorer, 4, 4.0, None)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in scorer.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        head_layer(scorer).weight.add_(0.3 * torch.randn_like(head_layer(scorer).weight))
+    for config in (scorer.config, scorer.config.get_text_config()):
+        config.pad_token_id = tokenizer.pad_token_id
+    saving.save(scorer.eval(), tokenizer, folder / "out", save_format)
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    """Rows whose prompts come two or three times."""
+    chance = np.random.default_rng(0)
+
+    def said(count):
+        return " ".join(chance.choice(WORDS, count))
+
+    prompts = [said(6) for _ in range(15)]
+    rows = [
+        {"prompt": prompts[i % 15], "chosen": " " + said(3 + i % 4), "rejected": " " + said(2 + i % 3) + " x"}
+        for i in range(40)
+    ]
+    return [row | {"domain": "even" if i % 2 else "odd", "margin": float(i % 3)} for i, row in enumerate(rows)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, pairs):
+    return write(tmp_path_factory.mktemp("data") / "pairs.jsonl", pairs)
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def config(folder, *paths, **changes):
+    return EvaluateConfig(data=[str(path) for path in paths], data_output_path=str(folder / "cache"), **changes)
+
+
+def gaps_of(model, rows, **options):
+    """By scoring each text alone."""
+    reward = load(model, **options)
+    sides = [
+        [reward.score([row["prompt"]], [row[side]], batch_size=1)[0] for row in rows] for side in ("chosen", "rejected")
+    ]
+    return np.subtract(*sides)
+
+
+@pytest.mark.parametrize("form", ["hf", "dschat", "own", "encoder", "lora"])
+def test_every_form_is_judged_by_the_scores_of_its_texts(form, pairs, data, tmp_path):
+    how = {
+        "hf": {},
+        "dschat": {"save_format": "dschat"},
+        "own": {"family": "bert", "pooling": "mean"},
+        "encoder": {"family": "bert"},
+        "lora": {"lora": True},
+    }[form]
+    folder = save(tmp_path, **how)
+    gaps = gaps_of(folder, pairs)
+    found = evaluate([str(folder)], config(tmp_path, data)).assessments[0]
+    assert found["accuracy"]["value"] == np.mean(gaps > 0)
+    assert found["gap"]["mean"] == pytest.approx(gaps.mean(), abs=1e-5)
+    assert found["loss"] == pytest.approx(np.logaddexp(0, -gaps).mean(), abs=1e-5)
+    worst = found["mistakes"][0]
+    assert worst["row"] == int(gaps.argmin()) + 1
+    assert worst["chosen_score"] - worst["rejected_score"] == pytest.approx(gaps.min(), abs=1e-5)
+    row = pairs[int(gaps.argmin())]
+    assert (worst["prompt"] + worst["chosen"], worst["file"]) == (row["prompt"] + row["chosen"], str(data))
+
+
+def test_an_adapter_alone_is_merged_first(pairs, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = save(tmp_path, lora=True)
+    alone = tmp_path / "adapter"
+    (folder / "adapter").rename(alone)
+    one, other = (evaluate([str(each)], config(tmp_path, data)).assessments[0] for each in (folder, alone))
+    assert other["gap"]["mean"] == pytest.approx(one["gap"]["mean"], abs=1e-5)
+
+
+def test_a_model_whose_pad_is_its_end_is_scored_where_transformers_scores_it(pairs, data, tmp_path):
+    """As TRL trains: at the token before the end, in batches too."""
+    folder = save(tmp_path)
+    settings = json.loads((folder / "config.json").read_text())
+    settings["pad_token_id"] = settings["eos_token_id"]
+    (folder / "config.json").write_text(json.dumps(settings))
+    gaps = gaps_of(folder, pairs)
+    found = evaluate([str(folder)], config(tmp_path, data, batch_size=8)).assessments[0]
+    assert found["gap"]["mean"] == pytest.approx(gaps.mean(), abs=1e-5)
+    assert found["gap"]["std"] == pytest.approx(gaps.std(), abs=1e-5)
+
+
+def test_sets_subsets_margins_and_two_models(model, pairs, data, tmp_path):
+    other = save(tmp_path, seed=9)
+    lists = write(
+        tmp_path / "lists.jsonl",
+        [
+            {"prompt": row["prompt"], "responses": [row["chosen"], row["rejected"], " fish"], "scores": [2, 1, 0]}
+            | {"domain": "lists"}
+            for row in pairs
+        ],
+    )
+    found = evaluate(
+        [str(model), str(other)], config(tmp_path, f"pairs={data}", f"lists={lists}", columns=["subset=domain"])
+    )
+    assert [(each["model"], each["set"]) for each in found.assessments] == [
+        (str(each), name) for each in (model, other) for name in ("pairs", "lists")
+    ]
+    first = found.assessments[0]
+    assert {part["subset"]: part["pairs"] for part in first["by_subset"]} == {"even": 20, "odd": 20}
+    assert [part["pairs"] for part in first["by_margin"]] == [14, 13, 13]
+    assert first["prompts"] == 15 and found.assessments[1]["lists"]["lists"] == 40
+    gaps = [gaps_of(each, pairs) for each in (model, other)]
+    compared = found.comparisons[0]
+    assert compared["value"] == pytest.approx(np.mean(gaps[0] > 0) - np.mean(gaps[1] > 0))
+    assert compared["only_one"] == np.sum((gaps[0] > 0) & (gaps[1] < 0))
+    apart = [each["row"] for each in compared["disagreements"]]
+    assert sorted(apart) == (np.flatnonzero(np.sign(gaps[0]) != np.sign(gaps[1])) + 1).tolist()
+
+
+def test_a_benchmark_is_known_by_its_columns(model, tmp_path):
+    rows = [
+        {"question": f"the cat {word}", "response_A": f"the {word}", "response_B": "fish there", "label": "A>B",
+         "source": "livebench-math", "pair_id": str(i), "original_id": str(i), "response_model": "m"}
+        for i, word in enumerate(WORDS)
+    ]  # fmt: skip
+    path = write(tmp_path / "judgebench.jsonl", rows)
+    settings = config(tmp_path, path, chat_template="human_assistant", output_dir=str(tmp_path / "found"))
+    found = evaluate([str(model)], settings)
+    assert found.assessments == [] and len(found.benchmarks) == 1
+    assert found.benchmarks[0]["benchmark"] == "JudgeBench" and found.benchmarks[0]["questions"] == 8
+    written = json.loads((tmp_path / "found" / "evaluation.json").read_text())
+    assert written["benchmarks"] == found.benchmarks
+
+
+def test_several_processes_find_what_one_does(model, data, tmp_path):
+    alone = evaluate([str(model)], config(tmp_path, data)).to_json()
+    words = ["evaluate", str(model), "--data", str(data), "--data_output_path", str(tmp_path / "cache"), "--json"]
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    start += ["--master_port", str(runs.free_port())]
+    done = subprocess.run(
+        [*start, "-m", "reward_model", *words], env=runs.environment(OMP_NUM_THREADS="1"), cwd=runs.TOP,
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    together = json.loads(done.stdout)
+    one, two = alone["assessments"][0], together["assessments"][0]
+    assert one["accuracy"] == two["accuracy"] and one["rows"] == two["rows"] == 40
+    assert two["gap"]["mean"] == pytest.approx(one["gap"]["mean"], abs=1e-6)
+
+
+def test_the_command_prints_text_or_one_object(model, data, tmp_path, capsys):
+    words = ["evaluate", str(model), "--dataset", str(data), "--max_length", "60", "--data_output_path", str(tmp_path)]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert f"{model} on {data}: 40 pairs of 15 prompts" in said and "for the longer answer" in said
+    assert main([*words, "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["assessments"][0]["pairs"] == 40
+    assert "pairs.jsonl: 40 rows" in printed.err
+
+
+def test_models_are_named_first_or_as_rewardbench_has_it():
+    assert models_of(["a", "b", "--data", "x"]) == (["a", "b"], ["--data", "x"])
+    assert models_of(["--data", "x", "--model", "a", "--json"]) == (["a"], ["--data", "x", "--json"])
+
+
+@pytest.mark.parametrize(
+    "words, what",
+    [
+        (["--data", "x.jsonl"], "name a model"),
+        (["nowhere", "--data", "DATA"], "nowhere: no such folder"),
+        (["MODEL"], "give --data"),
+        (["MODEL", "--data", "x.jsonl", "--colums", "a=b"], "did you mean --columns"),
+        (["MODEL", "--data", "nowhere.jsonl"], "no such file or folder"),
+    ],
+)
+def test_what_is_wrong_is_one_line(words, what, model, data, capsys):
+    named = {"MODEL": str(model), "DATA": str(data)}
+    assert main(["evaluate", *(named.get(word, word) for word in words)]) == 1
+    said = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert len(said) == 1 and said[0].startswith("error: ") and what in said[0]
