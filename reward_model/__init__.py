@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stable reward-model training for DeepSpeed-Chat.
 
-``train`` runs a :class:`RunConfig`; ``load`` reads a model that a run saved; ``UserError`` is what both raise for
+``train`` runs a :class:`RunConfig`; ``load`` reads a model that a run saved; ``report``
+writes the page of a run; ``UserError`` is what they raise for
 everything that the caller can mend. Nothing heavy is imported before one of them is used.
 """
 
@@ -14,12 +15,13 @@ if TYPE_CHECKING:
     from reward_model.common.errors import UserError
     from reward_model.config.options import RunConfig
     from reward_model.inference import load
+    from reward_model.reporting.report import report
     from reward_model.training.api import train
     from reward_model.training.run import TrainResult
     from reward_model.training.stopping import Interrupted
 
 __version__ = "0.1.0"
-__all__ = ["Interrupted", "RunConfig", "TrainResult", "UserError", "load", "train"]
+__all__ = ["Interrupted", "RunConfig", "TrainResult", "UserError", "load", "report", "train"]
 
 _MODULES = {
     "RunConfig": "reward_model.config.options",
@@ -27,6 +29,7 @@ _MODULES = {
     "TrainResult": "reward_model.training.run",
     "UserError": "reward_model.common.errors",
     "load": "reward_model.inference",
+    "report": "reward_model.reporting.report",
     "train": "reward_model.training.api",
 }
 

@@ -12,6 +12,7 @@ from reward_model.common.logging import quieten
 COMMANDS = {
     "train": ("reward_model.commands.train", "train a reward model: what training_scripts/main.py does"),
     "export": ("reward_model.commands.export", "a model of a checkpoint, of a run that did not end"),
+    "report": ("reward_model.commands.report", "a page of charts, mistakes and settings, of a run or of several"),
     "plan": ("reward_model.commands.plan", "memory and communication of a run, and the line that launches it"),
     "check": (
         "reward_model.commands.check",
