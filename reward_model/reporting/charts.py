@@ -31,7 +31,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Entry:
-    """A line of a legend. kind: line, dashed, dots or area."""
+    """A line of a legend. kind: line, faint, dashed, dots or area."""
 
     label: str
     color: str
@@ -48,7 +48,7 @@ class Chart:
             x, y: what the axes show.
             caption: a sentence.
         """
-        from bokeh.models import BoxZoomTool, NumeralTickFormatter, ResetTool
+        from bokeh.models import BasicTickFormatter, BoxZoomTool, NumeralTickFormatter, ResetTool
         from bokeh.plotting import figure
 
         self.title, self.caption, self.y = title, caption, y
@@ -83,6 +83,7 @@ class Chart:
                 axis_label_standoff=6,
             )
         self.figure.yaxis.axis_line_color = None
+        self.figure.yaxis.formatter = BasicTickFormatter(precision=1)
         self.figure.xgrid.grid_line_color = None
         self.figure.ygrid.grid_line_color = GRID
         self.figure.xaxis.ticker.desired_num_ticks = 5
@@ -124,7 +125,7 @@ class Chart:
         glyph = self.figure.line(
             "x", "y", source=_source(x, y, columns), color=color, line_width=width, alpha=alpha, line_dash=dash
         )
-        self._enter(glyph, label, color, "line" if dash == "solid" else "dashed")
+        self._enter(glyph, label, color, "dashed" if dash != "solid" else "line" if width > 1 else "faint")
         if tooltips:
             self._hover(glyph, tooltips, mode="vline")
 
@@ -135,13 +136,13 @@ class Chart:
         label: str,
         color: str,
         *,
-        size: float = 6,
+        size: float | str = 6,
         alpha: float = 1.0,
         hollow: bool = False,
         tooltips: Sequence[tuple[str, str]] = (),
         columns: dict[str, np.ndarray] | None = None,
     ) -> None:
-        """Points (k,) alone; ``tooltips`` as for :meth:`line`."""
+        """Points (k,) alone; ``tooltips`` as for :meth:`line`. size: in pixels, or the name of one of ``columns``."""
         glyph = self.figure.scatter(
             "x",
             "y",

@@ -30,18 +30,24 @@ def _is_hidden(character: str) -> bool:
     return 0xD800 <= code < 0xE000 or 0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069 or code in (0xFFFE, 0xFFFF)
 
 
-def table(of: Table, kind: str = "") -> str:
-    """A table, in a box that scrolls by itself where the page is too narrow, which the keyboard reaches."""
+def table(of: Table, kind: str = "", name: str = "") -> str:
+    """A table, in a box that scrolls by itself where the page is too narrow, which the keyboard reaches.
+
+    Args:
+        kind: classes of the style sheet.
+        name: for those who hear the page; empty: its columns.
+    """
     head = "".join(f'<th scope="col">{text(name)}</th>' for name in of.columns)
+    head = f"<thead><tr>{head}</tr></thead>" if any(of.columns) else ""
     rows = "".join(
         f'<tr><th scope="row">{text(row[0])}</th>{"".join(f"<td>{text(cell)}</td>" for cell in row[1:])}</tr>'
         for row in of.rows
     )
     note = f"<caption>{text(of.note)}</caption>" if of.note else ""
-    name = text(", ".join(filter(None, of.columns)))
+    name = text(name or ", ".join(filter(None, of.columns)))
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="table: {name}"><table class="{kind}">{note}'
-        f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+        f"{head}<tbody>{rows}</tbody></table></div>"
     )
 
 
@@ -58,7 +64,7 @@ def figure(chart: Chart) -> str:
     )
     said = f"Chart: {chart.title}, {chart.y}. The table below has its numbers."
     return (
-        f'<figure><figcaption><h3>{text(chart.title)}</h3>{caption}</figcaption>'
+        f"<figure><figcaption><h3>{text(chart.title)}</h3>{caption}</figcaption>"
         f'<div class="legend" role="group" aria-label="Lines of the chart {text(chart.title)}">{buttons}</div>'
         f'<div class="plot" id="{name}" role="img" aria-label="{text(said)}"></div>'
         f'<details class="table"><summary>{text(chart.title)} as a table</summary>{tables}</details>'

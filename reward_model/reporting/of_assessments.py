@@ -17,7 +17,7 @@ from reward_model.reporting import colors
 from reward_model.reporting.charts import Chart, Table
 from reward_model.reporting.runs import number, numbers
 from reward_model.reporting.thinning import evenly
-from reward_model.reporting.words import shown
+from reward_model.reporting.words import edge, shown
 
 MOST_DOTS = 4_000  # of a scatter, over all assessments together
 MOST_MISTAKES = 40
@@ -71,7 +71,9 @@ class Assessed:
         yield from (chart for chart in found if not chart.is_empty)
 
     def gaps(self) -> Chart:
-        chart = Chart("Gaps", "score of the better answer − score of the worse", "pairs", "Left of 0 the order is wrong.")
+        chart = Chart(
+            "Gaps", "score of the better answer − score of the worse", "pairs", "Left of 0 the order is wrong."
+        )
         for each in self.all:
             found = each.histogram(("gaps", "edges"), ("gaps", "counts"))
             if found:
@@ -122,8 +124,11 @@ class Assessed:
                     label = f"temperature {temperature:.3g}"
                 chart.line(x[known], y[known], label, color, dash="dashed" if is_raw else "solid")
                 tooltips = [(label, "@y{0.000}"), ("as sure as", "@x{0.000}"), ("pairs", "@pairs{0,0}")]
-                columns = {"pairs": pairs[known]}
-                chart.dots(x[known], y[known], label, color, hollow=is_raw, tooltips=tooltips, columns=columns)
+                share = np.sqrt(np.nan_to_num(pairs[known]) / max(1.0, np.nansum(pairs)))
+                columns = {"pairs": pairs[known], "size": 4 + 14 * share}  # areas as the numbers of pairs
+                chart.dots(
+                    x[known], y[known], label, color, size="size", hollow=is_raw, tooltips=tooltips, columns=columns
+                )
                 chart.tables.append(_table_of_calibration(label, bins))
             before, after = (each.number("calibration", kind, "ece") for kind in ("raw", "tempered"))
             if math.isfinite(before) and math.isfinite(after):
@@ -134,7 +139,7 @@ class Assessed:
         ends = np.array([0.5, 1.0])
         chart.line(ends, ends, "perfect", colors.TEXT, width=1, dash="dotted")
         if said:
-            chart.caption = f"Expected calibration error {'; '.join(said[:3])}."
+            chart.caption = f"Expected calibration error {'; '.join(said[:3])}. The larger a dot, the more pairs."
         chart.ticks("0.[00]", "0.[00]")
         return chart
 
@@ -156,65 +161,90 @@ class Assessed:
                     own = color if self.is_one else each.color
                     is_hollow = not self.is_one and name == "rejected"
                     tooltips = [(label, "@y{0.000}"), ("tokens", "@x{0,0}")]
-                    chart.dots(length[kept], score[kept], label, own, size=5, alpha=0.4, hollow=is_hollow, tooltips=tooltips)
+                    chart.dots(
+                        length[kept], score[kept], label, own, size=5, alpha=0.4, hollow=is_hollow, tooltips=tooltips
+                    )
             if math.isfinite(each.number("length", "correlation")):
                 of_it = "" if self.is_one else f" ({each.label})"
                 said.append(f"{each.number('length', 'correlation'):.3f}{of_it}")
-            chart.tables.append(_table_of_lengths("" if self.is_one else each.label, length[places], score[places], of_side))
+            chart.tables.append(
+                _table_of_lengths("" if self.is_one else each.label, length[places], score[places], of_side)
+            )
         if said:
             chart.caption = f"Correlation {', '.join(said[:4])}."
         return chart
 
-    def numbers(self) -> Table | None:
-        """What is said in one number, with an interval where it has one; None: nothing is."""
+    def numbers(self) -> Iterator[tuple[str, Table]]:
+        """What is said in one number, with an interval where it has one: titles and tables."""
+        for title, lines in NUMBERS.items():
+            rows = [[name, *(_cell(each, path, kind) for each in self.all)] for name, path, kind in lines]
+            rows = [row for row in rows if any(cell != "–" for cell in row[1:])]
+            if title == "Accuracy":
+                rows += self._baselines()
+            if rows:
+                yield title, Table(("", *(each.label for each in self.all)), rows)
         rows = []
-        for name, path, kind in NUMBERS:
-            cells = [_cell(each, path, kind) for each in self.all]
-            if any(cell != "–" for cell in cells):
-                rows.append([name, *cells])
-        for name in dict.fromkeys(str(b.get("name")) for each in self.all for b in each.rows("baselines")):
+        for each in self.all:
+            for name, key in (
+                ("expected error", "ece"),
+                ("maximal error", "mce"),
+                ("Brier", "brier"),
+                ("log loss", "log_loss"),
+            ):
+                before, after = (each.number("calibration", kind, key) for kind in ("raw", "tempered"))
+                if math.isfinite(before) or math.isfinite(after):
+                    rows.append([name if self.is_one else f"{each.label}: {name}", shown(before), shown(after)])
+        if rows:
+            temperature = self.all[0].number("calibration", "temperature") if self.is_one else math.nan
+            last = f"at temperature {temperature:.3g}" if math.isfinite(temperature) else "with the temperature"
+            yield "Calibration", Table(("", "as it is", last), rows)
+
+    def _baselines(self) -> list[list[str]]:
+        names = dict.fromkeys(str(row.get("name")) for each in self.all for row in each.rows("baselines"))
+        rows = []
+        for name in names:
             cells = []
             for each in self.all:
-                found = [b for b in each.rows("baselines") if str(b.get("name")) == name]
-                cells.append(_cell(Assessment("", "", {"found": found[0]}), ("found",), "interval") if found else "–")
+                found = [row for row in each.rows("baselines") if str(row.get("name")) == name]
+                cells.append(_cell(Assessment("", "", {"": found[0]}), ("",), "interval") if found else "–")
             rows.append([f"baseline: {name}", *cells])
-        return Table(("", *(each.label or "value" for each in self.all)), rows) if rows else None
+        return rows
 
 
-NUMBERS: tuple[tuple[str, tuple[str, ...], str], ...] = (
-    ("accuracy", ("accuracy",), "interval"),
-    ("pairs with equal scores", ("accuracy", "ties"), "number"),
-    ("logistic loss", ("loss",), "number"),
-    ("pairs", ("pairs",), "number"),
-    ("prompts", ("prompts",), "number"),
-    ("answers", ("answers",), "number"),
-    ("mean of chosen scores", ("scores", "chosen", "mean"), "number"),
-    ("mean of rejected scores", ("scores", "rejected", "mean"), "number"),
-    ("standard deviation of all scores", ("scores", "all", "std"), "number"),
-    ("temperature", ("calibration", "temperature"), "number"),
-    ("expected calibration error", ("calibration", "raw", "ece"), "number"),
-    ("… after temperature", ("calibration", "tempered", "ece"), "number"),
-    ("maximal calibration error", ("calibration", "raw", "mce"), "number"),
-    ("… after temperature", ("calibration", "tempered", "mce"), "number"),
-    ("Brier score", ("calibration", "raw", "brier"), "number"),
-    ("… after temperature", ("calibration", "tempered", "brier"), "number"),
-    ("log loss", ("calibration", "raw", "log_loss"), "number"),
-    ("… after temperature", ("calibration", "tempered", "log_loss"), "number"),
-    ("correlation of score and length", ("length", "correlation"), "number"),
-    ("share of pairs whose longer answer is the better", ("length", "longer_wins"), "number"),
-    ("accuracy where the shorter answer is the better", ("length", "shorter_is_better"), "interval"),
-    ("lists", ("lists", "lists"), "number"),
-    ("best of the list found", ("lists", "best_of"), "number"),
-    ("regret of the list's best", ("lists", "regret"), "number"),
-    ("Kendall's rank correlation", ("lists", "kendall"), "number"),
-    ("Spearman's rank correlation in lists", ("lists", "spearman"), "number"),
-    ("NDCG", ("lists", "ndcg"), "number"),
-    ("correlation with targets (Pearson)", ("points", "pearson"), "number"),
-    ("correlation with targets (Spearman)", ("points", "spearman"), "number"),
-    ("groups of answers held equal", ("specificity", "groups"), "number"),
-    ("spread of scores within such a group", ("specificity", "spread"), "number"),
-    ("… as a share of all spread", ("specificity", "share"), "number"),
-)
+NUMBERS: dict[str, tuple[tuple[str, tuple[str, ...], str], ...]] = {
+    "Accuracy": (
+        ("accuracy", ("accuracy",), "interval"),
+        ("… where the shorter answer is better", ("length", "shorter_is_better"), "interval"),
+        ("pairs with equal scores", ("accuracy", "ties"), "number"),
+    ),
+    "Scores": (
+        ("logistic loss", ("loss",), "number"),
+        ("mean of chosen", ("scores", "chosen", "mean"), "number"),
+        ("mean of rejected", ("scores", "rejected", "mean"), "number"),
+        ("standard deviation of all", ("scores", "all", "std"), "number"),
+        ("correlation with length", ("length", "correlation"), "number"),
+        ("temperature", ("calibration", "temperature"), "number"),
+        ("correlation with targets (Pearson)", ("points", "pearson"), "number"),
+        ("correlation with targets (Spearman)", ("points", "spearman"), "number"),
+        ("spread among answers held equal", ("specificity", "spread"), "number"),
+        ("… as a share of all spread", ("specificity", "share"), "number"),
+    ),
+    "Lists": (
+        ("best of the list found", ("lists", "best_of"), "number"),
+        ("regret", ("lists", "regret"), "number"),
+        ("Kendall's τ", ("lists", "kendall"), "number"),
+        ("Spearman's ρ", ("lists", "spearman"), "number"),
+        ("NDCG", ("lists", "ndcg"), "number"),
+    ),
+    "Data": (
+        ("pairs", ("pairs",), "number"),
+        ("prompts", ("prompts",), "number"),
+        ("answers", ("answers",), "number"),
+        ("lists", ("lists", "lists"), "number"),
+        ("share of pairs whose longer answer is better", ("length", "longer_wins"), "number"),
+        ("groups of answers held equal", ("specificity", "groups"), "number"),
+    ),
+}
 
 
 def _cell(each: Assessment, path: tuple[str, ...], kind: str) -> str:
@@ -226,7 +256,7 @@ def _cell(each: Assessment, path: tuple[str, ...], kind: str) -> str:
 
 def _table_of_bins(edges: np.ndarray, counts: dict[str, np.ndarray]) -> Table:
     rows = [
-        [f"{shown(low, 2)} to {shown(high, 2)}", *(shown(each[place]) for each in counts.values())]
+        [f"{edge(low)} to {edge(high)}", *(shown(each[place]) for each in counts.values())]
         for place, (low, high) in enumerate(zip(edges[:-1], edges[1:]))
         if any(each[place] for each in counts.values())
     ]
@@ -236,7 +266,7 @@ def _table_of_bins(edges: np.ndarray, counts: dict[str, np.ndarray]) -> Table:
 def _table_of_calibration(label: str, bins: list[dict[str, Any]]) -> Table:
     rows = [
         [
-            f"{shown(number(each.get('low')), 2)} to {shown(number(each.get('high')), 2)}",
+            f"{edge(number(each.get('low')))} to {edge(number(each.get('high')))}",
             shown(number(each.get("pairs"))),
             shown(number(each.get("confidence"))),
             shown(number(each.get("right"))),
@@ -254,5 +284,7 @@ def _table_of_lengths(label: str, lengths: np.ndarray, scores: np.ndarray, sides
     for part in np.array_split(order, min(10, len(order))):
         means = [scores[part][sides[part] == side] for side in ("chosen", "rejected")]
         first, last = lengths[part[0]], lengths[part[-1]]
-        rows.append([f"{shown(first)} to {shown(last)}", str(len(part)), *(shown(m.mean()) if len(m) else "–" for m in means)])
+        rows.append(
+            [f"{shown(first)} to {shown(last)}", str(len(part)), *(shown(m.mean()) if len(m) else "–" for m in means)]
+        )
     return Table((f"{label + ': ' if label else ''}tokens", "answers", "mean chosen", "mean rejected"), rows)

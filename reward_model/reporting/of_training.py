@@ -64,10 +64,10 @@ class Training:
             self.scores(),
             self.correlation(),
             self.calibration(),
-            self.by_step("learning_rate", "Learning rate", "rate", "0.0e+0"),
+            self.by_step("learning_rate", "Learning rate", "rate", ""),
             self.by_step("grad_norm", "Gradient norm", "norm, before it is clipped", "0.[00]a", self.clipping()),
-            self.by_step("tokens_per_second", "Throughput", "tokens per second, pads left out", "0.[0]a"),
-            self.by_step("padding", "Share of pads", "of all positions computed", "0.[0]%"),
+            self.throughput(),
+            self.pads(),
         ]
         yield from (chart for chart in found if not chart.is_empty)
 
@@ -109,7 +109,9 @@ class Training:
         return chart
 
     def accuracy(self) -> Chart:
-        chart = Chart("Accuracy", "step", "share of pairs", "Pairs whose better answer has the higher score; a tie is half.")
+        chart = Chart(
+            "Accuracy", "step", "share of pairs", "Pairs whose better answer has the higher score; a tie is half."
+        )
         self._of_steps(chart, "accuracy")
         found = [held for held in self._held() if len(held.read("accuracy")[0])]
         for held in found:
@@ -128,7 +130,9 @@ class Training:
         held = list(self._held())
         if self.is_one and len(held) == 1:
             self._bands(chart, held[0])
-            chart.caption = "Held out: median, half and nine tenths of the scores. Thin lines: running mean of training."
+            chart.caption = (
+                "Held out: median, half and nine tenths of the scores. Thin lines: running mean of training."
+            )
         else:
             chart.caption = "Held-out means; chosen as a line, rejected dashed."
             for each in held:
@@ -147,7 +151,9 @@ class Training:
             self._evaluations(chart, each, *each.read("rated_mean"))
             chart.caption = "Mean of the held-out scores."
         if not chart.is_empty:
-            chart.tables += [self._table_of_evaluations(("chosen_mean", "rejected_mean", "score_abs_mean", "rated_mean"))]
+            chart.tables += [
+                self._table_of_evaluations(("chosen_mean", "rejected_mean", "score_abs_mean", "rated_mean"))
+            ]
             self._limits(chart)
         return chart
 
@@ -184,8 +190,22 @@ class Training:
             chart.rule(limit, f"clipped to {limit:g}")
         if name != "learning_rate":
             chart.span_y(low=0)
-        chart.ticks(ticks)
+        if ticks:
+            chart.ticks(ticks)
         return chart
+
+    def throughput(self) -> Chart:
+        chart = self.by_step("tokens_per_second", "Throughput", "tokens per second", "0.[0]a")
+        chart.caption = "Pads are not counted."
+        if not any(run.column("padding").any() for run in self.runs):  # NaN, of a run that says nothing, is true
+            chart.caption = "There was no pad."
+        return chart
+
+    def pads(self) -> Chart:
+        """Of runs that have any."""
+        if not any(np.nanmax(run.column("padding"), initial=0) > 0 for run in self.runs):
+            return Chart("Share of pads", "step", "")
+        return self.by_step("padding", "Share of pads", "of all positions computed", "0.[0]%")
 
     # --- their parts ---
 
@@ -259,7 +279,11 @@ class Training:
                 chart.band(x, low, high, label, color, 0.13)
                 chart.band(x, lower, upper, label, color, 0.22)
             columns = {"low": low, "high": high}
-            tooltips = [(f"{side}, step", "@x{0,0}"), ("median", "@y{0.000}"), ("5 to 95 %", "@low{0.00} to @high{0.00}")]
+            tooltips = [
+                (f"{side}, step", "@x{0,0}"),
+                ("median", "@y{0.000}"),
+                ("5 to 95 %", "@low{0.00} to @high{0.00}"),
+            ]
             chart.line(x, middle, label, color, width=2)
             chart.dots(x, middle, label, color, tooltips=tooltips, columns=columns)
             rows = [[f"{step:,.0f}", *map(shown, values)] for step, values in zip(x, found)]
@@ -269,7 +293,11 @@ class Training:
         """The limits of the alarm, drawn where the scores come near them, and told where they do not."""
         limits = {number(run.settings.get("score_limit")) for run in self.runs}
         limit = min((value for value in limits if value > 0), default=math.nan)
-        sizes = [np.nanmax(np.abs(run.column(f"{side}_mean")), initial=0) for run in self.runs for side in ("chosen", "rejected")]
+        sizes = [
+            np.nanmax(np.abs(run.column(f"{side}_mean")), initial=0)
+            for run in self.runs
+            for side in ("chosen", "rejected")
+        ]
         for held in self._held():
             for name in ("chosen", "rejected"):
                 sizes.append(np.abs(held.quantiles(f"{name}_quantiles")[1]).max(initial=0))

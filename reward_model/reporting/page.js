@@ -57,6 +57,15 @@
     button.setAttribute("aria-pressed", String(button.getAttribute("aria-pressed") !== "true"));
     show(button);
   });
+  // what follows the pointer is put at the end of the page; its own style has one blue for light pages and dark ones
+  new MutationObserver((changes) => {
+    for (const node of changes.flatMap((change) => [...change.addedNodes])) {
+      if (!node.shadowRoot || !node.classList.contains("bk-Tooltip")) continue;
+      const style = document.createElement("style");
+      style.textContent = ".bk-tooltip-row-label { color: inherit; opacity: .75; } .bk-arrow, .bk-tooltip-arrow { display: none; }";
+      node.shadowRoot.append(style);
+    }
+  }).observe(document.body, { childList: true });
   let drawing = draw_all();
   scheme.addEventListener("change", () => { drawing = drawing.then(draw_all); });
 })();

@@ -13,6 +13,8 @@ from importlib import resources
 from pathlib import PurePath
 from typing import Any
 
+import numpy as np
+
 import reward_model
 from reward_model.common.words import counted
 from reward_model.reporting import colors, html
@@ -22,7 +24,7 @@ from reward_model.reporting.of_assessments import MOST_MISTAKES, MOST_SUBSETS, A
 from reward_model.reporting.of_training import Training
 from reward_model.reporting.runs import Run, number
 from reward_model.reporting.thinning import in_words
-from reward_model.reporting.words import duration, setting, shown
+from reward_model.reporting.words import duration, edge, setting, shown
 
 TEXT_BYTES = 600_000  # of all mistakes together, of the 3 MB of a page; BokehJS has 1.3
 SHORTEST = 300  # characters that a text keeps at least
@@ -147,8 +149,13 @@ def _first_numbers(page: Page) -> Iterator[tuple[str, str, str, bool]]:
         yield "Held-out loss", shown(loss), "equal scores: 0.693" if math.isfinite(value) else "", False
     error = _or(judged.number("calibration", "raw", "ece"), number(last.get("calibration_error")))
     if math.isfinite(error):
-        after, temperature = judged.number("calibration", "tempered", "ece"), judged.number("calibration", "temperature")
-        aside = f"{after:.3f} at temperature {temperature:.3g}" if math.isfinite(after + temperature) else "expected error"
+        after, temperature = (
+            judged.number("calibration", "tempered", "ece"),
+            judged.number("calibration", "temperature"),
+        )
+        aside = (
+            f"{after:.3f} at temperature {temperature:.3g}" if math.isfinite(after + temperature) else "expected error"
+        )
         yield "Calibration error", f"{error:.3f}", aside, False
     if run is None:
         pairs = judged.number("pairs")
@@ -157,33 +164,33 @@ def _first_numbers(page: Page) -> Iterator[tuple[str, str, str, bool]]:
             yield "Pairs", f"{pairs:,.0f}", f"of {prompts:,.0f} prompts" if math.isfinite(prompts) else "", False
         return
     epochs = run.column("epoch")
-    aside = f"{shown(float(epochs[-1]), 2)} epochs" if len(epochs) and math.isfinite(epochs[-1]) else ""
+    aside = (
+        f"{epochs[-1]:.4g} epoch{'' if epochs[-1] == 1 else 's'}" if len(epochs) and math.isfinite(epochs[-1]) else ""
+    )
     yield "Steps", f"{run.last_step:,}", aside if run.is_whole else f"{aside}{', ' if aside else ''}not finished", False
     if math.isfinite(run.seconds):
         speed = run.column("tokens_per_second")
-        speed = speed[np_finite(speed)]
-        aside = f"in steps; {shown(float(sorted(speed)[len(speed) // 2]))} tokens/s" if len(speed) else "in steps"
+        aside = f"in steps; {np.nanmedian(speed):,.0f} tokens/s" if np.isfinite(speed).any() else "in steps"
         yield "Time", duration(run.seconds), aside, False
     count = len(run.alarms)
     aside = f"{counted(len(run.skipped), 'step')} skipped" if run.skipped else "no step skipped"
     yield "Warnings", f"{count}", aside, bool(count or run.skipped)
 
 
-def np_finite(values):
-    import numpy as np
-
-    return np.isfinite(values)
-
-
 def _table_of_runs(page: Page) -> Table:
     rows = []
     for run in page.runs:
         last = _last_evaluation(run)
-        judged = next((each for each in page.assessments if each.label.split(":")[0] == run.name), Assessment("", "", {}))
+        judged = next(
+            (each for each in page.assessments if each.label.split(":")[0] == run.name), Assessment("", "", {})
+        )
         value, low, high = judged.interval("accuracy")
         value = _or(value, number(last.get("accuracy")))
         accuracy = f"{value:.4f}" + (f" ({low:.3f} to {high:.3f})" if math.isfinite(low + high) else "")
-        after, temperature = judged.number("calibration", "tempered", "ece"), judged.number("calibration", "temperature")
+        after, temperature = (
+            judged.number("calibration", "tempered", "ece"),
+            judged.number("calibration", "temperature"),
+        )
         rows.append(
             [
                 run.name,
@@ -244,9 +251,7 @@ def _held_out(page: Page) -> Iterator[str]:
     if charts := list(page.assessed.charts()):
         yield f'<div class="charts">{"".join(map(html.figure, charts))}</div>'
     parts = [f"<h3>Accuracy by {what}</h3>{found}" for what, found in _by_part(page)]
-    numbers = page.assessed.numbers()
-    if numbers:
-        parts.append(f"<h3>All numbers</h3>{html.table(numbers, 'wide')}")
+    parts += [f"<h3>{title}</h3>{html.table(of, 'wide', title)}" for title, of in page.assessed.numbers()]
     yield f'<div class="columns" style="margin-top:34px">{"".join(f"<div>{part}</div>" for part in parts)}</div></section>\n'
 
 
@@ -258,7 +263,7 @@ def _by_part(page: Page) -> Iterator[tuple[str, str]]:
             continue
         values = [value for _, row in found for value in (number(row.get("value")), number(row.get("low")))]
         lowest = min((value for value in values if math.isfinite(value)), default=0.0)
-        first = 0.5 if lowest >= 0.5 else 0.0
+        first = min(math.floor(lowest * 10) / 10, 0.9)
         is_one = len(page.assessments) == 1
         rows = []
         for each, row in found[:MOST_SUBSETS]:
@@ -266,11 +271,11 @@ def _by_part(page: Page) -> Iterator[tuple[str, str]]:
             name = str(row.get("subset")) or "none"
             if key == "by_margin":
                 low, high = math.nan, math.nan
-                name = f"{shown(number(row.get('low')), 2)} to {shown(number(row.get('high')), 2)}"
+                name = f"{edge(number(row.get('low')))} to {edge(number(row.get('high')))}"
             cells = [name if is_one else f"{name}, {each.label}", shown(number(row.get("pairs"))), shown(value)]
             rows.append((cells, html.interval(value, low, high, first, 1.0, 0.5)))
         note = f"The first {MOST_SUBSETS} of {len(found)}." if len(found) > MOST_SUBSETS else ""
-        scale = f"The line goes from {first:g} to 1{', with a mark at 0.5' if not first else ''}. {note}"
+        scale = f"Lines go from {first:g} to 1{', with a mark at 0.5' if first < 0.5 else ''}. {note}"
         yield what, html.graph_table((what, "pairs", "accuracy"), rows, scale.strip())
 
 
@@ -296,13 +301,13 @@ def _mistake(row: dict[str, Any], most: int, is_open: bool) -> str:
     place = row.get("row")
     where = f"{row.get('file')}, row {place}" if row.get("file") and place is not None else ""
     sides = "".join(
-        f'<div class="{side}"><h4>{side}, {shown(score, 3)}</h4><p>{text(_cut(str(row.get(side) or ""), most))}</p></div>'
+        f'<div class="{side}"><h4>{side}, {shown(score, 3)}</h4><p>{text(_cut(str(row.get(side) or "").strip(), most))}</p></div>'
         for side, score in (("chosen", better), ("rejected", worse))
     )
     return (
         f'<details class="mistake"{" open" if is_open else ""}><summary><span class="gap">{shown(better - worse, 2)}</span>'
         f'<span class="start">{text(_cut(" ".join(prompt.split()), 160) or "(no prompt)")}</span></summary>'
-        f'<div class="texts"><div class="prompt"><h4>prompt</h4><p>{text(_cut(prompt, most))}</p></div>{sides}</div>'
+        f'<div class="texts"><div class="prompt"><h4>prompt</h4><p>{text(_cut(prompt.strip(), most))}</p></div>{sides}</div>'
         f'{f"""<p class="note">{text(where)}</p>""" if where else ""}</details>'
     )
 

@@ -24,6 +24,15 @@ def shown(value: float, digits: int = 4) -> str:
     return _minus(text.rstrip("0").rstrip(".") if value == round(value) else text)
 
 
+def edge(value: float) -> str:
+    """An end of a stretch.
+
+    >>> edge(1.0), edge(1.5), edge(-3.88123)
+    ('1', '1.5', '−3.881')
+    """
+    return _minus(f"{value:.4g}") if math.isfinite(value) else shown(value)
+
+
 def _minus(text: str) -> str:
     return text.replace("-", "−", 1) if text.startswith("-") else text
 

@@ -27,7 +27,7 @@ from reward_model.config.options import RunConfig, explain_inherited, require_da
 from reward_model.config.settings import Settings, resolve
 from reward_model.data.comparisons import Comparisons
 from reward_model.data.tokenizer import SpecialTokens
-from reward_model.evaluation import pictures, score_scale
+from reward_model.evaluation import score_scale
 from reward_model.evaluation.evaluate import summary
 from reward_model.models import adapters, saving
 from reward_model.models.attention import SEPARATE
@@ -36,6 +36,8 @@ from reward_model.models.loading import DTYPES, is_reward_model, read_config
 from reward_model.models.scorer import Scorer
 from reward_model.objectives.losses import Thresholds
 from reward_model.objectives.objective import Objective
+from reward_model.reporting.report import FILE as REPORT
+from reward_model.reporting.report import report
 from reward_model.training import verify, watchdog
 from reward_model.training.best import read_weights
 from reward_model.training.checkpoint import prune
@@ -59,7 +61,7 @@ class TrainResult:
     metrics: of its last evaluation, as the last ``eval`` line of ``metrics.jsonl`` has them; ``accuracy``, ``loss``, …
     steps: of the optimizer.
     folder: holds the model, ``metrics.jsonl`` and ``run.json``; None: there was no ``--output_dir``.
-    report: the picture of the run.
+    report: the page of the run, ``report.html``.
     """
 
     metrics: dict[str, Any]
@@ -107,7 +109,7 @@ def run_in(folder: Path | None, config: RunConfig, context: DistributedContext, 
     if start.finished is not None:
         assert folder is not None
         logger.info(f"{folder} holds this run, finished after {counted(start.finished['step'], 'step')}: nothing to do")
-        return TrainResult(start.finished["metrics"], start.finished["step"], folder, folder / "report.png")
+        return TrainResult(start.finished["metrics"], start.finished["step"], folder, folder / REPORT)
     try:
         trainer = prepare(settings, context, objective, data, folder, described_run, start, stop)
     except UserError:
@@ -133,7 +135,7 @@ def run_in(folder: Path | None, config: RunConfig, context: DistributedContext, 
     summarize(trainer, folder)
     torch.distributed.barrier()
     release(trainer)
-    return TrainResult(dict(trainer.last.metrics), trainer.step, folder, folder / "report.png" if folder else None)
+    return TrainResult(dict(trainer.last.metrics), trainer.step, folder, folder / REPORT if folder else None)
 
 
 def with_whole_model(config: RunConfig, context: DistributedContext) -> RunConfig:
@@ -309,7 +311,7 @@ def keep_scale(trainer: Trainer, reference: Comparisons | None) -> None:
 
 
 def save(trainer: Trainer, data: Data, folder: Path) -> None:
-    """Write the model and the picture of the run, and see to it that the saved model scores as the trained one does.
+    """Write the model and the page of the run, and see to it that the saved model scores as the trained one does.
 
     Raises:
         UserError: it does not; what was saved is kept under another name.
@@ -329,7 +331,7 @@ def save(trainer: Trainer, data: Data, folder: Path) -> None:
     names = saving.save(forward.scorer, data.tokenizer, folder, save_format, is_writer, make_room)
     beat("to load what was saved")
     if is_writer:
-        draw(trainer, folder)
+        write_report(folder)
         forms = ("hf", "dschat") if save_format == "both" else (save_format,)
         problem = verify.check(
             folder, forms, expected, data.tokenizer, data.special, trainer.settings.model.trust_remote_code
@@ -341,12 +343,12 @@ def save(trainer: Trainer, data: Data, folder: Path) -> None:
         raise UserError(problem)
 
 
-def draw(trainer: Trainer, folder: Path) -> None:
-    """The picture of the run; the model is complete without it."""
+def write_report(folder: Path) -> None:
+    """The page of the run; the model is complete without it."""
     try:
-        pictures.draw(folder / "metrics.jsonl", folder / "report.png", trainer.last.scores)
+        report(folder, has_ended=True)
     except OSError as error:
-        logger.warning(f"{folder / 'report.png'}: {error.strerror}; the model is complete without the picture")
+        logger.warning(f"{folder / REPORT}: {error.strerror}; the model is complete without the page")
 
 
 def finish(trainer: Trainer, folder: Path) -> None:
@@ -374,6 +376,6 @@ def summarize(trainer: Trainer, folder: Path | None) -> None:
     for line in trainer.health.summary():
         logger.warning(line)
     if folder:
-        logger.info(f"model:   {folder}\npicture: {folder / 'report.png'}")
+        logger.info(f"model:  {folder}\nreport: {folder / REPORT}")
     else:
         logger.info("nothing was saved: there was no --output_dir")
