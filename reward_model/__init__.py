@@ -2,8 +2,8 @@
 """Stable reward-model training for DeepSpeed-Chat.
 
 ``train`` runs a :class:`RunConfig`; ``load`` reads a model that a run saved; ``report`` writes the page of a run;
-``UserError`` is what they raise for everything that the caller can mend. Nothing heavy is imported before one of them is
-used.
+``UserError`` is what they raise for everything that the caller can mend. Nothing heavy is imported before one of them
+is used.
 """
 
 from __future__ import annotations

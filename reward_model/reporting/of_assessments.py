@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -257,7 +258,7 @@ def _cell(each: Assessment, path: tuple[str, ...], kind: str) -> str:
 def _table_of_bins(edges: np.ndarray, counts: dict[str, np.ndarray]) -> Table:
     rows = [
         [f"{edge(low)} to {edge(high)}", *(shown(each[place]) for each in counts.values())]
-        for place, (low, high) in enumerate(zip(edges[:-1], edges[1:]))
+        for place, (low, high) in enumerate(pairwise(edges))
         if any(each[place] for each in counts.values())
     ]
     return Table(("from, to", *counts), rows, "Empty ones are left out.")

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-import reward_model
 from reward_model.common.words import counted
 from reward_model.reporting import colors, html
 from reward_model.reporting.charts import Table
@@ -85,8 +84,8 @@ def _document(page: Page) -> Iterator[str]:
     yield from _settings(page)
     yield "</main>\n"
     yield (
-        f"<footer>Written by dschat-reward {text(reward_model.__version__)}. The page holds all that it shows, and "
-        "asks no other place for anything. Charts by Bokeh (BSD-3-Clause).</footer>\n"
+        "<footer>Written by dschat-reward. The page holds all that it shows, and asks no other place for anything. "
+        "Charts by Bokeh (BSD-3-Clause).</footer>\n"
     )
     yield f'<script type="application/json" id="dark-colors">{json.dumps(colors.DARK)}</script>\n'
     yield from (f"<script>{each}</script>\n" for each in scripts)
@@ -252,7 +251,7 @@ def _held_out(page: Page) -> Iterator[str]:
         yield f'<div class="charts">{"".join(map(html.figure, charts))}</div>'
     parts = [f"<h3>Accuracy by {what}</h3>{found}" for what, found in _by_part(page)]
     parts += [f"<h3>{title}</h3>{html.table(of, 'wide', title)}" for title, of in page.assessed.numbers()]
-    yield f'<div class="columns" style="margin-top:34px">{"".join(f"<div>{part}</div>" for part in parts)}</div></section>\n'
+    yield f'<div class="columns">{"".join(f"<div>{part}</div>" for part in parts)}</div></section>\n'
 
 
 def _by_part(page: Page) -> Iterator[tuple[str, str]]:
@@ -299,16 +298,21 @@ def _mistake(row: dict[str, Any], most: int, is_open: bool) -> str:
     better, worse = number(row.get("chosen_score")), number(row.get("rejected_score"))
     prompt = str(row.get("prompt") or "")
     place = row.get("row")
-    where = f"{row.get('file')}, row {place}" if row.get("file") and place is not None else ""
+    known = row.get("file") and place is not None
+    origin = f'<p class="note">{text(row["file"])}, row {text(place)}</p>' if known else ""
+    start = _cut(" ".join(prompt.split()), 160) or "(no prompt)"
     sides = "".join(
-        f'<div class="{side}"><h4>{side}, {shown(score, 3)}</h4><p>{text(_cut(str(row.get(side) or "").strip(), most))}</p></div>'
-        for side, score in (("chosen", better), ("rejected", worse))
+        f'<div class="{side}"><h4>{side}, {shown(score, 3)}</h4><p>{text(_cut(answer.strip(), most))}</p></div>'
+        for side, score, answer in (
+            ("chosen", better, str(row.get("chosen") or "")),
+            ("rejected", worse, str(row.get("rejected") or "")),
+        )
     )
     return (
-        f'<details class="mistake"{" open" if is_open else ""}><summary><span class="gap">{shown(better - worse, 2)}</span>'
-        f'<span class="start">{text(_cut(" ".join(prompt.split()), 160) or "(no prompt)")}</span></summary>'
-        f'<div class="texts"><div class="prompt"><h4>prompt</h4><p>{text(_cut(prompt.strip(), most))}</p></div>{sides}</div>'
-        f'{f"""<p class="note">{text(where)}</p>""" if where else ""}</details>'
+        f'<details class="mistake"{" open" if is_open else ""}><summary><span class="gap">{shown(better - worse, 2)}'
+        f'</span><span class="start">{text(start)}</span></summary><div class="texts">'
+        f'<div class="prompt"><h4>prompt</h4><p>{text(_cut(prompt.strip(), most))}</p></div>{sides}</div>'
+        f"{origin}</details>"
     )
 
 

@@ -24,8 +24,8 @@ def report(
 ) -> Path:
     """Write the report of a run, or of several in one page, from what lies in their output folders.
 
-    Read are ``metrics.jsonl``, ``run.json`` and ``evaluation.json``; what is missing or broken is left out, and the page
-    says so. The file needs nothing but a browser, and no network.
+    Read are ``metrics.jsonl``, ``run.json`` and ``evaluation.json``; what is missing or broken is left out, and the
+    page says so. The file needs nothing but a browser, and no network.
 
     >>> import reward_model
     >>> reward_model.report("output")  # doctest: +SKIP
