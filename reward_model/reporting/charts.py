@@ -53,6 +53,7 @@ class Chart:
 
         self.title, self.caption, self.y = title, caption, y
         self.entries: dict[str, Entry] = {}
+        self.ends: list[float] = []  # of what the y axis has to show
         self.tables: list[Table] = []
         self.figure = figure(
             height=HEIGHT,
@@ -114,20 +115,25 @@ class Chart:
         width: float = 1.8,
         alpha: float = 1.0,
         dash: str = "solid",
+        seen: np.ndarray | None = None,
         tooltips: Sequence[tuple[str, str]] = (),
+        is_alone: bool = True,
         columns: dict[str, np.ndarray] | None = None,
     ) -> None:
         """Points (k,) joined by a line.
 
         Args:
+            seen: values that the y axis has to show; None: all of ``y``.
+            is_alone: no line beside it has tooltips, and a pointer that is above or below it shows them, too.
             tooltips: names and Bokeh's formats of ``@x``, ``@y`` and of ``columns``, shown beside the pointer.
         """
         glyph = self.figure.line(
             "x", "y", source=_source(x, y, columns), color=color, line_width=width, alpha=alpha, line_dash=dash
         )
         self._enter(glyph, label, color, "dashed" if dash != "solid" else "line" if width > 1 else "faint")
+        self.see(y if seen is None else seen)
         if tooltips:
-            self._hover(glyph, tooltips, mode="vline")
+            self._hover(glyph, tooltips, mode="vline" if is_alone else "mouse")
 
     def dots(
         self,
@@ -153,6 +159,7 @@ class Chart:
             alpha=alpha,
         )
         self._enter(glyph, label, color, "dots")
+        self.see(y)
         if tooltips:
             self._hover(glyph, tooltips, mode="mouse")
 
@@ -160,6 +167,8 @@ class Chart:
         """What lies between two lines (k,)."""
         glyph = self.figure.varea(x=_small(x), y1=_small(low), y2=_small(high), fill_color=color, fill_alpha=alpha)
         self._enter(glyph, label, color, "area")
+        self.see(low)
+        self.see(high)
 
     def bars(self, edges: np.ndarray, counts: np.ndarray, label: str, color: str, *, filled: bool = True) -> None:
         """A histogram: ``counts`` (k,) between ``edges`` (k + 1,), as an area or, for several, as its outline."""
@@ -180,6 +189,7 @@ class Chart:
                 line_alpha=0.6,
             )
             self._enter(glyph, label, color, "area")
+            self.see(np.append(counts, 0.0))
             self._hover(glyph, [(label, "@top{0,0}"), ("from", "@low{0.00}"), ("to", "@high{0.00}")], mode="mouse")
             return
         x, y = np.repeat(edges, 2), np.concatenate([[0.0], np.repeat(counts, 2), [0.0]])
@@ -198,6 +208,8 @@ class Chart:
             name=self._label(label, color, "dashed"),
         )
         self.figure.add_layout(span)
+        if not vertical:
+            self.see(np.array([value]))
 
     def shade(self, first: float, last: float, label: str, color: str) -> None:
         """A stretch of the x axis, as high as the figure."""
@@ -226,17 +238,26 @@ class Chart:
         if x:
             self.figure.xaxis.formatter = NumeralTickFormatter(format=x)
 
-    def span_y(self, low: float | None = None, high: float | None = None) -> None:
-        """Ends of the y axis that do not follow the numbers."""
-        if low is not None:
-            self.figure.y_range.start = low
-        if high is not None:
-            self.figure.y_range.end = high
+    def see(self, values: np.ndarray) -> None:
+        """Have the y axis reach these values."""
+        finite = values[np.isfinite(values)]
+        if len(finite):
+            self.ends += [float(finite.min()), float(finite.max())]
+
+    def fit(self) -> None:
+        """Let the y axis end a little beyond what it has to show."""
+        if not self.ends:
+            return
+        low, high = min(self.ends), max(self.ends)
+        room = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+        self.figure.y_range.start = 0.0 if low == 0 else low - room
+        self.figure.y_range.end = high + room
 
     def as_json(self) -> str:
         """What BokehJS draws it from; safe inside a ``script`` of HTML."""
         from bokeh.embed import json_item
 
+        self.fit()
         text = json.dumps(json_item(self.figure), separators=(",", ":"), allow_nan=False)
         return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 

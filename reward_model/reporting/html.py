@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from html import escape
 
 from reward_model.common.errors import masked
@@ -72,38 +72,47 @@ def figure(chart: Chart) -> str:
     )
 
 
-def interval(value: float, low: float, high: float, first: float, last: float, half: float = math.nan) -> str:
-    """A point and its interval on a line from ``first`` to ``last``; half: where a mark stands."""
-
-    def at(number: float) -> str:
-        return f"{100 * (min(max(number, first), last) - first) / (last - first):.2f}%"
-
-    parts = ['<line class="track" x1="0" x2="100%" y1="9" y2="9"/>']
-    if math.isfinite(half) and first < half < last:
-        parts.append(f'<line class="half" x1="{at(half)}" x2="{at(half)}" y1="1" y2="17"/>')
-    if math.isfinite(low + high):
-        parts.append(f'<line class="reach" x1="{at(low)}" x2="{at(high)}" y1="9" y2="9"/>')
-    if math.isfinite(value):
-        parts.append(f'<circle class="point" cx="{at(value)}" cy="9" r="4"/>')
-    return f'<svg class="interval" aria-hidden="true" focusable="false">{"".join(parts)}</svg>'
-
-
-def graph_table(columns: Iterable[str], rows: Iterable[tuple[list[str], str]], note: str = "") -> str:
-    """A table whose rows end in a small picture.
+def table_of_points(
+    columns: Sequence[str],
+    rows: Iterable[tuple[list[str], list[tuple[str, float, float, float]]]],
+    first: float,
+    note: str,
+) -> str:
+    """A table whose rows end in points on a line from ``first`` to 1.
 
     Args:
-        rows: cells, and the HTML of the picture.
+        rows: cells, and for each point its color, its value, and the ends of its interval, which may be NaN.
+        note: what is said of the table.
     """
-    names = list(columns)
-    head = "".join(f'<th scope="col">{text(name)}</th>' for name in names)
+    head = "".join(f'<th scope="col">{text(name)}</th>' for name in columns)
     body = "".join(
         f'<tr><th scope="row">{text(cells[0])}</th>{"".join(f"<td>{text(cell)}</td>" for cell in cells[1:])}'
-        f'<td class="graph">{graph}</td></tr>'
-        for cells, graph in rows
+        f'<td class="graph">{_points(points, first)}</td></tr>'
+        for cells, points in rows
     )
-    caption = f"<caption>{text(note)}</caption>" if note else ""
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="table: {text(", ".join(names))}">'
-        f'<table class="wide">{caption}<thead><tr>{head}<th><span aria-hidden="true"></span></th></tr></thead>'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="table: {text(", ".join(columns))}">'
+        f'<table class="wide"><caption>{text(note)}</caption><thead><tr>{head}<td></td></tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
+
+
+def _points(points: list[tuple[str, float, float, float]], first: float) -> str:
+    """An SVG of points, one below the other, on a line from ``first`` to 1; what is beyond stands at the end."""
+
+    def at(value: float) -> str:
+        return f"{100 * (min(max(value, first), 1.0) - first) / (1.0 - first):.2f}%"
+
+    parts = ['<line class="track" x1="0" x2="100%" y1="9" y2="9"/>']
+    if first < 0.5:
+        parts.append(f'<line class="half" x1="{at(0.5)}" x2="{at(0.5)}" y1="1" y2="17"/>')
+    for place, (color, value, low, high) in enumerate(points):
+        y = 9 + (place - (len(points) - 1) / 2) * min(5.0, 14 / len(points))
+        style = f'style="--of-light:{color};--of-dark:{DARK[color]}"'
+        if math.isfinite(low + high):
+            parts.append(f'<line class="reach" {style} x1="{at(low)}" x2="{at(high)}" y1="{y:g}" y2="{y:g}"/>')
+        if math.isfinite(value):
+            parts.append(
+                f'<circle class="point" {style} cx="{at(value)}" cy="{y:g}" r="{4 if len(points) == 1 else 3}"/>'
+            )
+    return f'<svg class="interval" aria-hidden="true" focusable="false">{"".join(parts)}</svg>'

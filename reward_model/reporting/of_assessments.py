@@ -167,7 +167,7 @@ class Assessed:
                     )
             if math.isfinite(each.number("length", "correlation")):
                 of_it = "" if self.is_one else f" ({each.label})"
-                said.append(f"{each.number('length', 'correlation'):.3f}{of_it}")
+                said.append(f"{shown(each.number('length', 'correlation'), 3)}{of_it}")
             chart.tables.append(
                 _table_of_lengths("" if self.is_one else each.label, length[places], score[places], of_side)
             )

@@ -100,11 +100,13 @@ class Training:
             return chart
         if has_pairs:
             chart.rule(LOG_2, "log 2: no preference")
+        if not self.is_one:
+            chart.caption += " Thin: running means of training; with dots: held out."
         if self.is_one and self.runs[0].skipped:
             skipped = self.runs[0].skipped
             for first, last in ranges(skipped)[:MOST_STRETCHES]:
                 chart.shade(first, last, f"skipped: {in_words(skipped, 4)}", colors.WARNING)
-        chart.span_y(low=0)
+        chart.see(np.zeros(1))
         chart.ticks("0.[000]")
         return chart
 
@@ -113,15 +115,13 @@ class Training:
             "Accuracy", "step", "share of pairs", "Pairs whose better answer has the higher score; a tie is half."
         )
         self._of_steps(chart, "accuracy")
-        found = [held for held in self._held() if len(held.read("accuracy")[0])]
-        for held in found:
+        for held in self._held():
             self._evaluations(chart, held, *held.read("accuracy"))
-        for held in found if len(found) <= 2 else []:
-            baseline = held.read("longer_wins_accuracy")[1]
-            if len(baseline):
-                of_it = f" ({held.label})" if len(found) > 1 else ""
-                chart.rule(baseline[-1], f"longer answer wins{of_it}: {baseline[-1]:.3f}", colors.TEXT)
-        chart.span_y(high=1.02)
+        longer = [held.read("longer_wins_accuracy")[1][-1:] for held in self._held()]
+        values = sorted({round(float(value), 3) for each in longer for value in each})
+        said = " or ".join(f"{value:.3f}" for value in values)
+        for value in values if len(values) <= 2 else []:
+            chart.rule(value, f"longer answer wins: {said}")
         chart.ticks("0.[00]")
         return chart
 
@@ -140,7 +140,8 @@ class Training:
                     x, y = each.read(f"{side}_mean")
                     if len(x):
                         label = f"{each.label}, {side}"
-                        chart.line(x, y, label, each.color, dash=dash, tooltips=[(label, "@y{0.000}"), ("step", "@x")])
+                        tooltips = [(label, "@y{0.000}"), ("step", "@x{0,0}")]
+                        chart.line(x, y, label, each.color, dash=dash, tooltips=tooltips, is_alone=False)
         if self.is_one:
             for side, color in (("chosen", colors.CHOSEN), ("rejected", colors.REJECTED)):
                 run, values = self.runs[0], running_mean(self.runs[0].column(f"{side}_mean"))
@@ -171,7 +172,7 @@ class Training:
         )
         for held in self._held():
             self._evaluations(chart, held, *held.read("calibration_error"))
-        chart.span_y(low=0)
+        chart.see(np.zeros(1))
         chart.ticks("0.[00]")
         return chart
 
@@ -188,8 +189,7 @@ class Training:
             return chart
         if math.isfinite(limit):
             chart.rule(limit, f"clipped to {limit:g}")
-        if name != "learning_rate":
-            chart.span_y(low=0)
+        chart.see(np.zeros(1))
         if ticks:
             chart.ticks(ticks)
         return chart
@@ -233,9 +233,14 @@ class Training:
             steps, is_smooth = run.steps[kept], name == "learning_rate"
             means = values if is_smooth else running_mean(values)
             label = "training" if self.is_one else run.name
-            color = colors.SLATE if self.is_one else colors.of(place)
+            color = colors.INK if self.is_one else colors.of(place)
             if not is_smooth and self.is_one:
-                chart.line(steps, values[kept], "each step", color, width=1, alpha=0.35)
+                alpha = 0.45 if len(kept) == len(values) else 0.3  # thinned, it is as dense as ink
+                usual = _usual(values)
+                chart.line(steps, values[kept], "each step", colors.SLATE, width=1, alpha=alpha, seen=usual)
+                if np.nanmax(values) > usual.max():
+                    highest = f"Highest: {shown(np.nanmax(values))} at step {run.steps[np.nanargmax(values)]:,}"
+                    chart.caption = f"{chart.caption} {highest}, beyond the picture.".strip()
             label = "running mean" if self.is_one and not is_smooth else label
             shown_as = "@{value}{0.[00000]e+0}" if is_smooth else "@{value}{0,0.[0000]}"
             # a name from outside stands where Bokeh writes text, not in a value, which it reads as HTML
@@ -247,6 +252,7 @@ class Training:
                 width=1.6 if self.is_one else 1.3,
                 alpha=1 if self.is_one else 0.8,
                 tooltips=tooltips,
+                is_alone=self.is_one,
                 columns={"value": values[kept]},
             )
             places = np.flatnonzero(np.isfinite(values))
@@ -306,7 +312,7 @@ class Training:
         if limit > NEAR * max(sizes):
             chart.caption += f" The alarm's limit, ±{limit:g} (--score_limit), is beyond the picture."
             return
-        for sign in (1, -1):
+        for sign in (1, -1):  # both, also where scores come near one of them alone
             chart.rule(sign * limit, f"the alarm's limit, ±{limit:g}", colors.WARNING)
 
     def _table_of_evaluations(self, names: Sequence[str]) -> Table:
@@ -317,3 +323,10 @@ class Training:
                 first = f"{line['step']:,}" if self.is_one and not held.label else f"{held.label}, {line['step']:,}"
                 rows.append([first, *(shown(number(line.get(name))) for name in known)])
         return Table(("evaluation, step", *(name.replace("_", " ") for name in known)), rows)
+
+
+def _usual(values: np.ndarray) -> np.ndarray:
+    """The values without the few that would press all others flat: those far beyond 98 % of them."""
+    finite = values[np.isfinite(values)]
+    low, high = np.quantile(finite, (0.01, 0.99))
+    return finite[(finite <= high + 2 * (high - low)) | (finite <= high + abs(high))]

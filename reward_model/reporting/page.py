@@ -115,7 +115,7 @@ def _header(page: Page) -> Iterator[str]:
 def _numbers(page: Page) -> Iterator[str]:
     """The first numbers: in large figures for one run, in a table for several."""
     if len(page.runs) > 1:
-        yield html.table(_table_of_runs(page), "wide")
+        yield html.table(_table_of_runs(page), "wide first", "the runs")
         return
     if not page.runs and len(page.assessments) > 1:
         return  # the table of all numbers follows
@@ -221,7 +221,7 @@ def _warnings(page: Page) -> Iterator[str]:
                 f"{in_words(run.skipped)}. The rows are in metrics.jsonl."
             )
         notes += [f"{of_it}{problem}" for problem in run.problems]
-        if len(page.runs) > 1:
+        if len(page.runs) > 1 and not run.is_whole:
             notes.append(f"{of_it}{run.end}.")
         elif not run.is_whole:
             notes.append(f"The run has not finished ({run.end}); what is here ends at step {run.last_step:,}.")
@@ -251,31 +251,41 @@ def _held_out(page: Page) -> Iterator[str]:
         yield f'<div class="charts">{"".join(map(html.figure, charts))}</div>'
     parts = [f"<h3>Accuracy by {what}</h3>{found}" for what, found in _by_part(page)]
     parts += [f"<h3>{title}</h3>{html.table(of, 'wide', title)}" for title, of in page.assessed.numbers()]
-    yield f'<div class="columns">{"".join(f"<div>{part}</div>" for part in parts)}</div></section>\n'
+    kind = "columns" if len(page.assessments) == 1 else "stack"
+    yield f'<div class="{kind}">{"".join(f"<div>{part}</div>" for part in parts)}</div></section>\n'
 
 
 def _by_part(page: Page) -> Iterator[tuple[str, str]]:
     """What the accuracy is by, and the table."""
     for key, what in (("by_subset", "subset"), ("by_margin", "margin")):
-        found = [(each, row) for each in page.assessments for row in each.rows(key)]
-        if not found:
-            continue
-        values = [value for _, row in found for value in (number(row.get("value")), number(row.get("low")))]
-        lowest = min((value for value in values if math.isfinite(value)), default=0.0)
-        first = min(math.floor(lowest * 10) / 10, 0.9)
-        is_one = len(page.assessments) == 1
-        rows = []
-        for each, row in found[:MOST_SUBSETS]:
-            value, low, high = (number(row.get(name)) for name in ("value", "low", "high"))
-            name = str(row.get("subset")) or "none"
-            if key == "by_margin":
-                low, high = math.nan, math.nan
-                name = f"{edge(number(row.get('low')))} to {edge(number(row.get('high')))}"
-            cells = [name if is_one else f"{name}, {each.label}", shown(number(row.get("pairs"))), shown(value)]
-            rows.append((cells, html.interval(value, low, high, first, 1.0, 0.5)))
-        note = f"The first {MOST_SUBSETS} of {len(found)}." if len(found) > MOST_SUBSETS else ""
-        scale = f"Lines go from {first:g} to 1{', with a mark at 0.5' if first < 0.5 else ''}. {note}"
-        yield what, html.graph_table((what, "pairs", "accuracy"), rows, scale.strip())
+        parts: dict[str, dict[int, dict[str, Any]]] = {}  # name of a part → place of an assessment → its row
+        for place, each in enumerate(page.assessments):
+            for row in each.rows(key):
+                name = str(row.get("subset") or "none")
+                if key == "by_margin":
+                    name = f"{edge(number(row.get('low')))} to {edge(number(row.get('high')))}"
+                parts.setdefault(name, {})[place] = row
+        if parts:
+            yield what, _table_of_parts(page.assessments, what, parts)
+
+
+def _table_of_parts(assessments: Sequence[Assessment], what: str, parts: dict[str, dict[int, dict[str, Any]]]) -> str:
+    """A row for each part, with a point for each assessment, and its interval where the ends of one are given."""
+    ends = ("value",) if what == "margin" else ("value", "low", "high")  # a margin's low and high are its own
+    values = [number(row.get(end)) for part in parts.values() for row in part.values() for end in ends]
+    lowest = min((value for value in values if math.isfinite(value)), default=0.0)
+    first = min(max(math.floor(lowest * 10) / 10, 0.0), 0.9)
+    rows = []
+    for name, part in list(parts.items())[:MOST_SUBSETS]:
+        counts = [shown(number(row.get("pairs"))) for row in part.values()]
+        found = {place: [number(row.get(end)) for end in ends] for place, row in part.items()}
+        cells = [shown(found[place][0]) if place in found else "–" for place in range(len(assessments))]
+        points = [(assessments[place].color, *(values + [math.nan] * 2)[:3]) for place, values in found.items()]
+        rows.append(([name, counts[0] if len(set(counts)) == 1 else ", ".join(counts), *cells], points))
+    note = f" The first {MOST_SUBSETS} of {len(parts)}." if len(parts) > MOST_SUBSETS else ""
+    scale = f"Lines go from {first:g} to 1{', with a mark at 0.5' if first < 0.5 else ''}.{note}"
+    names = ["accuracy"] if len(assessments) == 1 else [each.label for each in assessments]
+    return html.table_of_points((what, "pairs", *names), rows, first, scale)
 
 
 def _mistakes(page: Page) -> Iterator[str]:
