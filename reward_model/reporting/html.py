@@ -6,10 +6,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from html import escape
+from typing import NamedTuple
 
 from reward_model.common.errors import masked
 from reward_model.reporting.charts import Chart, Table
 from reward_model.reporting.colors import DARK
+
+MIN_COLUMN = 110  # pixels; a table that has not so many scrolls in its box
 
 
 def text(value: object) -> str:
@@ -44,9 +47,10 @@ def table(of: Table, kind: str = "", name: str = "") -> str:
         for row in of.rows
     )
     note = f"<caption>{text(of.note)}</caption>" if of.note else ""
+    width = f' style="min-width:{MIN_COLUMN * len(of.columns)}px"' if len(of.columns) > 3 and kind == "wide" else ""
     name = text(name or ", ".join(filter(None, of.columns)))
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="table: {name}"><table class="{kind}">{note}'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="table: {name}"><table class="{kind}"{width}>{note}'
         f"{head}<tbody>{rows}</tbody></table></div>"
     )
 
@@ -72,16 +76,22 @@ def figure(chart: Chart) -> str:
     )
 
 
+class Point(NamedTuple):
+    """A value and the ends of its interval, which may be NaN."""
+
+    color: str
+    value: float
+    low: float = math.nan
+    high: float = math.nan
+
+
 def table_of_points(
-    columns: Sequence[str],
-    rows: Iterable[tuple[list[str], list[tuple[str, float, float, float]]]],
-    first: float,
-    note: str,
+    columns: Sequence[str], rows: Iterable[tuple[list[str], list[Point]]], first: float, note: str
 ) -> str:
     """A table whose rows end in points on a line from ``first`` to 1.
 
     Args:
-        rows: cells, and for each point its color, its value, and the ends of its interval, which may be NaN.
+        rows: cells and points.
         note: what is said of the table.
     """
     head = "".join(f'<th scope="col">{text(name)}</th>' for name in columns)
@@ -97,7 +107,7 @@ def table_of_points(
     )
 
 
-def _points(points: list[tuple[str, float, float, float]], first: float) -> str:
+def _points(points: list[Point], first: float) -> str:
     """An SVG of points, one below the other, on a line from ``first`` to 1; what is beyond stands at the end."""
 
     def at(value: float) -> str:
@@ -112,7 +122,6 @@ def _points(points: list[tuple[str, float, float, float]], first: float) -> str:
         if math.isfinite(low + high):
             parts.append(f'<line class="reach" {style} x1="{at(low)}" x2="{at(high)}" y1="{y:g}" y2="{y:g}"/>')
         if math.isfinite(value):
-            parts.append(
-                f'<circle class="point" {style} cx="{at(value)}" cy="{y:g}" r="{4 if len(points) == 1 else 3}"/>'
-            )
+            radius = 4 if len(points) == 1 else 3
+            parts.append(f'<circle class="point" {style} cx="{at(value)}" cy="{y:g}" r="{radius}"/>')
     return f'<svg class="interval" aria-hidden="true" focusable="false">{"".join(parts)}</svg>'

@@ -18,7 +18,7 @@ from reward_model.reporting import colors
 from reward_model.reporting.charts import Chart, Table
 from reward_model.reporting.runs import number, numbers
 from reward_model.reporting.thinning import evenly
-from reward_model.reporting.words import edge, shown
+from reward_model.reporting.words import edge, share, shown
 
 MOST_DOTS = 4_000  # of a scatter, over all assessments together
 MOST_MISTAKES = 40
@@ -252,7 +252,7 @@ def _cell(each: Assessment, path: tuple[str, ...], kind: str) -> str:
     if kind == "number":
         return shown(each.number(*path))
     value, low, high = each.interval(*path)
-    return f"{shown(value)} ({shown(low, 3)} to {shown(high, 3)})" if math.isfinite(low + high) else shown(value)
+    return f"{share(value)} ({low:.3f} to {high:.3f})" if math.isfinite(low + high) else share(value)
 
 
 def _table_of_bins(edges: np.ndarray, counts: dict[str, np.ndarray]) -> Table:

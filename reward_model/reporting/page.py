@@ -23,7 +23,7 @@ from reward_model.reporting.of_assessments import MOST_MISTAKES, MOST_SUBSETS, A
 from reward_model.reporting.of_training import Training
 from reward_model.reporting.runs import Run, number
 from reward_model.reporting.thinning import in_words
-from reward_model.reporting.words import duration, edge, setting, shown
+from reward_model.reporting.words import duration, edge, setting, share, shown
 
 TEXT_BYTES = 600_000  # of all mistakes together, of the 3 MB of a page; BokehJS has 1.3
 SHORTEST = 300  # characters that a text keeps at least
@@ -263,7 +263,9 @@ def _by_part(page: Page) -> Iterator[tuple[str, str]]:
             for row in each.rows(key):
                 name = str(row.get("subset") or "none")
                 if key == "by_margin":
-                    name = f"{edge(number(row.get('low')))} to {edge(number(row.get('high')))}"
+                    name = f"{edge(number(row.get('low')))} to {edge(number(row.get('high')))}".replace(
+                        " ", "\N{NO-BREAK SPACE}"
+                    )
                 parts.setdefault(name, {})[place] = row
         if parts:
             yield what, _table_of_parts(page.assessments, what, parts)
@@ -279,8 +281,8 @@ def _table_of_parts(assessments: Sequence[Assessment], what: str, parts: dict[st
     for name, part in list(parts.items())[:MOST_SUBSETS]:
         counts = [shown(number(row.get("pairs"))) for row in part.values()]
         found = {place: [number(row.get(end)) for end in ends] for place, row in part.items()}
-        cells = [shown(found[place][0]) if place in found else "–" for place in range(len(assessments))]
-        points = [(assessments[place].color, *(values + [math.nan] * 2)[:3]) for place, values in found.items()]
+        cells = [share(found[place][0]) if place in found else "–" for place in range(len(assessments))]
+        points = [html.Point(assessments[place].color, *each) for place, each in found.items()]
         rows.append(([name, counts[0] if len(set(counts)) == 1 else ", ".join(counts), *cells], points))
     note = f" The first {MOST_SUBSETS} of {len(parts)}." if len(parts) > MOST_SUBSETS else ""
     scale = f"Lines go from {first:g} to 1{', with a mark at 0.5' if first < 0.5 else ''}.{note}"

@@ -24,6 +24,15 @@ def shown(value: float, digits: int = 4) -> str:
     return _minus(text.rstrip("0").rstrip(".") if value == round(value) else text)
 
 
+def share(value: float) -> str:
+    """A share of pairs, as the log has it.
+
+    >>> share(1.0), share(float("nan"))
+    ('1.0000', '–')
+    """
+    return f"{value:.4f}" if math.isfinite(value) else shown(value)
+
+
 def edge(value: float) -> str:
     """An end of a stretch.
 
