@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -48,28 +49,33 @@ class Chart:
             x, y: what the axes show.
             caption: a sentence.
         """
-        from bokeh.models import BasicTickFormatter, BoxZoomTool, NumeralTickFormatter, ResetTool
-        from bokeh.plotting import figure
-
-        self.title, self.caption, self.y = title, caption, y
+        self.title, self.caption, self.x, self.y = title, caption, x, y
         self.entries: dict[str, Entry] = {}
         self.ends: list[float] = []  # of what the y axis has to show
         self.tables: list[Table] = []
-        self.figure = figure(
+        self.formats = {"x": "", "y": ""}
+
+    @cached_property
+    def figure(self) -> Any:
+        """Bokeh's, which is made when something is drawn into it."""
+        from bokeh.models import BasicTickFormatter, BoxZoomTool, NumeralTickFormatter, ResetTool
+        from bokeh.plotting import figure
+
+        made = figure(
             height=HEIGHT,
             sizing_mode="stretch_width",
             tools=[BoxZoomTool(dimensions="both"), ResetTool()],
             active_drag=None,  # page.js takes the zoom for a mouse; a finger scrolls the page
             toolbar_location=None,
-            x_axis_label=x,
-            y_axis_label=y,
+            x_axis_label=self.x,
+            y_axis_label=self.y,
             background_fill_color=None,
             border_fill_color=None,
             outline_line_color=None,
             min_border_right=12,
             min_border_top=6,
         )
-        for axis in self.figure.axis:
+        for axis in made.axis:
             axis.update(
                 axis_line_color=AXIS,
                 major_tick_line_color=None,
@@ -83,14 +89,15 @@ class Chart:
                 axis_label_text_font_style="normal",
                 axis_label_standoff=6,
             )
-        self.figure.yaxis.axis_line_color = None
-        self.figure.yaxis.formatter = BasicTickFormatter(precision=1)
-        self.figure.xgrid.grid_line_color = None
-        self.figure.ygrid.grid_line_color = GRID
-        self.figure.xaxis.ticker.desired_num_ticks = 5
-        self.figure.yaxis.ticker.desired_num_ticks = 5
-        if x in ("step", "tokens of the answer"):
-            self.figure.xaxis.formatter = NumeralTickFormatter(format="0,0")
+        made.yaxis.axis_line_color = None
+        made.yaxis.formatter = BasicTickFormatter(precision=1)
+        made.xgrid.grid_line_color = None
+        made.ygrid.grid_line_color = GRID
+        made.xaxis.ticker.desired_num_ticks = 5
+        made.yaxis.ticker.desired_num_ticks = 5
+        if self.x in ("step", "tokens of the answer"):
+            made.xaxis.formatter = NumeralTickFormatter(format="0,0")
+        return made
 
     @property
     def name(self) -> str:
@@ -103,7 +110,7 @@ class Chart:
 
     @property
     def is_empty(self) -> bool:
-        return not self.figure.renderers
+        return not self.entries
 
     def line(
         self,
@@ -231,12 +238,7 @@ class Chart:
 
     def ticks(self, y: str = "", x: str = "") -> None:
         """Bokeh's formats of the numbers at the axes."""
-        from bokeh.models import NumeralTickFormatter
-
-        if y:
-            self.figure.yaxis.formatter = NumeralTickFormatter(format=y)
-        if x:
-            self.figure.xaxis.formatter = NumeralTickFormatter(format=x)
+        self.formats = {"x": x, "y": y}
 
     def see(self, values: np.ndarray) -> None:
         """Have the y axis reach these values."""
@@ -245,13 +247,15 @@ class Chart:
             self.ends += [float(finite.min()), float(finite.max())]
 
     def fit(self) -> None:
-        """Let the y axis end a little beyond what it has to show."""
-        if not self.ends:
-            return
-        low, high = min(self.ends), max(self.ends)
+        """Let the y axis end a little beyond what it has to show, and write the numbers of both as was asked."""
+        from bokeh.models import NumeralTickFormatter
+
+        low, high = min(self.ends, default=0.0), max(self.ends, default=1.0)
         room = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
-        self.figure.y_range.start = 0.0 if low == 0 else low - room
-        self.figure.y_range.end = high + room
+        self.figure.y_range.update(start=0.0 if low == 0 else low - room, end=high + room)
+        for axis, format_of_it in ((self.figure.xaxis, self.formats["x"]), (self.figure.yaxis, self.formats["y"])):
+            if format_of_it:
+                axis.formatter = NumeralTickFormatter(format=format_of_it)
 
     def as_json(self) -> str:
         """What BokehJS draws it from; safe inside a ``script`` of HTML."""

@@ -94,6 +94,7 @@ def table_of_points(
         rows: cells and points.
         note: what is said of the table.
     """
+    narrow = " narrow" if columns[0] == "margin" else ""
     head = "".join(f'<th scope="col">{text(name)}</th>' for name in columns)
     body = "".join(
         f'<tr><th scope="row">{text(cells[0])}</th>{"".join(f"<td>{text(cell)}</td>" for cell in cells[1:])}'
@@ -102,7 +103,7 @@ def table_of_points(
     )
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="table: {text(", ".join(columns))}">'
-        f'<table class="wide"><caption>{text(note)}</caption><thead><tr>{head}<td></td></tr></thead>'
+        f'<table class="wide{narrow}"><caption>{text(note)}</caption><thead><tr>{head}<td></td></tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
 

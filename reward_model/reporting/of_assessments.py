@@ -125,7 +125,7 @@ class Assessed:
                     label = f"temperature {temperature:.3g}"
                 chart.line(x[known], y[known], label, color, dash="dashed" if is_raw else "solid")
                 tooltips = [(label, "@y{0.000}"), ("as sure as", "@x{0.000}"), ("pairs", "@pairs{0,0}")]
-                share = np.sqrt(np.nan_to_num(pairs[known]) / max(1.0, np.nansum(pairs)))
+                share = np.sqrt(np.clip(np.nan_to_num(pairs[known]) / max(1.0, np.nansum(pairs)), 0, 1))
                 columns = {"pairs": pairs[known], "size": 4 + 14 * share}  # areas as the numbers of pairs
                 chart.dots(
                     x[known], y[known], label, color, size="size", hollow=is_raw, tooltips=tooltips, columns=columns
