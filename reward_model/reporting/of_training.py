@@ -86,16 +86,16 @@ class Training:
 
     def loss(self) -> Chart:
         chart = Chart("Loss", "step", "loss", "Held out: the plain logistic loss. Equal scores have log 2 = 0.693.")
-        self._of_steps(chart, "loss")
         has_pairs = any(len(held.read("accuracy")[0]) for held in self._held())
+        if not has_pairs:
+            chart.caption = "Held out: the loss of the objective." if list(self._held()) else ""
+        self._of_steps(chart, "loss")
         for held in self._held():
             x, y = held.read("loss")
             if len(x):
                 self._evaluations(chart, held, x, y)
             else:
                 self._evaluations(chart, held, *held.read("point_loss"))
-        if not has_pairs:
-            chart.caption = "Held out: the loss of the objective."
         if chart.is_empty:
             return chart
         if has_pairs:
@@ -230,16 +230,16 @@ class Training:
             kept = thinned(values, self.most)
             if not len(kept):
                 continue
-            steps, is_smooth = run.steps[kept], name == "learning_rate"
+            steps, is_smooth, usual = run.steps[kept], name == "learning_rate", _usual(values)
             means = values if is_smooth else running_mean(values)
             label = "training" if self.is_one else run.name
             color = colors.INK if self.is_one else colors.of(place)
             if not is_smooth and self.is_one:
                 alpha = 0.45 if len(kept) == len(values) else 0.3  # thinned, it is as dense as ink
-                usual = _usual(values)
                 chart.line(steps, values[kept], "each step", colors.SLATE, width=1, alpha=alpha, seen=usual)
-                if np.nanmax(values) > usual.max():
-                    highest = f"Highest: {shown(np.nanmax(values))} at step {run.steps[np.nanargmax(values)]:,}"
+                place = kept[np.argmax(values[kept])]
+                if values[place] > usual.max():
+                    highest = f"Highest: {shown(values[place])} at step {run.steps[place]:,}"
                     chart.caption = f"{chart.caption} {highest}, beyond the picture.".strip()
             label = "running mean" if self.is_one and not is_smooth else label
             shown_as = "@{value}{0.[00000]e+0}" if is_smooth else "@{value}{0,0.[0000]}"
@@ -251,6 +251,7 @@ class Training:
                 *(steps, means[kept], label, color),
                 width=1.6 if self.is_one else 1.3,
                 alpha=1 if self.is_one else 0.8,
+                seen=np.minimum(means[kept], usual.max()),
                 tooltips=tooltips,
                 is_alone=self.is_one,
                 columns={"value": values[kept]},
