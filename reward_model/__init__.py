@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stable reward-model training for DeepSpeed-Chat.
 
-``train`` runs a :class:`RunConfig`; ``load`` reads a model that a run saved; ``UserError`` is what both raise for
-everything that the caller can mend. Nothing heavy is imported before one of them is used.
+``train`` runs a :class:`RunConfig`; ``load`` reads a model that a run saved; ``report`` writes the page of a run;
+``UserError`` is what they raise for everything that the caller can mend. Nothing heavy is imported before one of them
+is used.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ if TYPE_CHECKING:
     from reward_model.config.options import RunConfig
     from reward_model.inference import load
     from reward_model.judging.api import evaluate
+    from reward_model.reporting.report import report
     from reward_model.training.api import train
     from reward_model.training.run import TrainResult
     from reward_model.training.stopping import Interrupted
 
 __version__ = "0.1.0"
-__all__ = ["EvaluateConfig", "Interrupted", "RunConfig", "TrainResult", "UserError", "evaluate", "load", "train"]
+__all__ = [
+    "EvaluateConfig", "Interrupted", "RunConfig", "TrainResult", "UserError", "evaluate", "load", "report", "train",
+]  # fmt: skip
 
 _MODULES = {
     "RunConfig": "reward_model.config.options",
@@ -31,6 +35,7 @@ _MODULES = {
     "EvaluateConfig": "reward_model.config.evaluation",
     "evaluate": "reward_model.judging.api",
     "load": "reward_model.inference",
+    "report": "reward_model.reporting.report",
     "train": "reward_model.training.api",
 }
 

@@ -13,6 +13,7 @@ COMMANDS = {
     "train": ("reward_model.commands.train", "train a reward model: what training_scripts/main.py does"),
     "export": ("reward_model.commands.export", "a model of a checkpoint, of a run that did not end"),
     "evaluate": ("reward_model.commands.evaluate", "how right models are on some data, how sure, and what scores mean"),
+    "report": ("reward_model.commands.report", "a page of charts, mistakes and settings, of a run or of several"),
     "plan": ("reward_model.commands.plan", "memory and communication of a run, and the line that launches it"),
     "check": (
         "reward_model.commands.check",

@@ -16,6 +16,7 @@ from reward_model.data.sources import amount_of, raw_sources
 from reward_model.evaluation.assessment import FILE
 from reward_model.judging.evaluations import Evaluations, compare
 from reward_model.judging.subject import Subject
+from reward_model.reporting.report import page_of_assessments
 
 
 def evaluate(models: Sequence[str], config: EvaluateConfig) -> Evaluations:
@@ -49,10 +50,16 @@ def evaluate(models: Sequence[str], config: EvaluateConfig) -> Evaluations:
     if config.output_dir and context.is_first:
         _write(found, Path(config.output_dir))
     if config.report and context.is_first:
-        from reward_model.reporting import page_of_assessments
-
-        page_of_assessments(found.assessments, Path(config.report))
+        _write_page(found, Path(config.report))
     return found
+
+
+def _write_page(found: Evaluations, page: Path) -> None:
+    try:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page_of_assessments(found.assessments, page)
+    except OSError as error:
+        raise UserError(f"--report {page}: {error.strerror}") from error
 
 
 def _write(found: Evaluations, folder: Path) -> None:

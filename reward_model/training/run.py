@@ -33,7 +33,7 @@ from reward_model.config.options import (
 from reward_model.config.settings import Settings, resolve
 from reward_model.data.comparisons import Comparisons
 from reward_model.data.tokenizer import SpecialTokens
-from reward_model.evaluation import pictures, score_scale
+from reward_model.evaluation import score_scale
 from reward_model.evaluation.evaluate import summary
 from reward_model.models import adapters, saving
 from reward_model.models.attention import SEPARATE
@@ -42,6 +42,8 @@ from reward_model.models.loading import DTYPES, is_reward_model, read_config
 from reward_model.models.scorer import Scorer
 from reward_model.objectives.losses import Thresholds
 from reward_model.objectives.objective import Objective
+from reward_model.reporting.report import FILE as REPORT
+from reward_model.reporting.report import report
 from reward_model.training import hub, verify, watchdog
 from reward_model.training.best import read_weights
 from reward_model.training.checkpoint import prune
@@ -70,7 +72,7 @@ class TrainResult:
     sets: name of an evaluation set → its metrics; the name is '' for one that has none.
     steps: of the optimizer.
     folder: holds the model, ``metrics.jsonl`` and ``run.json``; None: there was no ``--output_dir``.
-    report: the picture of the run.
+    report: the page of the run, ``report.html``.
     """
 
     metrics: dict[str, Any]
@@ -82,8 +84,8 @@ class TrainResult:
     @classmethod
     def of(cls, sets: dict[str, dict[str, Any]], steps: int, folder: Path | None) -> TrainResult:
         """With the metrics of each evaluation set, the first of which are the run's."""
-        report = folder / "report.png" if folder else None
-        return cls(dict(next(iter(sets.values()))), steps, folder, report, sets)
+        page = folder / REPORT if folder else None
+        return cls(dict(next(iter(sets.values()))), steps, folder, page, sets)
 
 
 @watchdog.while_it_runs
@@ -385,7 +387,7 @@ def save(trainer: Trainer, data: Data, folder: Path) -> list[str]:
     beat("to load what was saved")
     if is_writer:
         write_evaluation(trainer, data.tokenizer, folder)
-        draw(trainer, folder)
+        write_report(folder)
         forms = ("hf", "dschat") if save_format == "both" else (save_format,)
         problem = verify.check(
             folder, forms, expected, data.tokenizer, data.special, trainer.settings.model.trust_remote_code
@@ -411,12 +413,12 @@ def describe(trainer: Trainer, data: Data, folder: Path, run: dict[str, Any], na
     write_card(folder, card_of(name, names, data.tokenizer, trained))
 
 
-def draw(trainer: Trainer, folder: Path) -> None:
-    """The picture of the run; the model is complete without it."""
+def write_report(folder: Path) -> None:
+    """The page of the run; the model is complete without it."""
     try:
-        pictures.draw(folder / "metrics.jsonl", folder / "report.png", trainer.last.scores)
+        report(folder, has_ended=True)
     except OSError as error:
-        logger.warning(f"{folder / 'report.png'}: {error.strerror}; the model is complete without the picture")
+        logger.warning(f"{folder / REPORT}: {error.strerror}; the model is complete without the page")
 
 
 def finish(trainer: Trainer, folder: Path) -> None:
@@ -450,6 +452,6 @@ def summarize(trainer: Trainer, folder: Path | None) -> None:
     for line in trainer.health.summary():
         logger.warning(line)
     if folder:
-        logger.info(f"model:   {folder}\npicture: {folder / 'report.png'}")
+        logger.info(f"model:  {folder}\nreport: {folder / REPORT}")
     else:
         logger.info("nothing was saved: there was no --output_dir")

@@ -110,7 +110,7 @@ def run(options: argparse.Namespace, arm: str, seed: int, core: int) -> dict:
     """One training run, on one core: its evaluations."""
     file, _, flags = ARMS[arm]
     folder = options.output / f"{arm.replace(', ', '_').replace(' ', '_')}_{seed}"
-    if not (folder / "report.png").is_file():
+    if not (folder / "report.html").is_file():
         data = options.output / "data"
         words = [sys.executable, MAIN.name, "--model_name_or_path", options.model, "--pooling", "mean"]
         words += ["--data_path", data / f"{file}.jsonl", "--eval_data_path", data / "eval.jsonl"]
