@@ -84,7 +84,8 @@ def write_run(folder, lines=None, settings=None, assessment=None, is_finished=Tr
     }
     (folder / "run.json").write_text(json.dumps(values | (settings or {})))
     if assessment is not None:
-        (folder / "evaluation.json").write_text(json.dumps(assessment))
+        parts = assessment if isinstance(assessment, list) else [assessment]
+        (folder / "evaluation.json").write_text(json.dumps({"assessments": parts}))
     if is_finished:
         (folder / "finished.json").write_text('{"step": 30}')
     return folder
