@@ -449,6 +449,16 @@ def test_the_command_writes_the_page(tmp_path, capsys):
     assert sorted(path.name for path in run.iterdir()) == ["finished.json", "metrics.jsonl", "report.html", "run.json"]
 
 
+def test_a_page_that_cannot_be_written_fails_no_run(tmp_path, capsys):
+    from reward_model.training.run import write_report
+
+    write_run(tmp_path)
+    (tmp_path / "report.html").mkdir()
+    write_report(tmp_path)
+    assert "report.html: Is a directory; the model is complete without the page" in capsys.readouterr().out
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_the_function_is_in_the_package(tmp_path):
     assert reward_model.report(str(write_run(tmp_path))) == tmp_path / "report.html"
 

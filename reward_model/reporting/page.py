@@ -180,9 +180,7 @@ def _table_of_runs(page: Page) -> Table:
     rows = []
     for run in page.runs:
         last = _last_evaluation(run)
-        judged = next(
-            (each for each in page.assessments if each.label.split(":")[0] == run.name), Assessment("", "", {})
-        )
+        judged = next((Assessment("", "", each) for each in run.assessments), Assessment("", "", {}))
         value, low, high = judged.interval("accuracy")
         value = _or(value, number(last.get("accuracy")))
         accuracy = f"{value:.4f}" + (f" ({low:.3f} to {high:.3f})" if math.isfinite(low + high) else "")

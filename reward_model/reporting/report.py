@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def report(
     path = Path(out) if out is not None else folders[0] / FILE
     names = names_of(folders)
     found = [read_run(folder, name, has_ended) for folder, name in zip(folders, names)]
-    write_whole(path, write_html(found))
+    _write(path, write_html(found))
     return path
 
 
@@ -72,8 +73,18 @@ def page_of_assessments(assessments: Sequence[dict[str, Any]], out: str | PathLi
     if not assessments or len(assessments) > MOST_RUNS:
         raise UserError(f"{len(assessments)} assessments: a report is of 1 to {MOST_RUNS}")
     path = Path(out)
-    write_whole(path, write_html([], assessments))
+    _write(path, write_html([], assessments))
     return path
+
+
+def _write(path: Path, page: str) -> None:
+    """Write the file, or leave nothing: what else a run writes may need the room."""
+    try:
+        write_whole(path, page)
+    except OSError:
+        with suppress(OSError):
+            path.with_name(f".{path.name}.partial").unlink()
+        raise
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:
