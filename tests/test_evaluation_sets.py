@@ -18,7 +18,6 @@ from reward_model.data.preprocessing import PreprocessingConfig, load_comparison
 from reward_model.data.sources import read_sources
 from reward_model.data.tokenizer import choose_special_tokens
 from reward_model.evaluation.metrics import pair_metrics
-from reward_model.evaluation.pictures import read_metrics
 from reward_model.training.health import Health, Watch
 from reward_model.training.records import Records
 from reward_model.training.resume import hash_of_rows, hash_of_sets
@@ -199,12 +198,6 @@ def test_trackers_get_a_tag_for_each_set():
     records.add({"split": "eval", "step": 3, "accuracy": 0.5})
     records.add({"split": "eval", "step": 3, "set": "chat", "accuracy": 0.75})
     assert events == [("eval/accuracy", 0.5, 3), ("eval/chat/accuracy", 0.75, 3)]
-
-
-def test_the_picture_is_of_the_first_set(tmp_path):
-    lines = [{"split": "eval", "step": step, "set": name} for step in (0, 5) for name in ("chat", "code")]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert read_metrics(tmp_path / "metrics.jsonl")[1] == [lines[0], lines[2]]
 
 
 def test_the_result_is_that_of_the_first_set():

@@ -18,7 +18,7 @@ from reward_model.common.logging import logger
 from reward_model.config.groups import OutputConfig
 from reward_model.training import model_card
 
-BESIDE_THE_MODEL = (model_card.NAME, "evaluation*.json", "report.html")
+BESIDE_THE_MODEL = (model_card.NAME,)  # evaluation.json and report.html have texts of the held-out data
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
