@@ -98,17 +98,19 @@ def test_all_right_is_no_certainty_and_one_prompt_no_interval():
     assert every.value == every.high == 1.0
     assert every.low == pytest.approx(0.025 ** (1 / 30))  # Clopper and Pearson, 30 of 30
     assert share(np.ones(30), np.zeros(30)).low is None
+    assert share(np.tile([0.0, 1.0], 90), np.arange(180) % 9).low is None  # nine prompts
     assert math.isnan(share(np.zeros(0), np.zeros(0)).value)
 
 
 def test_mcnemar_counts_what_one_model_alone_has_right():
-    one, other = np.array([1, 1, 1, 1, 1, 1, 0, 0.5]), np.array([0, 0, 0, 0, 0, 1, 1, 1])
-    found = difference(one, other, np.arange(8))
+    one = np.array([1, 1, 1, 1, 1, 1, 0, 0.5, 1, 1, 0, 0])
+    other = np.array([0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 0, 0])
+    found = difference(one, other, np.arange(12))
     assert (found.only_one, found.only_other) == (5, 2)  # a tie counts as wrong there
     assert found.p_value == pytest.approx(2 * sum(math.comb(7, k) for k in range(3)) / 2**7)
-    assert found.value == pytest.approx((5 - 1 - 0.5) / 8)
+    assert found.value == pytest.approx((5 - 1 - 0.5) / 12)
     assert found.low < found.value < found.high
-    same = difference(one, one, np.arange(8))
+    same = difference(one, one, np.arange(12))
     assert (same.p_value, same.value, same.low) == (1.0, 0.0, None)
 
 

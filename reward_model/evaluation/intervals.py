@@ -13,12 +13,12 @@ import numpy as np
 CONFIDENCE = 0.95
 RESAMPLES = 2_000
 FEW_PROMPTS = 20_000  # resampled one by one; beyond, the normal interval is the same to three digits
-LEAST_PROMPTS = 2
+LEAST_PROMPTS = 10  # fewer draws with replacement are hardly different ones, and their interval is too narrow
 
 
 @dataclass(frozen=True)
 class Share:
-    """A share of pairs, and its interval of ``CONFIDENCE``; no interval where there is one prompt."""
+    """A share of pairs, and its interval of ``CONFIDENCE``; none where there are fewer than ``LEAST_PROMPTS`` prompts."""
 
     value: float
     low: float | None
