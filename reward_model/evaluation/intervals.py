@@ -18,7 +18,7 @@ LEAST_PROMPTS = 10  # fewer draws with replacement are hardly different ones, an
 
 @dataclass(frozen=True)
 class Share:
-    """A share of pairs, and its interval of ``CONFIDENCE``; none where there are fewer than ``LEAST_PROMPTS`` prompts."""
+    """A share of pairs, and its interval of ``CONFIDENCE``; none where there are too few prompts."""
 
     value: float
     low: float | None

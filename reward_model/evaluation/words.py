@@ -36,9 +36,7 @@ def _accuracy(found: dict) -> Iterator[str]:
     ties = found["accuracy"]["ties"]
     yield _line("accuracy", _share(found["accuracy"]) + (f", {counted(ties, 'tie')} as half" if ties else ""))
     if found["accuracy"]["low"] is None:
-        yield _line(
-            "", f"no interval: pairs of one prompt are no independent draws, and {found['prompts']} are too few"
-        )
+        yield _line("", f"no interval: {counted(found['prompts'], 'prompt')}, whose pairs are no independent draws")
     for base in found["baselines"]:
         yield _line("", f"{_share(base)} for {base['name']}")
     yield _line("loss", f"{found['loss']:.4f} (log 2 = 0.6931 for equal scores)")
