@@ -433,7 +433,7 @@ def test_long_texts_are_cut(tmp_path):
     texts = [row | {"prompt": "漢字 " * 30_000} for row in assessment()["mistakes"]]
     path = report(write_run(tmp_path, assessment=assessment(mistakes=texts)))
     assert path.stat().st_size < MOST
-    assert re.search("<p>(漢字 ){1000,}[漢字]*…</p>", path.read_text(encoding="utf-8"))
+    assert re.search("<p>(漢字 ){400,}[漢字]*…</p>", path.read_text(encoding="utf-8"))
 
 
 # The command and the function
