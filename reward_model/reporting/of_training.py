@@ -257,7 +257,7 @@ class Training:
                 columns={"value": values[kept]},
             )
             places = np.flatnonzero(np.isfinite(values))
-            places = places[evenly(len(places), MOST_ROWS if self.is_one else MOST_ROWS // 2)]
+            places = places[evenly(len(places), MOST_ROWS if self.is_one else MOST_ROWS // 4)]
             rows = [[f"{run.steps[p]:,}", shown(values[p]), shown(means[p])] for p in places]
             note = f"{len(places)} of {len(run.steps):,} steps." if len(places) < len(run.steps) else ""
             columns = ("step", "training" if self.is_one else run.name, "running mean")
@@ -272,7 +272,7 @@ class Training:
             size=6 if len(x) < 60 else 3,
             tooltips=[("evaluation, step", "@x{0,0}"), (chart.title.lower(), "@y{0.0000}")],
         )
-        places = evenly(len(x), 200)
+        places = evenly(len(x), 200 if self.is_one else MOST_ROWS // 2)
         rows = [[f"{x[p]:,.0f}", shown(y[p])] for p in places]
         chart.tables.append(Table(("step", held.label), rows))
 
@@ -319,7 +319,7 @@ class Training:
     def _table_of_evaluations(self, names: Sequence[str]) -> Table:
         rows, known = [], [name for name in names if any(len(held.read(name)[0]) for held in self._held())]
         for held in self._held():
-            for place in evenly(len(held.lines), 100):
+            for place in evenly(len(held.lines), 100 if self.is_one else MOST_ROWS // 4):
                 line = held.lines[place]
                 first = f"{line['step']:,}" if self.is_one and not held.label else f"{held.label}, {line['step']:,}"
                 rows.append([first, *(shown(number(line.get(name))) for name in known)])

@@ -25,9 +25,10 @@ from reward_model.reporting.runs import Run, number
 from reward_model.reporting.thinning import in_words
 from reward_model.reporting.words import duration, edge, setting, share, shown
 
-TEXT_BYTES = 600_000  # of all mistakes together, of the 3 MB of a page; BokehJS has 1.3
-SHORTEST = 300  # characters that a text keeps at least
+TEXT_BYTES = 400_000  # of the texts of all mistakes together, of the 3 MB of a page; BokehJS has 1.3
+MOST_IN_ALL = 240  # mistakes, of several assessments
 SETTING_LENGTH = 1_000  # characters of a value: --data_path may name a thousand files
+MOST_OF_A_START = 160  # bytes of a prompt that stand beside its gap
 MOST_WARNINGS = 40
 OWN_PLACE = ("output_dir", "tensorboard_path", "local_rank")  # differ from run to run and say nothing
 
@@ -289,11 +290,12 @@ def _table_of_parts(assessments: Sequence[Assessment], what: str, parts: dict[st
 
 
 def _mistakes(page: Page) -> Iterator[str]:
-    all_of_them = [(each, each.rows("mistakes")[:MOST_MISTAKES]) for each in page.assessments]
+    most_of_one = min(MOST_MISTAKES, MOST_IN_ALL // max(1, len(page.assessments)))
+    all_of_them = [(each, each.rows("mistakes")[:most_of_one]) for each in page.assessments]
     count = sum(len(rows) for _, rows in all_of_them)
     if not count:
         return
-    most = max(SHORTEST, TEXT_BYTES // (3 * count))  # of the three texts of each
+    most = TEXT_BYTES // (3 * count)  # of the three texts of each
     yield '<section><h2 id="mistakes">The most confident mistakes</h2>'
     yield '<p class="note">Pairs whose worse answer has the higher score, the largest gap first.</p>'
     for each, rows in all_of_them:
@@ -310,9 +312,9 @@ def _mistake(row: dict[str, Any], most: int, is_open: bool) -> str:
     place = row.get("row")
     known = row.get("file") and place is not None
     origin = f'<p class="note">{text(row["file"])}, row {text(place)}</p>' if known else ""
-    start = _cut(" ".join(prompt.split()), 160) or "(no prompt)"
+    start = _cut_text(" ".join(prompt[:MOST_OF_A_START].split()), MOST_OF_A_START) or "(no prompt)"
     sides = "".join(
-        f'<div class="{side}"><h4>{side}, {shown(score, 3)}</h4><p>{text(_cut(answer.strip(), most))}</p></div>'
+        f'<div class="{side}"><h4>{side}, {shown(score, 3)}</h4><p>{_cut_text(answer.strip(), most)}</p></div>'
         for side, score, answer in (
             ("chosen", better, str(row.get("chosen") or "")),
             ("rejected", worse, str(row.get("rejected") or "")),
@@ -320,8 +322,8 @@ def _mistake(row: dict[str, Any], most: int, is_open: bool) -> str:
     )
     return (
         f'<details class="mistake"{" open" if is_open else ""}><summary><span class="gap">{shown(better - worse, 2)}'
-        f'</span><span class="start">{text(start)}</span></summary><div class="texts">'
-        f'<div class="prompt"><h4>prompt</h4><p>{text(_cut(prompt.strip(), most))}</p></div>{sides}</div>'
+        f'</span><span class="start">{start}</span></summary><div class="texts">'
+        f'<div class="prompt"><h4>prompt</h4><p>{_cut_text(prompt.strip(), most)}</p></div>{sides}</div>'
         f"{origin}</details>"
     )
 
@@ -426,6 +428,14 @@ def _cut(words: str, most: int) -> str:
     if len(words.encode("utf-8", "replace")) <= most:
         return words
     return words.encode("utf-8", "replace")[: most - 3].decode("utf-8", "ignore") + "…"
+
+
+def _cut_text(words: str, most: int) -> str:
+    """A text as HTML of at most so many bytes; a cut one ends with …"""
+    kept = _cut(words, most)
+    while len(text(kept).encode("utf-8", "replace")) > most:
+        kept = kept[: len(kept) * 3 // 4] + "…"
+    return text(kept)
 
 
 def _or(*values: float) -> float:

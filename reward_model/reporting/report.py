@@ -15,7 +15,7 @@ from reward_model.reporting.page import write_html
 from reward_model.reporting.runs import read_run
 
 FILE = "report.html"
-MOST_RUNS = 24  # more would neither be told apart nor leave the page below 3 MB
+MOST_RUNS = 16  # more would neither be told apart nor leave the page below 3 MB
 
 
 def report(
@@ -41,7 +41,7 @@ def report(
         The file.
 
     Raises:
-        UserError: a folder that is none of a run; several runs without ``out``, or more than 24.
+        UserError: a folder that is none of a run; several runs without ``out``, or more than 16.
         OSError: the file cannot be written.
     """
     folders = [Path(each) for each in ([runs] if isinstance(runs, (str, PathLike)) else runs)]
@@ -67,7 +67,7 @@ def page_of_assessments(assessments: Sequence[dict[str, Any]], out: str | PathLi
         The file.
 
     Raises:
-        UserError: no assessment, or more than 24.
+        UserError: no assessment, or more than 16.
         OSError: the file cannot be written.
     """
     if not assessments or len(assessments) > MOST_RUNS:
