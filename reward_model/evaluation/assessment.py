@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from reward_model.data.comparisons import Comparison, Comparisons
+from reward_model.data.comparisons import Comparison
 from reward_model.evaluation.baselines import baselines, longer_wins
 from reward_model.evaluation.calibration import calibration, tempered
 from reward_model.evaluation.intervals import share
@@ -225,11 +225,20 @@ def _cut(text: str) -> str:
     return text if len(text) <= CHARACTERS else f"{text[:CHARACTERS]} …"
 
 
-def responses_of(data: Comparisons) -> list[list[int]]:
-    """Token ids of each response of all rows, after what was asked, (n,)."""
-    found = []
-    for i in range(len(data)):
-        row = data[i]
-        asked = len(row.prompt) if row.prompt_tokens is None else row.prompt_tokens
-        found += [row.prompt[asked:] + response for response in row.responses]
-    return found
+class Responses(Sequence[list[int]]):
+    """Token ids of each response of all rows, after what was asked, (n,); read from the data when asked for."""
+
+    def __init__(self, judged: Judged):
+        self.judged = judged
+        self.row, self.ids = -1, [[0]]
+
+    def __len__(self) -> int:
+        return len(self.judged.scores)
+
+    def __getitem__(self, response: int) -> list[int]:  # type: ignore[override]  # no slices
+        row = int(self.judged.rows[response])
+        if row != self.row:
+            found = self.judged.data[row]
+            asked = len(found.prompt) if found.prompt_tokens is None else found.prompt_tokens
+            self.row, self.ids = row, [found.prompt[asked:] + ids for ids in found.responses]
+        return self.ids[response - int(np.searchsorted(self.judged.rows, row))]

@@ -18,8 +18,10 @@ MOST_LISTS = 20_000  # whose correlations are computed, drawn at random
 
 def lists_of(judged: Judged) -> Iterator[np.ndarray]:
     """The responses of each row that ranks three or more of them, which are not all tied."""
+    if not len(judged.rows) or np.bincount(judged.rows).max() < LEAST:
+        return
     borders = np.flatnonzero(np.diff(judged.rows)) + 1
-    for members in np.split(np.arange(len(judged.rows)), borders) if len(judged.rows) else ():
+    for members in np.split(np.arange(len(judged.rows)), borders):
         ranks = judged.ranks[members]
         if len(members) >= LEAST and ranks.min() >= 0 and np.ptp(ranks):
             yield members

@@ -25,7 +25,7 @@ from reward_model.data.comparisons import BadRow, Comparisons
 from reward_model.data.files import Source
 from reward_model.data.preprocessing import PreprocessingConfig, load_evaluation, tokenize
 from reward_model.data.sources import Splits, amount_of, raw_sources
-from reward_model.evaluation.assessment import assess, mistakes, responses_of
+from reward_model.evaluation.assessment import Responses, assess, mistakes
 from reward_model.evaluation.benchmarks import Benchmark, Question, measure, recognize, write_results
 from reward_model.evaluation.judged import Judged
 from reward_model.inference import RewardScorer, load
@@ -112,7 +112,7 @@ class Subject:
         """What is found of this model on a set, with its names and the pairs that it has most wrong."""
         stored = self.config.temperature or self.scorer.temperature
         found: dict[str, Any] = {"model": self.name, "data": list(paths)} | ({"set": name} if name else {})
-        found |= assess(judged, responses_of(judged.data), self.config.seed, stored)
+        found |= assess(judged, Responses(judged), self.config.seed, stored)
         if len(judged):
             found["mistakes"] = mistakes(judged, self.scorer.tokenizer)
         return found

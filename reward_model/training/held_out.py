@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from reward_model.common.files import write_whole
 from reward_model.common.logging import logger
 from reward_model.common.words import counted
-from reward_model.evaluation.assessment import FILE, assess, mistakes, responses_of
+from reward_model.evaluation.assessment import FILE, Responses, assess, mistakes
 from reward_model.evaluation.calibration import tempered
 from reward_model.evaluation.judged import Judged
 from reward_model.training.trainer import Trainer
@@ -60,7 +60,7 @@ def write_evaluation(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, folde
         if of_set.judged is None:
             continue
         judged = saved_scale(trainer, of_set.judged)
-        texts = responses_of(judged.data) if len(judged) <= MOST_PAIRS else None
+        texts = Responses(judged) if len(judged) <= MOST_PAIRS else None
         each: dict[str, Any] = {"model": folder.resolve().name, "data": list(judged.origins.names)} | (
             {"set": name} if name else {}
         )
