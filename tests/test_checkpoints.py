@@ -407,7 +407,7 @@ def what_is_left_of_model(folder):
 
 
 def test_the_best_weights_are_saved_and_training_ends_early(demo, tmp_path):
-    flags = ["--eval_interval", 1, "--num_train_epochs", 4, "--learning_rate", 2e-2, "--keep_best", "loss"]
+    flags = ["--eval_interval", 1, "--num_train_epochs", 4, "--learning_rate", 1e-1, "--keep_best", "loss"]
     said = ran(demo, tmp_path / "out", *flags, "--early_stop", 3, "--save_interval", 2)
     _, records = what_is_left(tmp_path / "out")
     evaluations = {r["step"]: r["loss"] for r in records if r["split"] == "eval" and r["step"]}

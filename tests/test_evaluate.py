@@ -174,6 +174,17 @@ def test_a_benchmark_is_known_by_its_columns(model, tmp_path):
     assert written["benchmarks"] == found.benchmarks
 
 
+def test_of_rewardbench_the_filtered_rows_are_taken(model, tmp_path, capsys):
+    row = {"prompt": "the cat", "chosen": "sat", "rejected": "the mat", "subset": "alpacaeval-easy", "id": 1}
+    row |= {"chosen_model": "a", "rejected_model": "b"}
+    (tmp_path / "data").mkdir()
+    for name, count in (("raw", 5), ("filtered", 3)):
+        write(tmp_path / "data" / f"{name}-00000-of-00001.jsonl", [row] * count)
+    found = evaluate([str(model)], config(tmp_path, tmp_path / "data", chat_template="human_assistant"))
+    assert [(each["benchmark"], each["questions"]) for each in found.benchmarks] == [("RewardBench", 3)]
+    assert "left out" in capsys.readouterr().out
+
+
 def test_several_processes_find_what_one_does(model, data, tmp_path):
     alone = evaluate([str(model)], config(tmp_path, data)).to_json()
     words = ["evaluate", str(model), "--data", str(data), "--data_output_path", str(tmp_path / "cache"), "--json"]

@@ -140,7 +140,7 @@ class Subject:
                     break  # a folder or name is a benchmark's as a whole, or not at all
                 logger.info(f"{first.name}: known as {benchmark.name} by its columns")
             else:
-                for source in raw_sources(path, self.config.split):
+                for source in _without_raw(path, raw_sources(path, self.config.split)):
                     benchmark = _recognized(source)
                     assert benchmark is not None  # by its first row
                     yield path, benchmark, list(_questions(benchmark, source))
@@ -177,6 +177,16 @@ def _recognized(source: Source) -> Benchmark | None:
             return None
         return recognize(first, first, source.name)
     return None
+
+
+def _without_raw(path: str, sources: list[Source]) -> list[Source]:
+    """RewardBench is published twice, raw and filtered, and its own code takes what was filtered."""
+    raw, filtered = ([s for s in sources if kind in Path(s.name).name] for kind in ("raw", "filtered"))
+    if not raw or not filtered or len(raw) + len(filtered) < len(sources):
+        return sources
+    left = ", ".join(source.name for source in raw)
+    logger.info(f"{path}: left out {left}, as the benchmark's own code does")
+    return filtered
 
 
 def _questions(benchmark: Benchmark, source: Source) -> Iterator[Question]:
