@@ -4,6 +4,7 @@
     python chaos.py serve SOCKET                       forks main.py for whoever asks, its imports done; ends with stdin
     python chaos.py ask SOCKET FLAG...                 a run of main.py by that process, as `python main.py FLAG...` is
     python chaos.py matrix FOLDER [--points N] [--only WORD]   the table of tests/README.md; hours with all points
+    python chaos.py flake FOLDER [--times 25]          the run without a fault, again and again: ends and bytes compared
 
 ckpt-chaos (PyPI, MIT) starts the command anew for each crash and for each resume; a fork saves the 8 seconds of imports
 that each of them would take. What it injects is the same: its audit hook is armed in the fork.
@@ -152,18 +153,47 @@ def matrix(folder, points, only):
             print(f"RESULT {name}: {dict(counts)}", *wrong, sep="\n  ", flush=True)
 
 
+def flake(folder, times):
+    """How many of so many runs without a fault did not end, or ended with other bytes than the first."""
+    import hashlib
+
+    from reward_model.data.demo import write_data, write_model
+
+    folder, wrong, first = Path(folder), [], None
+    write_data(folder / "data")
+    write_model(folder / "model", folder / "data")
+    flags = [*flags_for(folder / "model", folder / "data", folder / "cache"), "--zero_stage", 2]
+    with Served() as command:
+        for number in range(times):
+            out = folder / f"out{number}"
+            done = subprocess.run(
+                [*command, *map(str, flags), "--output_dir", str(out)], capture_output=True, text=True
+            )
+            if done.returncode:
+                wrong.append(f"run {number} ended with {done.returncode}: {done.stdout[-500:]}")
+                continue
+            digest = hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
+            first = first or digest
+            wrong += [] if digest == first else [f"run {number} has other bytes"]
+    print(f"RESULT {times} runs without a fault, {len(wrong)} wrong", *wrong, sep="\n  ", flush=True)
+    return len(wrong)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("action", choices=("serve", "ask", "matrix"))
+    parser.add_argument("action", choices=("serve", "ask", "matrix", "flake"))
     parser.add_argument("place")
     parser.add_argument("--points", type=int, default=10_000)
     parser.add_argument("--only", default="")
+    parser.add_argument("--times", type=int, default=25)
     if sys.argv[1:2] == ["ask"]:
         return ask(sys.argv[2], sys.argv[3:])
     options = parser.parse_args()
     if options.action == "serve":
         return serve(options.place)
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    if options.action == "flake":
+        return flake(options.place, options.times)
     return matrix(options.place, options.points, options.only)
 
 
