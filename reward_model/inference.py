@@ -258,7 +258,10 @@ def load(
     dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     if isinstance(dtype, str):
         raise UserError(f"dtype {dtype}: give one of {', '.join(DTYPES)}, or a torch.dtype")
-    tokenizer = load_tokenizer(str(folder), trust_remote_code=trust_remote_code)
+    try:
+        tokenizer = load_tokenizer(str(folder), trust_remote_code=trust_remote_code)
+    except UserError as error:
+        raise UserError(str(error) if folder.is_dir() else f"{folder}: no such folder, and {error}") from error
     its_form = form_of(folder, form) if folder.is_dir() else None
     if its_form:
         with never_asking(trust_remote_code):

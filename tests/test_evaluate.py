@@ -174,6 +174,33 @@ def test_a_benchmark_is_known_by_its_columns(model, tmp_path):
     assert written["benchmarks"] == found.benchmarks
 
 
+def test_a_part_of_rewardbench_2_is_told_and_a_model_without_a_template_too(model, tmp_path, capsys):
+    row = {"prompt": "the cat", "chosen": ["sat"], "rejected": ["mat", "fish", "there"], "subset": "Math", "id": "1"}
+    path = write(tmp_path / "rb2.jsonl", [row | {"num_correct": 1, "total_completions": 4}] * 3)
+    words = ["evaluate", str(model), "--data", str(path), "--data_output_path", str(tmp_path / "cache")]
+    assert main(words) == 1
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and "has no chat template: --chat_template gives it one" in said[0]
+    assert main([*words, "--chat_template", "human_assistant"]) == 0
+    assert "1 of its 6 subsets: the score is not the published one" in capsys.readouterr().out
+
+
+def test_text_stands_for_a_list_of_one(model, data, tmp_path):
+    settings = EvaluateConfig(data=str(data), data_output_path=str(tmp_path / "cache"))
+    assert evaluate(str(model), settings).assessments[0]["pairs"] == 40
+
+
+def test_rows_without_a_better_answer_are_told(model, tmp_path, pairs):
+    ties = [{"prompt": "the cat", "responses": [" sat", " mat"], "ranks": [0, 0]}] * 2
+    judged = [
+        {"prompt": row["prompt"], "responses": [row["chosen"], row["rejected"]], "ranks": [0, 1]} for row in pairs
+    ]
+    path = write(tmp_path / "ties.jsonl", judged + ties)
+    found = evaluate([str(model)], config(tmp_path, path)).assessments[0]
+    assert (found["rows"], found["pairs"], found["undecided"]) == (42, 40, 2)
+    assert found["specificity"]["groups"] == 2
+
+
 def test_of_rewardbench_the_filtered_rows_are_taken(model, tmp_path, capsys):
     row = {"prompt": "the cat", "chosen": "sat", "rejected": "the mat", "subset": "alpacaeval-easy", "id": 1}
     row |= {"chosen_model": "a", "rejected_model": "b"}
@@ -224,11 +251,13 @@ def test_models_are_named_first_or_as_rewardbench_has_it():
         (["nowhere", "--data", "DATA"], "nowhere: no such folder"),
         (["MODEL"], "give --data"),
         (["MODEL", "--data", "x.jsonl", "--colums", "a=b"], "did you mean --columns"),
-        (["MODEL", "--data", "nowhere.jsonl"], "no such file or folder"),
+        (["MODEL", "--data", "nowhere.jsonl"], "error: nowhere.jsonl: no such file or folder"),
+        (["MODEL", "--dat", "x.jsonl"], "did you mean --data"),
+        (["MODEL", "BASE", "--data", "DATA"], "base has no trained score head"),
     ],
 )
 def test_what_is_wrong_is_one_line(words, what, model, data, capsys):
-    named = {"MODEL": str(model), "DATA": str(data)}
+    named = {"MODEL": str(model), "DATA": str(data), "BASE": str(model.parent / "base")}
     assert main(["evaluate", *(named.get(word, word) for word in words)]) == 1
     said = [line for line in capsys.readouterr().err.splitlines() if line]
     assert len(said) == 1 and said[0].startswith("error: ") and what in said[0]

@@ -196,7 +196,7 @@ def test_what_a_look_shows_is_said_before_anything_starts_and_leaves_the_log_alo
             "unrecognized arguments: --learning_rat 1; did you mean --learning_rate? (--help lists the flags)",
         ),
         (["--model_name_or_path", "my modl"], "--model_name_or_path my modl: no such folder"),
-        (["--data_path", "my.jsonl"], "--data_path my.jsonl: no such file or folder"),
+        (["--data_path", "my.jsonl"], "my.jsonl: no such file or folder"),
     ):
         result = launch("single_node.sh", *flags, cwd=tmp_path)
         assert (result.returncode, result.stdout, result.stderr) == (1, "", f"error: {message}\n")

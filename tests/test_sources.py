@@ -332,7 +332,7 @@ def test_unknown_extension(name, tmp_path):
 
 @pytest.mark.parametrize("path", ["missing.jsonl", "/missing/folder", "./folder", "a/b.parquet", "nobody/nothing", "x"])
 def test_missing_path_is_one_line(path):
-    with pytest.raises(UserError, match=f"--data_path {path}: no such file or folder") as caught:
+    with pytest.raises(UserError, match=f"{path}: no such file or folder") as caught:
         read(path)
     assert "\n" not in str(caught.value)
 

@@ -241,7 +241,7 @@ def test_a_process_that_dies_is_told(tmp_path, monkeypatch, capsys):
     saved = Saved(tmp_path)
     monkeypatch.setattr(verify.sys, "executable", "/bin/false")
     assert saved.check() == ""
-    assert "not verified: the process that loads the model ended: exit status 1" in capsys.readouterr().out
+    assert "not verified: the process that loads the model ended with exit status 1" in capsys.readouterr().out
 
 
 def rehearse(saved):

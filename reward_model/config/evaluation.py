@@ -6,7 +6,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from reward_model.common.errors import UserError
 from reward_model.config.groups import COUNT, NOT_NEGATIVE, POSITIVE, Bounds, DataConfig, Group, flag, set_of
 
 LONGEST = 4_096  # tokens, where neither a run nor the model says less
@@ -72,8 +71,9 @@ class EvaluateConfig(Group):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.data:
-            raise UserError("give --data: files, folders or hub names")
+        for name in ("data", "columns"):
+            if isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, [getattr(self, name)])
         DataConfig(columns=self.columns)  # refuses what is no FIELD=COLUMN
 
     @property

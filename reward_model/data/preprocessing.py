@@ -177,7 +177,7 @@ def doubts(train: Comparisons, evaluation: Comparisons) -> Iterator[str]:
 def load_evaluation(
     paths: list[str], tokenizer, special: SpecialTokens, preprocessing: PreprocessingConfig, seed: int, most: int = 0
 ) -> Comparisons:
-    """The rows of files, or the evaluation rows of folders and hub names, that judge anything.
+    """The rows of files, or the evaluation rows of folders and hub names, that judge anything, if only a tie.
 
     Args:
         most: drawn at random where there are more; 0: all.
@@ -187,7 +187,7 @@ def load_evaluation(
     """
     parts = []
     for path in paths:
-        parts += _evaluation_rows(path, tokenizer, special, preprocessing, seed, nothing_judged)
+        parts += _evaluation_rows(path, tokenizer, special, preprocessing, seed, nothing_said)
     return _at_most(parts, most, "evaluation rows", seed)
 
 
@@ -218,6 +218,11 @@ def nothing_judged(row: Comparison) -> str | None:
     if row.better or not np.isnan(row.targets).all():
         return None
     return f"the row has {answers(row)} and no order, score or label: nothing to evaluate"
+
+
+def nothing_said(row: Comparison) -> str | None:
+    """The same for those who also ask how far apart tied answers are."""
+    return None if len(row.ranks) > 1 else nothing_judged(row)
 
 
 def _join(parts: list[Comparisons]) -> Comparisons:

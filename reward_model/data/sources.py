@@ -307,13 +307,13 @@ def _read_hub(name: str, splits: Splits) -> tuple[list[Source], list[Source]]:
 def _loaded(name: str) -> dict[str, datasets.Dataset]:
     """The splits of a hub name."""
     if name.startswith((".", "/", "~")) or loader_of(Path(name)):
-        raise UserError(f"--data_path {name}: no such file or folder")
+        raise UserError(f"{name}: no such file or folder")
     owner, *rest = name.split("/")
     repository = ["/".join([owner, *rest[:1]]), *rest[1:]]  # owner/name/subset
     try:
         return datasets.load_dataset(*repository)
     except Exception as error:
-        raise UserError(f"--data_path {name}: no such file or folder, and the hub says: {first_line(error)}") from error
+        raise UserError(f"{name}: no such file or folder, and the hub says: {first_line(error)}") from error
 
 
 def _splits(name: str, loaded: dict, splits: Splits) -> tuple[list[Source], list[Source]]:

@@ -64,6 +64,7 @@ def _of_pairs(judged: Judged, texts: Sequence[list[int]] | None, seed: int, stor
     longer = longer_wins(judged)
     shorter = share(right[longer == 0], prompts[longer == 0], seed)
     found: dict[str, Any] = {
+        "undecided": len(judged.prompts) - len(np.unique(judged.pair_rows)),
         "accuracy": share(right, prompts, seed).to_json() | {"ties": int(np.sum(gaps == 0))},
         "loss": float(np.logaddexp(0.0, -gaps).mean()),
         "gap": {"mean": float(gaps.mean()), "std": float(gaps.std())},

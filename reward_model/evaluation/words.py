@@ -37,6 +37,8 @@ def _accuracy(found: dict) -> Iterator[str]:
     yield _line("accuracy", _share(found["accuracy"]) + (f", {counted(ties, 'tie')} as half" if ties else ""))
     if found["accuracy"]["low"] is None:
         yield _line("", f"no interval: {counted(found['prompts'], 'prompt')}, whose pairs are no independent draws")
+    if found.get("undecided"):
+        yield _line("", f"without {counted(found['undecided'], 'row')} that hold no answer the better one")
     for base in found["baselines"]:
         yield _line("", f"{_share(base)} for {base['name']}")
     yield _line("loss", f"{found['loss']:.4f} (log 2 = 0.6931 for equal scores)")
@@ -59,7 +61,8 @@ def _calibration(found: dict) -> Iterator[str]:
         errors = f"error {of['ece']:.4f} (largest {of['mce']:.3f}), Brier {of['brier']:.4f}, loss {of['log_loss']:.4f}"
         yield _line("calibration" if name == "raw" else "", f"{errors}: {what}")
     if "tempered" not in found:
-        yield _line("", "no temperature can be fitted: too few pairs, or all of them right")
+        what = "each half of the prompts has to have 20 pairs, some of them wrong and most of them right"
+        yield _line("", f"no temperature could be tried: {what}")
 
 
 def _length(found: dict) -> Iterator[str]:

@@ -16,10 +16,13 @@ from reward_model.data.sources import amount_of, raw_sources
 from reward_model.evaluation.assessment import FILE
 from reward_model.judging.evaluations import Evaluations, compare
 from reward_model.judging.subject import Subject
+from reward_model.models.adapters import is_adapter
+from reward_model.models.loading import is_reward_model, read_config
+from reward_model.models.saved_forms import form_of
 from reward_model.reporting.report import page_of_assessments
 
 
-def evaluate(models: Sequence[str], config: EvaluateConfig) -> Evaluations:
+def evaluate(models: str | Sequence[str], config: EvaluateConfig) -> Evaluations:
     """Score every set of the data with each model, and say what follows; every process of a launch calls it.
 
     >>> import reward_model
@@ -31,8 +34,13 @@ def evaluate(models: Sequence[str], config: EvaluateConfig) -> Evaluations:
     Raises:
         UserError: a model that does not load or has no score head, or data that cannot be used.
     """
+    if not config.data:
+        raise UserError("give --data: files, folders or hub names")
+    models = [models] if isinstance(models, str) else models
     prepare_environment()
     context = join(config.local_rank)
+    for model in models:
+        require_head(model, config.trust_remote_code)
     found = Evaluations()
     for path in (path for paths in config.sets.values() for path in paths):
         raw_sources(amount_of(path)[0], config.split, 1)  # what is not there is said before a model is loaded
@@ -52,6 +60,15 @@ def evaluate(models: Sequence[str], config: EvaluateConfig) -> Evaluations:
     if config.report and context.is_first:
         _write_page(found, Path(config.report))
     return found
+
+
+def require_head(model: str, trust_remote_code: bool) -> None:
+    """Raises UserError if a folder holds no model with a score head: said of every model before the first is scored."""
+    folder = Path(model)
+    if not folder.is_dir() or is_adapter(model) or not (folder / "config.json").is_file() or form_of(folder):
+        return  # loading it says more
+    if not is_reward_model(model, read_config(model, trust_remote_code)):
+        raise UserError(f"{model} has no trained score head")
 
 
 def _write_page(found: Evaluations, page: Path) -> None:

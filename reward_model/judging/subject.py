@@ -152,8 +152,15 @@ class Subject:
             for question in questions
             for answer in question.row["responses"]
         ]
+        if not self.scorer.tokenizer.chat_template:
+            raise UserError(
+                f"{benchmark.name} is asked as chats, and the tokenizer of {self.name} has no chat template: "
+                "--chat_template gives it one"
+            )
         source = Source(benchmark.name, datasets.Dataset.from_list(rows))
         data = tokenize(source, self.scorer.tokenizer, self.scorer.special, self._lenient())
+        if not len(data):
+            raise UserError(f"{benchmark.name}: none of its answers can be used, for the reasons above")
         scores = dict(zip(data.origins.numbers.tolist(), self._score(data).scores.tolist()))
         numbers = iter(range(1, len(rows) + 1))
         of_each: list[list[float] | None] = []

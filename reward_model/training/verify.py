@@ -256,14 +256,17 @@ def ask(question: dict[str, Any]) -> dict[str, Any]:
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 timeout=PATIENCE,
+                start_new_session=True,  # a signal to the run's whole group, a Ctrl-C, is not for this process
             )
         except subprocess.TimeoutExpired:
             return {"not_verified": f"loading and scoring took more than {PATIENCE // 60} minutes"}
         except OSError as error:
             return {"not_verified": f"no new process: {error.strerror}"}
         if not Path(files[1]).is_file():
-            lines = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit status {done.returncode}"]
-            return {"not_verified": f"the process that loads the model ended: {lines[-1]}"}
+            lines = [line for line in done.stderr.decode(errors="replace").splitlines() if line and "%|" not in line]
+            how = f"by signal {-done.returncode}" if done.returncode < 0 else f"with exit status {done.returncode}"
+            said = f": {lines[-1][:300]}" if lines else ""
+            return {"not_verified": f"the process that loads the model ended {how}{said}"}
         answer = json.loads(Path(files[1]).read_text(encoding="utf-8"))
     if "no_memory" in answer:
         return {"not_verified": f"too little host memory to load the model: {answer['no_memory']}"}

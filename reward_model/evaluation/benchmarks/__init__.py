@@ -71,6 +71,8 @@ def described(result: dict) -> list[str]:
     values = {name: value * (100 if result["unit"] == "share" else 1) for name, value in result["values"].items()}
     quoted = [name for name in benchmark.headline if name in values]
     left = f", and {result['left_out']} left out: these are not its numbers" if result["left_out"] else ""
+    if (found := len(set(values) - {"score"})) < benchmark.subsets:
+        left += f", and {found} of its {benchmark.subsets} subsets: the score is not the published one"
     lines = [f"{benchmark.name}, in percent, {result['questions']} questions{left}"]
     for names in (quoted, [name for name in values if name not in quoted]):
         said = "; ".join(f"{name} {values[name]:.1f}" for name in names)

@@ -53,6 +53,7 @@ class Benchmark:
     metrics: (questions, scores) → the numbers, in the order in which people read them.
     headline: names of the numbers that are quoted, where they are there.
     unit: ``share``: the numbers are shares of 1; ``percent``: of 100. As the benchmark's own code has them.
+    subsets: how many the published score is the mean of; 0: it has another form.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Benchmark:
     metrics: Callable[[list[Question], Scores], dict[str, float]]
     headline: tuple[str, ...]
     unit: str = "share"
+    subsets: int = 0
 
 
 def ask(

@@ -115,4 +115,5 @@ REWARDBENCH_2 = Benchmark(
     questions,
     metrics,
     ("score", "Factuality", "Focus", "Math", "Precise IF", "Safety", "Ties"),
+    subsets=6,
 )
