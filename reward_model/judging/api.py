@@ -57,7 +57,7 @@ def evaluate(models: Sequence[str], config: EvaluateConfig) -> Evaluations:
 def _write_page(found: Evaluations, page: Path) -> None:
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
-        page_of_assessments(found.assessments, page)
+        page_of_assessments(found.assessments, page, found.comparisons)
     except OSError as error:
         raise UserError(f"--report {page}: {error.strerror}") from error
 
