@@ -18,6 +18,8 @@ from reports import TEXT, assessment, comparison, eval_record, point_record, rec
 import reward_model
 from reward_model.__main__ import main
 from reward_model.common.errors import UserError
+from reward_model.judging.api import _write_page
+from reward_model.judging.evaluations import Evaluations
 from reward_model.reporting import colors, html
 from reward_model.reporting.charts import Chart
 from reward_model.reporting.of_assessments import Assessed, Assessment
@@ -308,6 +310,12 @@ def test_a_comparison_of_models_comes_first(tmp_path):
     assert "Where one/output and two/output disagree most: 1 pair</summary>" in folded
     assert "1.25 | −0.50" in folded and f"{TEXT} 7" in folded and "e.jsonl, row 3" in folded
     assert "<details open" not in folded and text.count('<th scope="row">accuracy</th>') == 1
+
+
+def test_an_evaluation_writes_its_comparisons_on_its_page(tmp_path):
+    found = Evaluations([assessment(), assessment(model="other/model-2")], [comparison()])
+    _write_page(found, tmp_path / "new" / "page.html")
+    assert "−0.0200 (−0.041 to +0.003)" in (tmp_path / "new" / "page.html").read_text(encoding="utf-8")
 
 
 def test_a_comparison_may_hold_anything():

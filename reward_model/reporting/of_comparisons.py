@@ -30,7 +30,7 @@ def comparison(found: Sequence[dict[str, Any]], names: Mapping[str, str]) -> Ite
     """
     models = [tuple(names.get(str(each.get(key)), str(each.get(key))) for key in ("one", "other")) for each in found]
     sets = [each["set"] if isinstance(each.get("set"), str) else "" for each in found]
-    yield html.table(_table(found, models, sets), "wide first", "comparison of the models")
+    yield html.table(_table(found, models, sets), "wide", "comparison of the models")
     most_of_one = min(MOST_MISTAKES, MOST_IN_ALL // max(1, len(found)))
     rows_of_all = [_rows(each)[:most_of_one] for each in found]
     most = TEXT_BYTES // (3 * max(1, sum(map(len, rows_of_all))))  # of the three texts of each
