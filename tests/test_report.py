@@ -13,12 +13,15 @@ from pathlib import Path
 import browser as chromium
 import numpy as np
 import pytest
-from reports import TEXT, assessment, eval_record, point_record, records, train_record, write_run
+from reports import TEXT, assessment, comparison, eval_record, point_record, records, train_record, write_run
 
 import reward_model
 from reward_model.__main__ import main
 from reward_model.common.errors import UserError
+from reward_model.judging.api import _write_page
+from reward_model.judging.evaluations import Evaluations
 from reward_model.reporting import colors, html
+from reward_model.reporting.charts import Chart
 from reward_model.reporting.of_assessments import Assessed, Assessment
 from reward_model.reporting.page import write_html
 from reward_model.reporting.report import MOST_RUNS, names_of, page_of_assessments, report
@@ -293,6 +296,75 @@ def test_assessments_alone_have_a_page(tmp_path):
     assert page.titles() == ["gaps", "scores", "calibration", "score-against-length"]
     assert "2 models compared" in page.text and "model-2" in page.text and "0.5000" in page.text
     assert "Training" not in page.text
+    assert text.index("0.8533 (0.810 to 0.890)") < text.index("<figure>") and "Comparison" not in page.text
+
+
+def test_a_comparison_of_models_comes_first(tmp_path):
+    two = [assessment(model=f"{name}/output") for name in ("one", "two")]
+    of_both = comparison(one="one/output", other="two/output")
+    text = page_of_assessments(two, tmp_path / "page.html", [of_both]).read_text(encoding="utf-8")
+    first = text[: text.index("<figure>")]
+    assert "−0.0200 (−0.041 to +0.003)" in first and "<td>0.2632</td><td>7</td><td>13</td><td>300</td>" in first
+    assert '<th scope="row">one/output</th><td>two/output</td>' in first  # told apart
+    folded = first[first.index("<details") :]
+    assert "Where one/output and two/output disagree most: 1 pair</summary>" in folded
+    assert "1.25 | −0.50" in folded and f"{TEXT} 7" in folded and "e.jsonl, row 3" in folded
+    assert "<details open" not in folded and text.count('<th scope="row">accuracy</th>') == 1
+
+
+def test_an_evaluation_writes_its_comparisons_on_its_page(tmp_path):
+    found = Evaluations([assessment(), assessment(model="other/model-2")], [comparison()])
+    _write_page(found, tmp_path / "new" / "page.html")
+    assert "−0.0200 (−0.041 to +0.003)" in (tmp_path / "new" / "page.html").read_text(encoding="utf-8")
+
+
+def test_a_comparison_may_hold_anything():
+    two = [assessment(), assessment(model="other/model-2")]
+    whole = comparison()
+    for junk in JUNK:
+        require_inert(Tags(write_html([], two, [dict.fromkeys(whole, junk), {}, comparison(set=HOSTILE)])))
+    row = whole["disagreements"][0]
+    write_html([], two, [comparison(disagreements=[dict.fromkeys(row, junk)]) for junk in JUNK])
+
+
+def marks_of(page, label):
+    """Colors of the buttons of a label."""
+    return set(re.findall(rf'class="mark \w+" style="--of-light:(#\w+);[^"]*"></span>{label}</button>', page))
+
+
+def test_each_set_of_each_run_has_a_color_of_its_own_on_the_whole_page(tmp_path):
+    runs = []
+    for name in ("A", "B"):
+        lines = [line for line in records() if line["split"] == "train"]
+        lines += [eval_record(step, set=of_set) for of_set in ("x", "y") for step in (0, 30)]
+        of_sets = [assessment(set=of_set, accuracy={"value": value}) for of_set, value in (("x", 0.61), ("y", 0.72))]
+        runs.append(write_run(tmp_path / name, lines, assessment=of_sets))
+    page = report(runs, tmp_path / "page.html").read_text(encoding="utf-8")
+    found = [marks_of(page, f"{run}: {of_set}(?:, [a-z]+)?") for run in "AB" for of_set in "xy"]
+    assert [len(each) for each in found] == [1] * 4 and len(set.union(*found)) == 4
+    assert marks_of(page, "A") == found[0] and marks_of(page, "B") == found[2]  # training
+    table = page[page.index("<main>") : page.index("</table>")]
+    assert re.findall(r'<th scope="row">(\w)</th><td>(\w)</td><td>([\d.]+)', table) == [
+        *(("A", "x", "0.6100"), ("A", "y", "0.7200"), ("B", "x", "0.6100"), ("B", "y", "0.7200"))
+    ]
+
+
+def test_a_number_of_an_earlier_step_says_so(tmp_path):
+    start = write_run(tmp_path / "start", [eval_record(0), train_record(1), train_record(2)], is_finished=False)
+    between = write_run(tmp_path / "between", [*records(20, 10), train_record(21)])
+    assert page_of(start).text.count("at step 0, before training") == 3  # accuracy, loss and calibration
+    assert "at step 20; longer answer" in page_of(between).text
+    assert "at step" not in page_of(write_run(tmp_path / "end")).text
+    both = report([start, between], tmp_path / "both.html").read_text(encoding="utf-8")
+    assert "0.5000 (at step 0, before training)" in both and "(at step 20)" in both
+
+
+def test_a_chart_of_one_evaluation_has_one_tick():
+    chart = Chart("Accuracy", "step", "share")
+    chart.line(np.array([0.0]), np.array([0.5]), "held out", colors.BLUE)
+    chart.fit()
+    x = chart.figure.x_range
+    assert (x.start, x.end) == (-0.5, 0.5) and chart.figure.xaxis[0].ticker.min_interval == 1
 
 
 def test_an_assessment_may_lack_anything(tmp_path):

@@ -74,7 +74,7 @@ def require_head(model: str, trust_remote_code: bool) -> None:
 def _write_page(found: Evaluations, page: Path) -> None:
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
-        page_of_assessments(found.assessments, page)
+        page_of_assessments(found.assessments, page, found.comparisons)
     except OSError as error:
         raise UserError(f"--report {page}: {error.strerror}") from error
 

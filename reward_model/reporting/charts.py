@@ -19,6 +19,7 @@ from reward_model.reporting.colors import AXIS, GRID, TEXT
 
 HEIGHT = 250  # pixels
 FONT = "system-ui, sans-serif"
+WHOLE = ("step", "tokens of the answer")  # what an x axis shows in whole numbers
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Chart:
         self.title, self.caption, self.x, self.y = title, caption, x, y
         self.entries: dict[str, Entry] = {}
         self.ends: list[float] = []  # of what the y axis has to show
+        self.places: list[float] = []  # and the x axis
         self.tables: list[Table] = []
         self.formats = {"x": "", "y": ""}
 
@@ -95,7 +97,8 @@ class Chart:
         made.ygrid.grid_line_color = GRID
         made.xaxis.ticker.desired_num_ticks = 5
         made.yaxis.ticker.desired_num_ticks = 5
-        if self.x in ("step", "tokens of the answer"):
+        if self.x in WHOLE:
+            made.xaxis.ticker.min_interval = 1
             made.xaxis.formatter = NumeralTickFormatter(format="0,0")
         return made
 
@@ -137,6 +140,7 @@ class Chart:
         glyph = self.figure.line(
             "x", "y", source=_source(x, y, columns), color=color, line_width=width, alpha=alpha, line_dash=dash
         )
+        self.places += _ends(x)
         self._enter(glyph, label, color, "dashed" if dash != "solid" else "line" if width > 1 else "faint")
         self.see(y if seen is None else seen)
         if tooltips:
@@ -165,6 +169,7 @@ class Chart:
             fill_color=None if hollow else color,
             alpha=alpha,
         )
+        self.places += _ends(x)
         self._enter(glyph, label, color, "dots")
         self.see(y)
         if tooltips:
@@ -242,9 +247,7 @@ class Chart:
 
     def see(self, values: np.ndarray) -> None:
         """Have the y axis reach these values."""
-        finite = values[np.isfinite(values)]
-        if len(finite):
-            self.ends += [float(finite.min()), float(finite.max())]
+        self.ends += _ends(values)
 
     def fit(self) -> None:
         """Let the y axis end a little beyond what it has to show, and write the numbers of both as was asked."""
@@ -253,6 +256,9 @@ class Chart:
         low, high = min(self.ends, default=0.0), max(self.ends, default=1.0)
         room = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
         self.figure.y_range.update(start=0.0 if low == 0 else low - room, end=high + room)
+        if self.x in WHOLE and self.places and min(self.places) == max(self.places):
+            place = self.places[0]  # the one number at the axis; by itself Bokeh shows one more on either side, also −1
+            self.figure.x_range.update(start=place - 0.5, end=place + 0.5)
         for axis, format_of_it in ((self.figure.xaxis, self.formats["x"]), (self.figure.yaxis, self.formats["y"])):
             if format_of_it:
                 axis.formatter = NumeralTickFormatter(format=format_of_it)
@@ -289,6 +295,12 @@ def _source(x: np.ndarray, y: np.ndarray, columns: dict[str, np.ndarray] | None)
     from bokeh.models import ColumnDataSource
 
     return ColumnDataSource({name: _small(values) for name, values in {"x": x, "y": y, **(columns or {})}.items()})
+
+
+def _ends(values: np.ndarray) -> list[float]:
+    """The lowest and the highest of those that are finite, if there are any."""
+    finite = values[np.isfinite(values)]
+    return [float(finite.min()), float(finite.max())] if len(finite) else []
 
 
 def _small(values: np.ndarray) -> np.ndarray:

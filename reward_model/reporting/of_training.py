@@ -55,6 +55,8 @@ class Training:
         self.runs = runs
         self.is_one = len(runs) == 1
         self.most = max(FEWEST_POINTS, MOST_POINTS // max(1, len(runs)))
+        self.palette = colors.Palette()  # keys: place of a run, and name of a set
+        self.of_runs = [[self.palette.of(place, name) for name in run.sets or [""]] for place, run in enumerate(runs)]
 
     def charts(self) -> Iterator[Chart]:
         """Those that have anything to show."""
@@ -211,17 +213,12 @@ class Training:
 
     def _held(self) -> Iterator[Held]:
         """Evaluations by run and set, in colors of their own."""
-        place = 0
-        for number_of_run, run in enumerate(self.runs):
+        for place, run in enumerate(self.runs):
             for name, lines in run.evaluations.items():
                 label = name or "held out"
                 if not self.is_one:
                     label = f"{run.name}: {name}" if name else run.name
-                    color = colors.of(number_of_run if len(run.evaluations) == 1 else place)
-                else:
-                    color = colors.of(place)
-                place += 1
-                yield Held(label, color, lines)
+                yield Held(label, self.palette.of(place, name), lines)
 
     def _of_steps(self, chart: Chart, name: str) -> None:
         """Training's lines: every step faintly, and the running mean."""
@@ -233,7 +230,7 @@ class Training:
             steps, is_smooth, usual = run.steps[kept], name == "learning_rate", _usual(values)
             means = values if is_smooth else running_mean(values)
             label = "training" if self.is_one else run.name
-            color = colors.INK if self.is_one else colors.of(place)
+            color = colors.INK if self.is_one else self.of_runs[place][0]  # of its first set
             if not is_smooth and self.is_one:
                 alpha = 0.45 if len(kept) == len(values) else 0.3  # thinned, it is as dense as ink
                 chart.line(steps, values[kept], "each step", colors.SLATE, width=1, alpha=alpha, seen=usual)

@@ -20,43 +20,54 @@ from reward_model.reporting import colors, html
 from reward_model.reporting.charts import Table
 from reward_model.reporting.html import text
 from reward_model.reporting.of_assessments import MOST_MISTAKES, MOST_SUBSETS, Assessed, Assessment
+from reward_model.reporting.of_comparisons import comparison
 from reward_model.reporting.of_training import Training
-from reward_model.reporting.runs import Run, number
+from reward_model.reporting.pairs import MOST_IN_ALL, TEXT_BYTES, cut, pair
+from reward_model.reporting.runs import Run, number, set_of
 from reward_model.reporting.thinning import in_words
-from reward_model.reporting.words import duration, edge, setting, share, shown
+from reward_model.reporting.words import duration, edge, setting, share, shown, told_apart
 
-TEXT_BYTES = 400_000  # of the texts of all mistakes together, of the 3 MB of a page; BokehJS has 1.3
-MOST_IN_ALL = 240  # mistakes, of several assessments
 SETTING_LENGTH = 1_000  # characters of a value: --data_path may name a thousand files
-MOST_OF_A_START = 160  # bytes of a prompt that stand beside its gap
 MOST_WARNINGS = 40
 OWN_PLACE = ("output_dir", "tensorboard_path", "local_rank")  # differ from run to run and say nothing
 
 
-def write_html(runs: Sequence[Run], assessments: Sequence[dict[str, Any]] = ()) -> str:
+def write_html(
+    runs: Sequence[Run], assessments: Sequence[dict[str, Any]] = (), comparisons: Sequence[dict[str, Any]] = ()
+) -> str:
     """The page of some runs, with the assessments that lie in their folders, and of assessments alone.
 
     Args:
         assessments: as in ``evaluation.json``, of models whose runs are not known.
+        comparisons: of two of these models each.
     """
-    return "".join(_document(Page(runs, assessments)))
+    return "".join(_document(Page(runs, assessments, comparisons)))
 
 
 class Page:
     """What a page is about."""
 
-    def __init__(self, runs: Sequence[Run], assessments: Sequence[dict[str, Any]]):
+    def __init__(
+        self, runs: Sequence[Run], assessments: Sequence[dict[str, Any]], comparisons: Sequence[dict[str, Any]]
+    ):
         self.runs = runs
+        self.comparisons = comparisons
         self.training = Training(runs)
-        self.assessments = _labeled(runs, assessments)
+        self.models = _names_of_models(assessments)
+        self.assessments = _labeled(runs, assessments, self.models, self.training.palette)
         self.assessed = Assessed(self.assessments)
 
     @property
     def title(self) -> str:
         if self.runs:
             return self.runs[0].name if len(self.runs) == 1 else f"{counted(len(self.runs), 'run')} compared"
-        names = dict.fromkeys(_name_of(each.values) for each in self.assessments)
-        return next(iter(names)) if len(names) == 1 else f"{counted(len(names), 'model')} compared"
+        names = list(self.models.values())
+        return names[0] if len(names) == 1 else f"{counted(len(names), 'model')} compared"
+
+    @property
+    def is_of_several_models(self) -> bool:
+        """Assessments alone, several of them."""
+        return not self.runs and len(self.assessments) > 1
 
 
 # --- the parts of the document ---
@@ -78,6 +89,7 @@ def _document(page: Page) -> Iterator[str]:
     yield from _header(page)
     yield "<main>"
     yield from _numbers(page)
+    yield from _comparison(page)
     yield from _warnings(page)
     yield from _training(page)
     yield from _held_out(page)
@@ -99,13 +111,14 @@ def _header(page: Page) -> Iterator[str]:
         run = page.runs[0]
         model, data = run.settings.get("model_name_or_path"), run.settings.get("data_path")
         said = [f"trained from {setting(model)}"] if model else []
-        said += [f"on {_cut(setting(data), 200)}"] if data else []
+        said += [f"on {cut(setting(data), 200)}"] if data else []
         said.append(run.end)
         yield f'<p class="under">{text("; ".join(said))}</p>'
     elif not page.runs:
-        data = dict.fromkeys(_cut(setting(each.values.get("data")), 200) for each in page.assessments)
+        data = dict.fromkeys(cut(setting(each.values.get("data")), 200) for each in page.assessments)
         yield f'<p class="under">judged on {text("; ".join(data))}</p>'
-    links = [("training", "Training")] if any(len(r.steps) or r.evaluations for r in page.runs) else []
+    links = [("comparison", "Comparison")] if page.comparisons else []
+    links += [("training", "Training")] if any(len(r.steps) or r.evaluations for r in page.runs) else []
     links += [("held-out", "Held-out answers")] if page.assessments else []
     links += [("mistakes", "Mistakes")] if any(each.rows("mistakes") for each in page.assessments) else []
     links += [("settings", "Settings")] if page.runs else []
@@ -118,8 +131,9 @@ def _numbers(page: Page) -> Iterator[str]:
     if len(page.runs) > 1:
         yield html.table(_table_of_runs(page), "wide first", "the runs")
         return
-    if not page.runs and len(page.assessments) > 1:
-        return  # the table of all numbers follows
+    if page.is_of_several_models:
+        yield from (html.table(of, "wide first", title) for title, of in page.assessed.numbers() if title == "Accuracy")
+        return
     found = _first_numbers(page)
     cells = "".join(
         f'<div><dt>{text(name)}</dt><dd class="value{" bad" if is_bad else ""}">{text(value)}</dd>'
@@ -129,24 +143,34 @@ def _numbers(page: Page) -> Iterator[str]:
     yield f'<dl class="numbers">{cells}</dl>\n'
 
 
+def _comparison(page: Page) -> Iterator[str]:
+    if page.comparisons:
+        yield '<section><h2 id="comparison">Comparison</h2>'
+        yield from comparison(page.comparisons, page.models)
+        yield "</section>\n"
+
+
 def _first_numbers(page: Page) -> Iterator[tuple[str, str, str, bool]]:
     """Name, value and what stands below it; whether it is bad."""
     run = page.runs[0] if page.runs else None
     judged = page.assessments[0] if page.assessments else Assessment("", "", {})
-    last = _last_evaluation(run)
+    last, when = _last_evaluation(run), _when(run)
     value, low, high = judged.interval("accuracy")
+    of_end = "" if math.isfinite(value) else when  # an assessment is of the model as it was left
     value = value if math.isfinite(value) else number(last.get("accuracy"))
     if math.isfinite(value):
         longer = _baseline(judged, last)
         aside = f"{low:.3f} to {high:.3f} (95 %)" if math.isfinite(low + high) else ""
-        aside += f"{'; ' if aside else ''}longer answer {longer:.3f}" if math.isfinite(longer) else ""
-        yield "Held-out accuracy", f"{value:.4f}", aside, False
+        longer_said = f"longer answer {longer:.3f}" if math.isfinite(longer) else ""
+        yield "Held-out accuracy", f"{value:.4f}", _joined(of_end, aside, longer_said), False
     elif math.isfinite(number(last.get("pearson"))):
         aside = f"of {number(last.get('rated')):,.0f} scores with their targets"
-        yield "Correlation", f"{number(last.get('pearson')):.4f}", aside, False
+        yield "Correlation", f"{number(last.get('pearson')):.4f}", _joined(when, aside), False
     loss = _or(judged.number("loss"), number(last.get("loss")), number(last.get("point_loss")))
     if math.isfinite(loss):
-        yield "Held-out loss", shown(loss), "equal scores: 0.693" if math.isfinite(value) else "", False
+        of_end = "" if math.isfinite(judged.number("loss")) else when
+        equal = "equal scores: 0.693" if math.isfinite(value) else ""
+        yield "Held-out loss", shown(loss), _joined(of_end, equal), False
     error = _or(judged.number("calibration", "raw", "ece"), number(last.get("calibration_error")))
     if math.isfinite(error):
         after, temperature = (
@@ -156,7 +180,8 @@ def _first_numbers(page: Page) -> Iterator[tuple[str, str, str, bool]]:
         aside = (
             f"{after:.3f} at temperature {temperature:.3g}" if math.isfinite(after + temperature) else "expected error"
         )
-        yield "Calibration error", f"{error:.3f}", aside, False
+        of_end = "" if math.isfinite(judged.number("calibration", "raw", "ece")) else when
+        yield "Calibration error", f"{error:.3f}", _joined(of_end, aside), False
     if run is None:
         pairs = judged.number("pairs")
         if math.isfinite(pairs):
@@ -178,35 +203,40 @@ def _first_numbers(page: Page) -> Iterator[tuple[str, str, str, bool]]:
 
 
 def _table_of_runs(page: Page) -> Table:
+    """A row for each set of each run; what is of the run stands in the first of its rows."""
     rows = []
     for run in page.runs:
-        last = _last_evaluation(run)
-        judged = next((Assessment("", "", each) for each in run.assessments), Assessment("", "", {}))
-        value, low, high = judged.interval("accuracy")
-        value = _or(value, number(last.get("accuracy")))
-        accuracy = f"{value:.4f}" + (f" ({low:.3f} to {high:.3f})" if math.isfinite(low + high) else "")
-        after, temperature = (
-            judged.number("calibration", "tempered", "ece"),
-            judged.number("calibration", "temperature"),
-        )
-        rows.append(
-            [
-                run.name,
-                accuracy if math.isfinite(value) else "–",
-                shown(_or(judged.number("loss"), number(last.get("loss")), number(last.get("point_loss")))),
-                shown(_or(judged.number("calibration", "raw", "ece"), number(last.get("calibration_error")))),
-                shown(temperature, 2),
-                shown(after),
-                f"{run.last_step:,}{'' if run.is_whole else ' (not finished)'}",
-                duration(run.seconds),
-                f"{len(run.alarms)}",
-                f"{len(run.skipped)}",
-            ]
-        )
-    names = ("run", "held-out accuracy", "loss", "calibration error", "temperature", "error with it", "steps", "time")
-    found = Table((*names, "warnings", "skipped"), rows)
-    kept = [place for place in range(len(found.columns)) if place == 0 or any(row[place] != "–" for row in rows)]
-    return Table([found.columns[p] for p in kept], [[row[p] for p in kept] for row in rows])
+        of_run = [
+            f"{run.last_step:,}{'' if run.is_whole else ' (not finished)'}",
+            duration(run.seconds),
+            f"{len(run.alarms)}",
+            f"{len(run.skipped)}",
+        ]
+        for place, name in enumerate(run.sets or [""]):
+            rows.append([run.name, name, *_of_set(run, name), *(of_run if place == 0 else [""] * len(of_run))])
+    of_sets = ("held-out accuracy", "loss", "calibration error", "temperature", "error with it")
+    columns = ("run", "set", *of_sets, "steps", "time", "warnings", "skipped")
+    kept = [p for p in range(len(columns)) if p == 0 or any(row[p] not in ("–", "") for row in rows)]
+    return Table([columns[p] for p in kept], [[row[p] for p in kept] for row in rows])
+
+
+def _of_set(run: Run, name: str) -> list[str]:
+    """The numbers of a run on one set, in the last evaluation or in an assessment."""
+    last = _last_evaluation(run, name)
+    judged = next((Assessment("", "", each) for each in run.assessments if set_of(each) == name), None)
+    judged = judged or Assessment("", "", {})
+    value, low, high = judged.interval("accuracy")
+    after = f" ({low:.3f} to {high:.3f})" if math.isfinite(low + high) else ""
+    if not math.isfinite(value):
+        value, when = number(last.get("accuracy")), _when(run, name)
+        after = f" ({when})" if when else ""
+    return [
+        f"{value:.4f}{after}" if math.isfinite(value) else "–",
+        shown(_or(judged.number("loss"), number(last.get("loss")), number(last.get("point_loss")))),
+        shown(_or(judged.number("calibration", "raw", "ece"), number(last.get("calibration_error")))),
+        shown(judged.number("calibration", "temperature"), 2),
+        shown(judged.number("calibration", "tempered", "ece")),
+    ]
 
 
 def _warnings(page: Page) -> Iterator[str]:
@@ -249,7 +279,9 @@ def _held_out(page: Page) -> Iterator[str]:
     if charts := list(page.assessed.charts()):
         yield f'<div class="charts">{"".join(map(html.figure, charts))}</div>'
     parts = [f"<h3>Accuracy by {what}</h3>{found}" for what, found in _by_part(page)]
-    parts += [f"<h3>{title}</h3>{html.table(of, 'wide', title)}" for title, of in page.assessed.numbers()]
+    above = ("Accuracy",) if page.is_of_several_models else ()
+    numbers = [(title, of) for title, of in page.assessed.numbers() if title not in above]
+    parts += [f"<h3>{title}</h3>{html.table(of, 'wide', title)}" for title, of in numbers]
     kind = "columns" if len(page.assessments) == 1 else "stack"
     yield f'<div class="{kind}">{"".join(f"<div>{part}</div>" for part in parts)}</div></section>\n'
 
@@ -302,30 +334,8 @@ def _mistakes(page: Page) -> Iterator[str]:
         if rows and len(page.assessments) > 1:
             yield f'<h3 style="margin-top:22px">{text(each.label)}</h3>'
         for place, row in enumerate(rows):
-            yield _mistake(row, most, is_open=place == 0 and len(page.assessments) == 1)
+            yield pair(row, most, is_open=place == 0 and len(page.assessments) == 1)
     yield "</section>\n"
-
-
-def _mistake(row: dict[str, Any], most: int, is_open: bool) -> str:
-    better, worse = number(row.get("chosen_score")), number(row.get("rejected_score"))
-    prompt = str(row.get("prompt") or "")
-    place = row.get("row")
-    known = row.get("file") and place is not None
-    origin = f'<p class="note">{text(row["file"])}, row {text(place)}</p>' if known else ""
-    start = _cut_text(" ".join(prompt[:MOST_OF_A_START].split()), MOST_OF_A_START) or "(no prompt)"
-    sides = "".join(
-        f'<div class="{side}"><h4>{side}, {shown(score, 3)}</h4><p>{_cut_text(answer.strip(), most)}</p></div>'
-        for side, score, answer in (
-            ("chosen", better, str(row.get("chosen") or "")),
-            ("rejected", worse, str(row.get("rejected") or "")),
-        )
-    )
-    return (
-        f'<details class="mistake"{" open" if is_open else ""}><summary><span class="gap">{shown(better - worse, 2)}'
-        f'</span><span class="start">{start}</span></summary><div class="texts">'
-        f'<div class="prompt"><h4>prompt</h4><p>{_cut_text(prompt.strip(), most)}</p></div>{sides}</div>'
-        f"{origin}</details>"
-    )
 
 
 def _settings(page: Page) -> Iterator[str]:
@@ -356,36 +366,63 @@ def _settings(page: Page) -> Iterator[str]:
 # --- what they are made of ---
 
 
-def _labeled(runs: Sequence[Run], alone: Sequence[dict[str, Any]]) -> list[Assessment]:
-    """All assessments of a page, each with a name of its own and the color of its run."""
-    found: list[tuple[str, int, dict[str, Any]]] = []
+def _labeled(
+    runs: Sequence[Run], alone: Sequence[dict[str, Any]], models: dict[str, str], palette: colors.Palette
+) -> list[Assessment]:
+    """All assessments of a page, each with a name of its own and the color of its run and set."""
+    found: list[tuple[str, str, dict[str, Any]]] = []
     for place, run in enumerate(runs):
+        times: dict[str, int] = {}
         for each in run.assessments:
-            of_set = each.get("set") if isinstance(each.get("set"), str) else ""
-            label = ": ".join(filter(None, (run.name if len(runs) > 1 else "", of_set)))
-            found.append((label, place if len(runs) > 1 else len(found), each))
+            name = set_of(each)
+            label = ": ".join(filter(None, (run.name if len(runs) > 1 else "", name)))
+            again = [times[name]] if name in times else []  # of another model, where it is none of the training's
+            times[name] = times.get(name, 0) + 1
+            found.append((label, palette.of(place, name, *again), each))
     for each in alone:
-        of_set = each.get("set") if isinstance(each.get("set"), str) else ""
-        found.append((": ".join(filter(None, (_name_of(each), of_set))), len(found), each))
+        label = ": ".join(filter(None, (models[_model_of(each)], set_of(each))))
+        found.append((label, palette.of(len(found)), each))
     labels: list[str] = []
     for label, _, _ in found:
-        times = sum(known == label or known.startswith(f"{label} (") for known in labels)
-        labels.append(f"{label} ({times + 1})" if times else label)
+        known_times = sum(known == label or known.startswith(f"{label} (") for known in labels)
+        labels.append(f"{label} ({known_times + 1})" if known_times else label)
     if len(found) == 1:
         labels = [""]
-    return [Assessment(label, colors.of(place), values) for label, (_, place, values) in zip(labels, found)]
+    return [Assessment(label, color, values) for label, (_, color, values) in zip(labels, found)]
 
 
-def _name_of(assessment: dict[str, Any]) -> str:
-    """The last part of the path or name of a model."""
+def _model_of(assessment: dict[str, Any]) -> str:
+    """The path or name of a model."""
     name = assessment.get("model")
-    return (PurePath(name).name or name) if isinstance(name, str) and name else "model"
+    return name if isinstance(name, str) and name else "model"
 
 
-def _last_evaluation(run: Run | None) -> dict[str, Any]:
-    """Of the first set."""
-    lines = next(iter(run.evaluations.values()), []) if run else []
+def _names_of_models(assessments: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """For each model as many last parts of its path or name as tell it from the others."""
+    models = list(dict.fromkeys(map(_model_of, assessments)))
+    return dict(zip(models, told_apart([PurePath(name).parts or (name,) for name in models])))
+
+
+def _last_evaluation(run: Run | None, name: str | None = None) -> dict[str, Any]:
+    """Of a set; None: of the first one."""
+    if run is None:
+        return {}
+    lines = next(iter(run.evaluations.values()), []) if name is None else run.evaluations.get(name, [])
     return lines[-1] if lines else {}
+
+
+def _when(run: Run | None, name: str | None = None) -> str:
+    """At which step the last evaluation was, in words; empty: at the last one."""
+    step = _last_evaluation(run, name).get("step")
+    if run is None or step is None:
+        return ""
+    if step == 0:
+        return "at step 0, before training"
+    return f"at step {step:,}" if step != run.last_step else ""
+
+
+def _joined(*said: str) -> str:
+    return "; ".join(filter(None, said))
 
 
 def _baseline(judged: Assessment, last: dict[str, Any]) -> float:
@@ -420,22 +457,7 @@ def _flat(values: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]
 
 
 def _value(value: Any) -> str:
-    return _cut(json.dumps(value) if isinstance(value, dict) else setting(value), SETTING_LENGTH)
-
-
-def _cut(words: str, most: int) -> str:
-    """At most so many bytes of a text; a cut one ends with …"""
-    if len(words.encode("utf-8", "replace")) <= most:
-        return words
-    return words.encode("utf-8", "replace")[: most - 3].decode("utf-8", "ignore") + "…"
-
-
-def _cut_text(words: str, most: int) -> str:
-    """A text as HTML of at most so many bytes; a cut one ends with …"""
-    kept = _cut(words, most)
-    while len(text(kept).encode("utf-8", "replace")) > most:
-        kept = kept[: len(kept) * 3 // 4] + "…"
-    return text(kept)
+    return cut(json.dumps(value) if isinstance(value, dict) else setting(value), SETTING_LENGTH)
 
 
 def _or(*values: float) -> float:

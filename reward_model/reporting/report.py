@@ -13,6 +13,7 @@ from reward_model.common.errors import UserError
 from reward_model.common.files import write_whole
 from reward_model.reporting.page import write_html
 from reward_model.reporting.runs import read_run
+from reward_model.reporting.words import told_apart
 
 FILE = "report.html"
 MOST_RUNS = 16  # more would neither be told apart nor leave the page below 3 MB
@@ -56,12 +57,15 @@ def report(
     return path
 
 
-def page_of_assessments(assessments: Sequence[dict[str, Any]], out: str | PathLike[str]) -> Path:
+def page_of_assessments(
+    assessments: Sequence[dict[str, Any]], out: str | PathLike[str], comparisons: Sequence[dict[str, Any]] = ()
+) -> Path:
     """Write the report of assessments whose runs are not known, such as those of ``reward-model evaluate``.
 
     Args:
         assessments: as in ``evaluation.json``; every key may be absent.
         out: the file to write.
+        comparisons: of two models each, as in the ``evaluation.json`` of ``reward-model evaluate``.
 
     Returns:
         The file.
@@ -73,7 +77,7 @@ def page_of_assessments(assessments: Sequence[dict[str, Any]], out: str | PathLi
     if not assessments or len(assessments) > MOST_RUNS:
         raise UserError(f"{len(assessments)} assessments: a report is of 1 to {MOST_RUNS}")
     path = Path(out)
-    _write(path, write_html([], assessments))
+    _write(path, write_html([], assessments, comparisons))
     return path
 
 
@@ -93,9 +97,4 @@ def names_of(folders: Sequence[Path]) -> list[str]:
     >>> names_of([Path("/a/one/output"), Path("/a/two/output")])
     ['one/output', 'two/output']
     """
-    parts = [folder.resolve().parts for folder in folders]
-    for count in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(each[-count:]) for each in parts]
-        if len(set(names)) == len(names):
-            return names
-    return [f"{name} ({place})" for place, name in enumerate(names, 1)]  # the same folder twice
+    return told_apart([folder.resolve().parts for folder in folders])

@@ -60,6 +60,11 @@ class Run:
         return max((int(self.steps[-1]) if len(self.steps) else 0), *self.skipped[-1:], *evaluated, 0)
 
     @property
+    def sets(self) -> list[str]:
+        """Names of the evaluation sets, of evaluations and of assessments; one without a name is ""."""
+        return list(dict.fromkeys([*self.evaluations, *map(set_of, self.assessments)]))
+
+    @property
     def seconds(self) -> float:
         """The time that training steps took, without evaluations and checkpoints; NaN: no step says its speed."""
         rows, speed = self.column("rows"), self.column("rows_per_second")
@@ -112,6 +117,12 @@ def read_run(folder: Path, name: str = "", has_ended: bool = False) -> Run:
         is_whole=is_whole,
         problems=problems,
     )
+
+
+def set_of(values: dict[str, Any]) -> str:
+    """The name of the evaluation set that a line or an assessment is of; empty: the only one."""
+    name = values.get("set")
+    return name if isinstance(name, str) else ""
 
 
 def number(value: Any) -> float:
@@ -201,8 +212,7 @@ def _columns(lines: list[dict[str, Any]]) -> tuple[np.ndarray, dict[str, np.ndar
 def _by_set(lines: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for line in lines:
-        name = line.get("set")
-        found.setdefault(name if isinstance(name, str) else "", {})[line["step"]] = line
+        found.setdefault(set_of(line), {})[line["step"]] = line
     return {name: [by_step[step] for step in sorted(by_step)] for name, by_step in found.items()}
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -60,6 +61,20 @@ def duration(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds // size:.0f} {unit} {seconds % size // smaller:.0f} {small_unit}"
     raise AssertionError(seconds)
+
+
+def told_apart(paths: Sequence[Sequence[str]]) -> list[str]:
+    """As many last parts of the paths as tell them apart; the same path twice has a number.
+
+    >>> told_apart([("one", "output"), ("two", "output")])
+    ['one/output', 'two/output']
+    """
+    names: list[str] = []
+    for count in range(1, max(map(len, paths), default=0) + 1):
+        names = ["/".join(each[-count:]) for each in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{name} ({place})" for place, name in enumerate(names, 1)]
 
 
 def setting(value: Any) -> str:

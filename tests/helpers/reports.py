@@ -91,6 +91,15 @@ def write_run(folder, lines=None, settings=None, assessment=None, is_finished=Tr
     return folder
 
 
+def comparison(**values):
+    """Of two models, with all that ``reward-model evaluate`` says of them."""
+    texts = {"prompt": f"{TEXT} 7", "chosen": "With a brush.", "rejected": "Not at all."}
+    scores = {"chosen_score": 0.5, "rejected_score": -0.75, "gap": 1.25, "other_gap": -0.5}
+    found = {"value": -0.02, "low": -0.041, "high": 0.003, "only_one": 7, "only_other": 13, "p_value": 0.2632}
+    models = {"set": "", "one": "some/model", "other": "other/model-2"}
+    return models | found | {"pairs": 300, "disagreements": [texts | scores | {"file": "e.jsonl", "row": 3}]} | values
+
+
 def assessment(**values):
     """All that ``evaluation.json`` may hold."""
     generator = np.random.default_rng(0)
