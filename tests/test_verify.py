@@ -312,4 +312,5 @@ def test_a_run_whose_model_is_saved_wrong_fails_in_one_line(how, demo, tmp_path)
     else:
         assert f"UserError raised: {said}" in done.stdout
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(os.listdir(kept))
-    assert {".lock", "metrics.jsonl", "report.html", "run.json", "unverified"} == set(os.listdir(tmp_path / "out"))
+    beside = {".lock", "evaluation.json", "metrics.jsonl", "report.html", "run.json", "unverified"}
+    assert beside == set(os.listdir(tmp_path / "out"))

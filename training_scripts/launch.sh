@@ -112,7 +112,9 @@ is_count() {
 most_processes=1024
 require_processes() {
   case $2 in '' | *[!0-9]* | 0*) die "$1=$2 is not a number of GPUs" ;; esac
-  is_count "$2" && [ "$2" -le $most_processes ] || die "$1=$2: more than $most_processes processes on a machine"
+  if ! is_count "$2" || [ "$2" -gt $most_processes ]; then
+    die "$1=$2: more than $most_processes processes on a machine"
+  fi
 }
 
 # count_gpus: those that a run here may use; 1 where there is none, for a process on the CPU

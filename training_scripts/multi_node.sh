@@ -132,6 +132,7 @@ watch() {
 
 # stop NUMBER: at the first signal every host is asked to let its processes save; at the second, or where no host can be
 # asked, all are ended. What the hosts do then, and how long they may take, is supervise.py's.
+# shellcheck disable=SC2317 # called by traps
 stop() {
   if [ -n "$asked" ]; then
     code=$((128 + $1))
