@@ -39,7 +39,7 @@ from reward_model.models.saved_forms import form_of, load_form
 from reward_model.models.scorer import Scorer, embedding_rows
 from reward_model.objectives.losses import likeliest_grade
 
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # owner/name
 
 
 class RewardScorer:
