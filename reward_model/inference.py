@@ -247,7 +247,7 @@ def load(
         UserError: no such model, or weights missing.
     """
     if not Path(folder).is_dir() and not HUB_NAME.fullmatch(str(folder)):
-        raise UserError(f"{folder}: no such folder")
+        raise UserError(f"{Path(folder)}: no such folder")
     if is_adapter(str(folder)):
         folder = merged_before(str(folder)) or merged(str(folder), DataConfig().cache_folder, trust_remote_code)
     folder = Path(folder)
