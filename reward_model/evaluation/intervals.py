@@ -28,10 +28,6 @@ class Share:
     def to_json(self) -> dict:
         return {"value": self.value, "low": self.low, "high": self.high, "pairs": self.pairs}
 
-    def __str__(self) -> str:
-        between = "" if self.low is None or self.high is None else f" [{self.low:.4f}, {self.high:.4f}]"
-        return f"{self.value:.4f}{between}"
-
 
 def share(right: np.ndarray, prompts: np.ndarray, seed: int = 0) -> Share:
     """The mean of numbers of pairs, with an interval that knows that pairs of one prompt are no independent draws.

@@ -11,6 +11,7 @@ from pathlib import Path
 from reward_model.common.distributed import join, prepare_environment
 from reward_model.common.errors import UserError
 from reward_model.common.files import write_whole
+from reward_model.common.logging import logger
 from reward_model.config.evaluation import EvaluateConfig
 from reward_model.data.sources import amount_of, raw_sources
 from reward_model.evaluation.assessment import FILE
@@ -51,10 +52,14 @@ def evaluate(models: str | Sequence[str], config: EvaluateConfig) -> Evaluations
             judged[name].append(subject.judge(name, paths, found))
     for name, of_models in judged.items():
         for (one, first), (other, second) in combinations(zip(models, of_models), 2):
-            if first is not None and second is not None:
-                found.comparisons.append(
-                    {"set": name, "one": one, "other": other} | compare(first, second, config.seed)
-                )
+            if first is None or second is None:
+                continue
+            try:  # what was scored is worth telling, whether it can be compared or not
+                compared = compare(first, second, config.seed)
+            except UserError as error:
+                logger.warning(f"{one} and {other} are not compared{f' on {name}' if name else ''}: {error}")
+                continue
+            found.comparisons.append({"set": name, "one": one, "other": other} | compared)
     if config.output_dir and context.is_first:
         _write(found, Path(config.output_dir))
     if config.report and context.is_first:
@@ -72,6 +77,9 @@ def require_head(model: str, trust_remote_code: bool) -> None:
 
 
 def _write_page(found: Evaluations, page: Path) -> None:
+    if not found.assessments:
+        logger.warning(f"--report {page}: not written, as a page has no place for benchmarks alone")
+        return
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
         page_of_assessments(found.assessments, page, found.comparisons)
