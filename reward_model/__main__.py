@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
 
@@ -33,7 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
     quieten("--debug" in rest)
     try:
         if name not in COMMANDS:
-            raise UserError(f"no command {name}; there is {', '.join(COMMANDS)}")
+            near = difflib.get_close_matches(name, COMMANDS, n=1)
+            meant = f"did you mean {near[0]}?" if near else f"there is {', '.join(COMMANDS)}"
+            raise UserError(f"no command {name}; {meant}")
         return importlib.import_module(COMMANDS[name][0]).main(rest)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

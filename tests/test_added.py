@@ -1198,6 +1198,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_deepspeed_steps_on_the_mean_of_every_group(package):
     """Groups of 3, 3 and 2 micro-batches, in two epochs."""
     found = json.loads(added.finish(added.start(package, ACCUMULATION)))

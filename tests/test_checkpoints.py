@@ -288,6 +288,7 @@ def test_a_run_that_is_stopped_twice_leaves_the_same_bytes(demo, tmp_path):
     assert "finished after 10 steps: nothing to do" in again
 
 
+@pytest.mark.slow
 def test_two_processes_that_are_stopped_leave_the_same_bytes(demo, tmp_path):
     same_bytes(demo, tmp_path, ["--zero_stage", 2], [stop_at(2, rank=1)], processes=2)
 
@@ -379,9 +380,9 @@ def test_another_number_of_processes_goes_on_with_the_same_rows(stage, before, a
 @pytest.mark.parametrize(
     ("processes", "flags"),
     [
-        (2, "--zero_stage 3"),
+        (1, ""),
+        pytest.param(2, "--zero_stage 3", marks=pytest.mark.slow),
         pytest.param(1, "--lora_dim 4", marks=pytest.mark.slow),
-        pytest.param(1, "", marks=pytest.mark.slow),
         pytest.param(1, "--pooling mean", marks=pytest.mark.slow),
         pytest.param(2, "--zero_stage 2 --dtype bf16", marks=pytest.mark.slow),
     ],

@@ -656,6 +656,7 @@ print(tokens)
 """
 
 
+@pytest.mark.slow
 def test_a_step_of_many_micro_batches_needs_few_open_files():
     """One file a micro-batch between processes: 32 of them, two steps ahead in two workers, at a limit of 300."""
     done = subprocess.run([sys.executable, "-c", MANY], cwd=runs.TOP, capture_output=True, text=True, timeout=120)

@@ -159,16 +159,20 @@ def test_sets_subsets_margins_and_two_models(model, pairs, data, tmp_path):
     assert sorted(apart) == (np.flatnonzero(np.sign(gaps[0]) != np.sign(gaps[1])) + 1).tolist()
 
 
-def test_a_benchmark_is_known_by_its_columns(model, tmp_path):
+def test_a_benchmark_is_known_by_its_columns(model, tmp_path, capsys):
     rows = [
         {"question": f"the cat {word}", "response_A": f"the {word}", "response_B": "fish there", "label": "A>B",
          "source": "livebench-math", "pair_id": str(i), "original_id": str(i), "response_model": "m"}
         for i, word in enumerate(WORDS)
     ]  # fmt: skip
     path = write(tmp_path / "judgebench.jsonl", rows)
-    settings = config(tmp_path, path, chat_template="human_assistant", output_dir=str(tmp_path / "found"))
+    page = tmp_path / "page.html"
+    settings = config(
+        tmp_path, path, chat_template="human_assistant", output_dir=str(tmp_path / "found"), report=str(page)
+    )
     found = evaluate([str(model)], settings)
     assert found.assessments == [] and len(found.benchmarks) == 1
+    assert "a page has no place for benchmarks alone" in capsys.readouterr().out and not page.exists()
     assert found.benchmarks[0]["benchmark"] == "JudgeBench" and found.benchmarks[0]["questions"] == 8
     written = json.loads((tmp_path / "found" / "evaluation.json").read_text())
     assert written["benchmarks"] == found.benchmarks
@@ -199,6 +203,13 @@ def test_rows_without_a_better_answer_are_told(model, tmp_path, pairs):
     found = evaluate([str(model)], config(tmp_path, path)).assessments[0]
     assert (found["rows"], found["pairs"], found["undecided"]) == (42, 40, 2)
     assert found["specificity"]["groups"] == 2
+
+
+def test_models_that_cannot_be_compared_are_told_of(model, tmp_path, capsys):
+    rows = [{"prompt": "the cat", "response": f" {word}", "score": float(i)} for i, word in enumerate(WORDS)]
+    found = evaluate([str(model)] * 2, config(tmp_path, write(tmp_path / "rated.jsonl", rows)))
+    assert len(found.assessments) == 2 and found.comparisons == []
+    assert "are not compared: the data have no pairs to compare models on" in capsys.readouterr().out
 
 
 def test_of_rewardbench_the_filtered_rows_are_taken(model, tmp_path, capsys):
@@ -253,6 +264,7 @@ def test_models_are_named_first_or_as_rewardbench_has_it():
         (["MODEL", "--data", "x.jsonl", "--colums", "a=b"], "did you mean --columns"),
         (["MODEL", "--data", "nowhere.jsonl"], "error: nowhere.jsonl: no such file or folder"),
         (["MODEL", "--dat", "x.jsonl"], "did you mean --data"),
+        (["MODEL"] * 9 + ["--data", "a=DATA", "b=DATA", "--report", "x.html"], "9 models on 2 sets"),
         (["MODEL", "BASE", "--data", "DATA"], "base has no trained score head"),
     ],
 )

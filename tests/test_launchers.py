@@ -101,6 +101,7 @@ def test_the_launcher_and_its_processes(gpus):
     assert value(dry("single_node.sh", MASTER_PORT="29999"), "--master_port") == "29999"
 
 
+@pytest.mark.slow
 def test_visible_gpus_are_the_ones_used(gpus):
     two_visible = {"PATH": gpus, "CUDA_VISIBLE_DEVICES": "1,3"}
     assert value(dry("single_node.sh", **two_visible), "--include") == "localhost:1,3"
@@ -115,7 +116,7 @@ def test_visible_gpus_are_the_ones_used(gpus):
     [
         ({"GLOBAL_BATCH": "64", "NUM_GPUS": "8"}, "8", "1"),
         ({"GLOBAL_BATCH": "64", "MICRO_BATCH": "4", "NUM_GPUS": "8"}, "4", "2"),
-        ({"GLOBAL_BATCH": "64", "NUM_GPUS": "1"}, "16", "4"),
+        pytest.param({"GLOBAL_BATCH": "64", "NUM_GPUS": "1"}, "16", "4", marks=pytest.mark.slow),
         ({"GLOBAL_BATCH": "24", "MICRO_BATCH": "16", "NUM_GPUS": "1"}, "12", "2"),  # the largest divisor of 24
         ({"GLOBAL_BATCH": "7", "MICRO_BATCH": "4", "NUM_GPUS": "1"}, "1", "7"),
     ],

@@ -7,14 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from reward_model.evaluation.metrics import (
-    QUANTILES,
-    accuracy,
-    calibration_error,
-    correlation,
-    pair_metrics,
-    point_metrics,
-)
+from reward_model.evaluation.calibration import calibration
+from reward_model.evaluation.metrics import QUANTILES, accuracy, correlation, pair_metrics, point_metrics
 
 
 def metrics(chosen, rejected, chosen_lengths=None, rejected_lengths=None, dtype=np.float32):
@@ -120,7 +114,7 @@ CERTAIN = math.log(3)  # to three quarters
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_calibration_by_hand(gaps, error, dtype):
     with np.errstate(over="raise", invalid="raise"):
-        assert calibration_error(np.array(gaps, dtype=dtype)) == pytest.approx(error, abs=1e-4)
+        assert calibration(np.array(gaps, dtype=dtype)).ece == pytest.approx(error, abs=1e-4)
 
 
 @pytest.mark.parametrize("width", [0.3, 2.0, 8.0])
@@ -137,7 +131,7 @@ def test_calibration_agrees_with_a_slow_loop(width):
         if found
     ]
     assert len(errors) > 1
-    assert calibration_error(gaps) == pytest.approx(sum(errors))
+    assert calibration(gaps).ece == pytest.approx(sum(errors))
 
 
 @pytest.mark.parametrize(

@@ -318,6 +318,14 @@ def test_an_evaluation_writes_its_comparisons_on_its_page(tmp_path):
     assert "−0.0200 (−0.041 to +0.003)" in (tmp_path / "new" / "page.html").read_text(encoding="utf-8")
 
 
+def test_the_folder_of_an_evaluation_has_the_page_that_evaluate_writes(tmp_path):
+    found = Evaluations([assessment(), assessment(model="other/model-2")], [comparison()])
+    (tmp_path / "evaluation.json").write_text(json.dumps(found.to_json()), encoding="utf-8")
+    page = Tags(report(tmp_path).read_text(encoding="utf-8"))
+    assert "2 models compared" in page.text and "−0.0200 (−0.041 to +0.003)" in page.text
+    assert "Training" not in page.text
+
+
 def test_a_comparison_may_hold_anything():
     two = [assessment(), assessment(model="other/model-2")]
     whole = comparison()

@@ -85,13 +85,14 @@ def assert_finite_step(model, input_ids):
 # --- the whole forward against the slow reference ---
 
 
+@pytest.mark.parametrize("times", [1, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("leading_pads", [0, 1])
 @pytest.mark.parametrize("level", LEVELS)
-def test_forward_equals_slow_reference(level, leading_pads):
+def test_forward_equals_slow_reference(level, leading_pads, times):
     generator = torch.Generator().manual_seed(leading_pads)
     shapes = [(1, 2), (1, 7), (2, 5), (3, 12), (5, 3)]
     margins, smoothings, penalties = ("none", "number", "per pair"), (0.0, 0.2), (None, *SCORE_PENALTIES)
-    options = itertools.product(range(4), margins, smoothings, penalties, KINDS)
+    options = itertools.product(range(times), margins, smoothings, penalties, KINDS)
     for seed, (_, margin_kind, smoothing, penalty, kind) in enumerate(options):
         pairs, length = shapes[seed % len(shapes)]
         new = {**LEVELS[level], "label_smoothing": smoothing, "score_penalty": penalty, "score_penalty_weight": 0.3}

@@ -142,17 +142,20 @@ def test_what_the_tests_need_is_added_to_an_environment_made_by_the_quick_start(
     assert "pytest_xdist" in machine.packages(chosen)
 
 
+@pytest.mark.slow
 def test_debug_shows_what_the_installers_print(machine, python):
     _, said = machine.set_up(python, "--debug")
     assert "Failed to fetch: https://download.pytorch.org/whl/cpu/torch/" in said
     assert "-m pip install" in said
 
 
+@pytest.mark.slow
 def test_a_user_install_in_pips_settings_does_no_harm(machine, python):
     chosen, _ = machine.set_up(python, PIP_USER="1")
     assert "deepspeed" in machine.packages(chosen)
 
 
+@pytest.mark.slow
 def test_an_interpreter_given_by_name(machine, python):
     assert machine.set_up(python, PYTHON="python3")[0] == machine.own / "bin" / "python"
 
@@ -197,6 +200,7 @@ def test_a_torch_without_metadata_stops_the_set_up(machine, python):
     assert line.startswith(f"error: {python.parent.parent}/lib/{TAG}/site-packages/torch is a torch without package")
 
 
+@pytest.mark.slow
 def test_a_folder_named_like_a_package_is_not_the_package(machine, python):
     (machine.home / "datasets").mkdir()  # where the user stands
     chosen, _ = machine.set_up(python)
@@ -254,6 +258,7 @@ def test_a_package_that_would_have_to_change_stops_the_set_up(machine, active):
     assert snapshot(active.parent.parent) == before
 
 
+@pytest.mark.slow
 def test_an_environment_without_pip_gets_one(machine, python):
     machine.run([python, "-m", "venv", "--without-pip", machine.folder / "bare"], check=True)
     active = machine.folder / "bare" / "bin" / "python3"

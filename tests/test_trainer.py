@@ -76,6 +76,7 @@ def test_launchers_and_two_processes(launcher, plain, demo, tmp_path, monkeypatc
     assert not list(Path("/dev/shm").glob(f"*_{port}_*"))  # DeepSpeed's op takes 66 MiB a rank there
 
 
+@pytest.mark.slow
 def test_local_rank_given_without_a_launcher(plain, demo, tmp_path):
     close_to(runs.train(demo, tmp_path / "out", "--local_rank", "0", "--deepspeed"), plain)
 
@@ -130,7 +131,7 @@ def test_uneven_shares_count_every_pair_once(demo, tmp_path):
         assert two.final[name] == pytest.approx(one.final[name], abs=1e-5), name
 
 
-@pytest.mark.parametrize("level", ["sequence", "token"])
+@pytest.mark.parametrize("level", ["sequence", pytest.param("token", marks=pytest.mark.slow)])
 def test_shared_prompts_train_as_separate_rows_do(level, plain, demo, tmp_path):
     """The same run on padded rows, and on separate texts in one row."""
     flags = ["--loss_level", level]
@@ -148,6 +149,7 @@ def test_shared_prompts_train_as_separate_rows_do(level, plain, demo, tmp_path):
     assert varlen.train[0]["padding"] == 0 < separate.train[0]["padding"]
 
 
+@pytest.mark.slow
 def test_the_fastest_attention_is_taken(demo, tmp_path):
     metrics = runs.train(demo, tmp_path / "out", "--max_train_samples", 64, "--attention", "timed")
     (line,) = re.findall(r"a row of the data takes (.*)\)\n", metrics.output)
@@ -170,7 +172,7 @@ def test_encoders_train_without_pads(demo, tmp_path):
     assert packed.train[0]["padding"] == 0 < padded.train[0]["padding"]
 
 
-BUDGETS = [(0, 1), (2, 2), pytest.param(1, 1, marks=pytest.mark.slow), pytest.param(3, 2, marks=pytest.mark.slow)]
+BUDGETS = [(2, 2), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((0, 1), (1, 1), (3, 2)))]
 
 
 @pytest.mark.parametrize(("stage", "processes"), BUDGETS)
@@ -217,6 +219,7 @@ def test_grouped_by_length(demo, tmp_path):
     assert metrics.final["loss"] < metrics.evaluations[0]["loss"]
 
 
+@pytest.mark.slow
 def test_a_model_that_refuses_trains_on_separate_rows(demo, tmp_path):
     """BLOOM's ALiBi takes no mask of ours; Gemma 2 caps its products."""
     from transformers import AutoTokenizer, BloomConfig, BloomModel, Gemma2Config, Gemma2Model
@@ -289,6 +292,7 @@ def test_an_encoder_trains_through_its_own_head(demo, tmp_path):
     assert (config.score_mean, config.score_std) == (scale["mean_after"], scale["std"])  # to the last digit
 
 
+@pytest.mark.slow
 def test_lists_of_two_train_as_pairs_do(plain, demo, tmp_path):
     """Rows are counted, not pairs; the loss is Plackett and Luce's, of which the logistic one is a case."""
     flags = ["--loss", "plackett_luce", "--loss_weight", 1, "--normalize_scores", demo / "data"]
@@ -391,6 +395,7 @@ def test_the_scale_is_in_what_is_saved(flags, demo, tmp_path):
         torch.testing.assert_close(state["v_head.weight"], saved.score.weight.detach())
 
 
+@pytest.mark.slow
 def test_tensorboard(demo, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -451,6 +456,7 @@ def test_the_quick_start(tmp_path):
     assert f"held-out accuracy {final['accuracy']:.4f}" in result.stdout
 
 
+@pytest.mark.slow
 def test_a_run_without_output_keeps_nothing(demo, tmp_path):
     work = tmp_path / "work"
     shutil.copytree(demo / "data", work / "data")

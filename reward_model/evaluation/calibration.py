@@ -12,8 +12,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from reward_model.evaluation.metrics import BINS, calibration_error
-
+BINS = 10  # of the predicted probability
 BOUNDS = (1e-3, 1e3)  # of a temperature; one at a bound was not found
 LEAST_PAIRS = 20  # a temperature of fewer says nothing
 
@@ -48,7 +47,11 @@ class Calibration:
 
 
 def calibration(gaps: np.ndarray) -> Calibration:
-    """The reliability of p ≥ 1 gaps, in ten bins of equal width over [½, 1]; a tie is half right."""
+    """The reliability of p ≥ 1 gaps.
+
+    The model's choice is the answer with the higher score, its confidence σ(|Δ|), in ten bins of equal width over
+    [½, 1]. A tie is half right.
+    """
     gaps = gaps.astype(np.float64)
     confidence = 1 / (1 + np.exp(-np.abs(gaps)))
     right = np.where(gaps == 0, 0.5, gaps > 0)
@@ -63,7 +66,7 @@ def calibration(gaps: np.ndarray) -> Calibration:
     losses = np.logaddexp(0.0, -gaps)
     return Calibration(
         bins=bins,
-        ece=calibration_error(gaps),
+        ece=sum(b.pairs * abs(b.right - b.confidence) for b in bins) / len(gaps),
         mce=max(abs(b.right - b.confidence) for b in bins),
         brier=float(np.mean(np.exp(-np.logaddexp(0.0, gaps)) ** 2)),
         log_loss=float(losses.mean()),

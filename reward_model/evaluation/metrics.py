@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import numpy as np
 
-BINS = 10  # of the predicted probability, for calibration
+from reward_model.evaluation.calibration import calibration
+
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -48,7 +49,7 @@ def pair_metrics(
         "score_mean": float(scores.mean()),
         "score_std": float(scores.std()),
         "score_abs_mean": float(np.abs(scores).mean()),
-        "calibration_error": calibration_error(chosen - rejected),
+        "calibration_error": calibration(chosen - rejected).ece,
         "length_correlation": correlation(scores, lengths),
         "chosen_quantiles": np.quantile(chosen, QUANTILES).tolist(),
         "rejected_quantiles": np.quantile(rejected, QUANTILES).tolist(),
@@ -74,21 +75,6 @@ def point_metrics(
     }
     means = {"point_loss": losses.mean(dtype=np.float64), "label_accuracy": right.mean(dtype=np.float64)}
     return found | {name: float(value) for name, value in means.items() if not np.isnan(value)}
-
-
-def calibration_error(gaps: np.ndarray) -> float:
-    """Expected calibration error of σ(gap) as the probability that chosen wins, over p judged pairs.
-
-    The model's choice is the answer with the higher score, its confidence σ(|gap|), in ten bins of equal width over
-    [½, 1]; the error is the mean over the pairs of |share of right choices − mean confidence| of their bin (Guo et al.
-    2017, arXiv 1706.04599, eq. 3). A tie is half right.
-    """
-    size = np.abs(gaps.astype(np.float64))
-    confidence = 1 / (1 + np.exp(-size))
-    right = np.where(gaps == 0, 0.5, gaps > 0)
-    bins = np.minimum((2 * BINS * (confidence - 0.5)).astype(int), BINS - 1)
-    errors = np.bincount(bins, right - confidence, BINS)
-    return float(np.abs(errors).sum() / len(gaps))
 
 
 def correlation(one: np.ndarray, other: np.ndarray) -> float:

@@ -20,7 +20,7 @@ from reward_model.judging.subject import Subject
 from reward_model.models.adapters import is_adapter
 from reward_model.models.loading import is_reward_model, read_config
 from reward_model.models.saved_forms import form_of
-from reward_model.reporting.report import page_of_assessments
+from reward_model.reporting.report import MOST_RUNS, page_of_assessments
 
 
 def evaluate(models: str | Sequence[str], config: EvaluateConfig) -> Evaluations:
@@ -38,6 +38,10 @@ def evaluate(models: str | Sequence[str], config: EvaluateConfig) -> Evaluations
     if not config.data:
         raise UserError("give --data: files, folders or hub names")
     models = [models] if isinstance(models, str) else models
+    if config.report and len(models) * len(config.sets) > MOST_RUNS:
+        raise UserError(
+            f"--report: {len(models)} models on {len(config.sets)} sets; a page has a place for {MOST_RUNS} of both"
+        )
     prepare_environment()
     context = join(config.local_rank)
     for model in models:

@@ -16,6 +16,7 @@ from reward_model.reporting.runs import read_run
 from reward_model.reporting.words import told_apart
 
 FILE = "report.html"
+_OF_ASSESSMENTS = ("assessments", "comparisons")
 MOST_RUNS = 16  # more would neither be told apart nor leave the page below 3 MB
 
 
@@ -53,6 +54,9 @@ def report(
     path = Path(out) if out is not None else folders[0] / FILE
     names = names_of(folders)
     found = [read_run(folder, name, has_ended) for folder, name in zip(folders, names)]
+    if all(run.is_of_assessments for run in found):  # what `reward-model evaluate --output_dir` has written
+        assessments, comparisons = ([each for run in found for each in getattr(run, name)] for name in _OF_ASSESSMENTS)
+        return page_of_assessments(assessments, path, comparisons)
     _write(path, write_html(found))
     return path
 

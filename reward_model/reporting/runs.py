@@ -35,8 +35,8 @@ class Run:
     name: of the folder. settings: of ``run.json``, with ``given`` and ``versions`` taken out. steps: numbers of the
     steps (s,), increasing. columns: name → numbers of these steps (s,), NaN where a step has none. evaluations: name of
     an evaluation set, empty for the only one → its lines, by step. alarms: their lines. skipped: steps whose loss or
-    gradient was not finite. assessments: of ``evaluation.json``. end: how the run ended, in words. problems: what could
-    not be read, in sentences.
+    gradient was not finite. assessments, comparisons: of ``evaluation.json``. end: how the run ended, in words.
+    problems: what could not be read, in sentences.
     """
 
     name: str
@@ -49,9 +49,15 @@ class Run:
     alarms: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[int] = field(default_factory=list)
     assessments: list[dict[str, Any]] = field(default_factory=list)
+    comparisons: list[dict[str, Any]] = field(default_factory=list)
     end: str = ""
     is_whole: bool = False
     problems: list[str] = field(default_factory=list)
+
+    @property
+    def is_of_assessments(self) -> bool:
+        """Whether the folder has assessments, and nothing of a run."""
+        return bool(self.assessments) and not (self.settings or len(self.steps) or self.evaluations)
 
     @property
     def last_step(self) -> int:
@@ -94,8 +100,7 @@ def read_run(folder: Path, name: str = "", has_ended: bool = False) -> Run:
     problems: list[str] = []
     settings = _read_object(folder / SETTINGS, problems)
     found = _read_json(folder / ASSESSMENT, problems, f"no {ASSESSMENT}, so that figures of single answers are missing")
-    parts = found.get("assessments") if isinstance(found, dict) else None
-    assessments = [each for each in parts if isinstance(each, dict)] if isinstance(parts, list) else []
+    assessments, comparisons = (_objects(found, name) for name in ("assessments", "comparisons"))
     lines = list(_read_lines(folder / METRICS, problems))
     if not (lines or settings or assessments):
         raise UserError(f"{folder}: no {METRICS}, {SETTINGS} or {ASSESSMENT} there that can be read: no run's folder")
@@ -113,6 +118,7 @@ def read_run(folder: Path, name: str = "", has_ended: bool = False) -> Run:
         alarms=[line for line in lines if line["split"] == "alarm" and isinstance(line.get("message"), str)],
         skipped=sorted({line["step"] for line in lines if line["split"] == "bad_step"}),
         assessments=assessments,
+        comparisons=comparisons,
         end=end,
         is_whole=is_whole,
         problems=problems,
@@ -159,6 +165,12 @@ def _read_json(path: Path, problems: list[str], absent: str = "") -> Any:
 def _read_object(path: Path, problems: list[str]) -> dict[str, Any]:
     found = _read_json(path, problems)
     return found if isinstance(found, dict) else {}
+
+
+def _objects(found: Any, name: str) -> list[dict[str, Any]]:
+    """The objects in a list of a file; none where it has no such list."""
+    parts = found.get(name) if isinstance(found, dict) else None
+    return [each for each in parts if isinstance(each, dict)] if isinstance(parts, list) else []
 
 
 def _read_lines(path: Path, problems: list[str]) -> Iterator[dict[str, Any]]:
