@@ -175,9 +175,7 @@ class RewardScorer:
         _require_whole(texts)
         return self.score_ids(self.encoding.written(texts), batch_size)
 
-    def score_ids(
-        self, ids: list[list[int]], batch_size: int = 16, second: Sequence[int] | None = None
-    ) -> list[float]:
+    def score_ids(self, ids: list[list[int]], batch_size: int = 16, second: Sequence[int] | None = None) -> list[float]:
         """The score of each text that is given as token ids, as it is: nothing is added at its end.
 
         Args:

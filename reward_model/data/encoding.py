@@ -21,7 +21,7 @@ from reward_model.data.rows import Texts
 from reward_model.data.tokenizer import SpecialTokens
 
 WRITTEN = "written by the chat template"  # why a row is one text, although others are pairs
-ALONE = "without a prompt of its own"
+ALONE = "without a prompt (in its field, or before the mark of the last turn)"
 NOT_FRAMED = "the tokenizer does not separate this prompt and response as it separates others"
 
 

@@ -45,7 +45,7 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
 
 
 def encode(written: list[dict[str, Any]], tokenizer) -> tuple[list[str], list[list[int]]]:
-    """Texts, where there are messages as the chat template writes them, and their ids, of a pair those of both texts."""
+    """Texts, messages as the chat template writes them, and their ids; of a pair those of both texts."""
     texts = [
         tokenizer.apply_chat_template(each["messages"], tokenize=False) if each["messages"] else each["text"]
         for each in written
@@ -59,9 +59,7 @@ def encode(written: list[dict[str, Any]], tokenizer) -> tuple[list[str], list[li
     return texts, ids
 
 
-def _scores(
-    folder: Path, form: str, ids: list[list[int]], second: list[int], tokenizer, trust: bool
-) -> list[float]:
+def _scores(folder: Path, form: str, ids: list[list[int]], second: list[int], tokenizer, trust: bool) -> list[float]:
     from reward_model.models.saving import OWN_CONFIG
 
     if form == "hf" and not (folder / OWN_CONFIG).is_file():
