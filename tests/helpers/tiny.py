@@ -17,12 +17,21 @@ CHATML = (
 
 
 def tokenizer(
-    folder=None, sentences=SENTENCES, reserved=(), opening="", closing="", pair=None, chat_template=None, **special
+    folder=None,
+    sentences=SENTENCES,
+    reserved=(),
+    opening="",
+    closing="",
+    pair=None,
+    inputs=("input_ids", "attention_mask"),
+    chat_template=None,
+    **special,
 ):
     """A byte-level BPE tokenizer, saved into ``folder`` if there is one.
 
     reserved: special tokens without a role. opening, closing: what is put around every text. pair: the template of two
-    texts, with segment ids; None: nothing is between them. special: eos_token, pad_token and so on, without those None.
+    texts, with segment ids; None: nothing is between them. inputs: what it gives a model. special: eos_token, pad_token
+    and so on; None leaves one out.
     """
     special = {name: token for name, token in {"eos_token": EOS, "pad_token": PAD, **special}.items() if token}
     bpe = Tokenizer(models.BPE())
@@ -38,7 +47,7 @@ def tokenizer(
         bpe.post_processor = processors.TemplateProcessing(
             single=f"{opening} $A {closing}".strip(), pair=pair or "$A:0 $B:1", special_tokens=around
         )
-    made = PreTrainedTokenizerFast(tokenizer_object=bpe, **special)
+    made = PreTrainedTokenizerFast(tokenizer_object=bpe, model_input_names=list(inputs), **special)
     made.chat_template = chat_template
     if folder is not None:
         made.save_pretrained(folder)
@@ -54,6 +63,7 @@ def bert(folder=None, **special):
     """[CLS] before and [SEP] after every text, and no eos_token; of a pair the second text is segment 1."""
     roles = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "eos_token": None}
     around = {"opening": "[CLS]", "closing": "[SEP]", "pair": "[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1"}
+    around["inputs"] = ("input_ids", "token_type_ids", "attention_mask")
     return tokenizer(folder, **{**around, **roles, **special})
 
 
@@ -63,7 +73,6 @@ def roberta(folder=None, **special):
     made = tokenizer(**{**roles, **special})
     ends = ((token, made.convert_tokens_to_ids(token)) for token in ("</s>", BOS))
     made.backend_tokenizer.post_processor = processors.RobertaProcessing(*ends, add_prefix_space=False)
-    made.model_input_names = ["input_ids", "attention_mask"]
     if folder is not None:
         made.save_pretrained(folder)
     return made
