@@ -425,6 +425,7 @@ def test_a_trained_encoder_scores_in_transformers_as_it_was_evaluated(family, de
         others, _ = held_out_scores(tmp_path / "out", data, left_out=("token_type_ids",))
         assert abs(np.mean(others["chosen"]) - metrics.final["chosen_mean"]) > 1e-3
     assert np.std(scores["chosen"] + scores["rejected"]) > 1e-2
+    assert "model_input_names" in json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert json.loads((tmp_path / "out" / "run.json").read_text())["pair_encoding"] is True
     assert json.loads((tmp_path / "out" / "config.json").read_text())["score_pairs"] is True
 

@@ -46,28 +46,20 @@ def frame_of(tokenizer: PreTrainedTokenizerBase) -> Frame | None:
     """
     try:
         made = tokenizer("a", "b", verbose=False)
-        ids = list(made["input_ids"])
         first, second = (list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in "ab")
     except Exception:  # a tokenizer that knows no pairs raises what it likes
         return None
-    if not first or not second:
-        return None
-    for begin in range(len(ids)):
-        if ids[begin : begin + len(first)] == first:
-            break
-    else:
-        return None
+    ids = list(made["input_ids"])
+    last = len(ids) - len(second)
+    begin = next((i for i in range(last) if ids[i : i + len(first)] == first), last)
     end = begin + len(first)
-    for at in range(len(ids) - len(second), end, -1):  # at least one token between them
-        if ids[at : at + len(second)] == second:
-            break
-    else:
+    at = next((i for i in range(last, end, -1) if ids[i:][: len(second)] == second), None)  # not next to the first
+    if not first or not second or at is None:
         return None
-    kinds = list(made.get("token_type_ids") or [0] * len(ids))
-    told = [0] * at + [1] * (len(ids) - at)
-    if kinds != told and any(kinds):
+    segments, told = list(made.get("token_type_ids") or [0] * len(ids)), [0] * at + [1] * (len(ids) - at)
+    if any(segments) and segments != told:
         return None
-    return Frame(ids[:begin], ids[end:at], ids[at + len(second) :], kinds == told)
+    return Frame(ids[:begin], ids[end:at], ids[at + len(second) :], segments == told)
 
 
 class EncodedRow(NamedTuple):
@@ -116,7 +108,7 @@ class Encoding:
 
     @property
     def has_segment_ids(self) -> bool:
-        """Whether the tokenizer says by ids which tokens are the response's."""
+        """Whether the tokenizer makes pairs and says by ids which of their tokens are the response's."""
         return self.pairs and self.frame.has_segment_ids
 
     def joined(self, texts: Sequence[str]) -> list[list[int]]:
@@ -167,38 +159,35 @@ class Encoding:
 
     def encoded(self, texts: Sequence[Texts]) -> Iterator[EncodedRow | BadRow]:
         """Ids of each row of a data set, or why it cannot be used."""
-        single = [self._single(text) for text in texts]
-        of_pairs = [text for text, why in zip(texts, single) if self.pairs and why is None]
-        pairs = iter(self._pairs_of(of_pairs))
-        ids = {}
-        for templated in (False, True):
-            group = [
-                part
-                for text, why in zip(texts, single)
-                if text.templated is templated and not (self.pairs and why is None)
-                for part in (text.prompt, *text.whole)
-            ]
-            ids[templated] = iter(self.written(group) if templated else self._opened(group))
-        for text, why in zip(texts, single):
-            if self.pairs and why is None:
-                yield next(pairs)
-                continue
-            prompt, *whole = (next(ids[text.templated]) for _ in range(1 + len(text.whole)))
+        of_kind: dict[str, list[Texts]] = {"pair": [], "joined": [], "written": []}
+        for text in texts:
+            of_kind[self._kind(text)].append(text)
+        rows = {
+            "pair": self._pairs_of(of_kind["pair"]),
+            "joined": self._single_texts(of_kind["joined"], templated=False),
+            "written": self._single_texts(of_kind["written"], templated=True),
+        }
+        for text in texts:
+            yield next(rows[self._kind(text)])
+
+    def _kind(self, text: Texts) -> str:
+        if text.templated:
+            return "written"
+        return "pair" if self.pairs and text.prompt and text.has_prompt else "joined"
+
+    def _single_texts(self, texts: Sequence[Texts], templated: bool) -> Iterator[EncodedRow | BadRow]:
+        parts = [part for text in texts for part in (text.prompt, *text.whole)]
+        ids = iter(self.written(parts) if templated else self._opened(parts))
+        why = (WRITTEN if templated else ALONE) if self.pairs else None
+        for text in texts:
+            prompt, *whole = (next(ids) for _ in range(1 + len(text.whole)))
             try:
                 require_tokens(prompt, whole, text.names)
             except BadRow as problem:
                 yield problem
-                continue
-            closed = whole if text.templated else [end_text(each, self.special) for each in whole]
-            yield EncodedRow(prompt, closed, single=why)
-
-    def _single(self, text: Texts) -> str | None:
-        """Why a row is one text, although others are pairs."""
-        if not self.pairs:
-            return None
-        if text.templated:
-            return WRITTEN
-        return None if text.prompt and text.has_prompt else ALONE
+            else:
+                closed = whole if templated else [end_text(each, self.special) for each in whole]
+                yield EncodedRow(prompt, closed, single=why)
 
     def _pairs_of(self, texts: Sequence[Texts]) -> Iterator[EncodedRow | BadRow]:
         prompts = [text.prompt for text in texts for _ in text.whole]

@@ -77,6 +77,8 @@ def load_data(
     pairs = pair_encoding.for_training(
         data.pair_encoding, model.model_name_or_path, config, tokenizer, data.chat, is_trained, model.trust_remote_code
     )
+    if pairs:  # whether a tokenizer makes segment ids by default differs between Transformers 4 and 5: it is saved
+        tokenizer.init_kwargs["model_input_names"] = list(tokenizer.model_input_names)
     preprocessing = PreprocessingConfig(
         max_seq_len=data.max_seq_len,
         on_bad_row=data.on_bad_row,
