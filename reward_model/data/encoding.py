@@ -46,10 +46,10 @@ def frame_of(tokenizer: PreTrainedTokenizerBase) -> Frame | None:
     """
     try:
         made = tokenizer("a", "b", verbose=False)
+        ids = list(made["input_ids"])
         first, second = (list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in "ab")
     except Exception:  # a tokenizer that knows no pairs raises what it likes
         return None
-    ids = list(made["input_ids"])
     last = len(ids) - len(second)
     begin = next((i for i in range(last) if ids[i : i + len(first)] == first), last)
     end = begin + len(first)
@@ -66,12 +66,14 @@ class EncodedRow(NamedTuple):
     """A row as token ids.
 
     prompt: of what was asked; of a pair with the tokens around it. whole: of each response after its prompt. fixed: how
-    many tokens at the beginning and at the end of ``prompt`` stay when it is cut; None: whatever starts a text. single:
+    many tokens at the beginning and at the end of ``prompt`` stay when it is cut; None: whatever starts a text. empty:
+    of each response whether it has no token of its own, as one of characters that the tokenizer does not know. single:
     why the row is one text although others are pairs; None: it is not, or none are.
     """
 
     prompt: list[int]
     whole: list[list[int]]
+    empty: list[bool]
     fixed: tuple[int, int] | None = None
     single: str | None = None
 
@@ -181,13 +183,9 @@ class Encoding:
         why = (WRITTEN if templated else ALONE) if self.pairs else None
         for text in texts:
             prompt, *whole = (next(ids) for _ in range(1 + len(text.whole)))
-            try:
-                require_tokens(prompt, whole, text.names)
-            except BadRow as problem:
-                yield problem
-            else:
-                closed = whole if templated else [end_text(each, self.special) for each in whole]
-                yield EncodedRow(prompt, closed, single=why)
+            empty = [is_empty(prompt, each) for each in whole]
+            closed = whole if templated else [end_text(each, self.special) for each in whole]
+            yield EncodedRow(prompt, closed, empty, single=why)
 
     def _pairs_of(self, texts: Sequence[Texts]) -> Iterator[EncodedRow | BadRow]:
         prompts = [text.prompt for text in texts for _ in text.whole]
@@ -196,13 +194,12 @@ class Encoding:
             made = [next(found) for _ in text.whole]
             ids, begin = made[0]
             before, between, after, _ = self.frame
-            empty = [name for name, (each, _) in zip(text.names, made) if len(each) == begin + len(after)]
-            if not all(at for _, at in made):
-                yield BadRow(NOT_FRAMED)
-            elif empty:
-                yield BadRow(f"{empty[0]} is empty once tokenized")
+            whole = [each for each, _ in made]
+            empty = [len(each) == begin + len(after) for each in whole]
+            if all(at for _, at in made):
+                yield EncodedRow(ids[:begin], whole, empty, (len(before), len(between)))
             else:
-                yield EncodedRow(ids[:begin], [each for each, _ in made], (len(before), len(between)))
+                yield BadRow(NOT_FRAMED)
 
     def _opened(self, texts: Sequence[str]) -> list[list[int]]:
         return [one_start(ids, self.special) for ids in self._ids(list(texts))]
@@ -213,11 +210,9 @@ class Encoding:
         return self.tokenizer(*texts, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
 
 
-def require_tokens(prompt: list[int], whole: list[list[int]], names: Sequence[str]) -> None:
-    """Raise BadRow if an answer has no token, as one of characters that the tokenizer does not know."""
-    for name, ids in zip(names, whole):
-        if ids == prompt[: len(ids)]:
-            raise BadRow(f"{name} is empty once tokenized")
+def is_empty(prompt: list[int], whole: list[int]) -> bool:
+    """Whether a text has nothing after its prompt."""
+    return whole == prompt[: len(whole)]
 
 
 def one_start(ids: list[int], special: SpecialTokens) -> list[int]:

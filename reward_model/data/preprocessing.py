@@ -30,7 +30,7 @@ from reward_model.common.logging import logger
 from reward_model.common.words import counted
 from reward_model.data import chats, comparisons, encoding, files, layouts, rows
 from reward_model.data.comparisons import BadRow, Comparison, Comparisons, Origins, answers, common_prefix
-from reward_model.data.encoding import EncodedRow, Encoding, require_tokens
+from reward_model.data.encoding import EncodedRow, Encoding, is_empty
 from reward_model.data.files import Source
 from reward_model.data.rows import PAIR, Texts, read_row, require_different
 from reward_model.data.sources import Splits, amount_of, read_sources, take
@@ -431,6 +431,7 @@ def _record(text: Texts, row: EncodedRow | BadRow, how: Encoding, max_seq_len: i
     """Of FEATURES those that a row's text and ids say. Raises BadRow if it cannot be used."""
     if isinstance(row, BadRow):
         raise row
+    _require_tokens(row.empty, text.names)
     record = compare(row.prompt, row.whole, how.special, max_seq_len, text.names, row.fixed) | text.judged
     is_joined = not row.two_segments
     return record | {
@@ -440,6 +441,12 @@ def _record(text: Texts, row: EncodedRow | BadRow, how: Encoding, max_seq_len: i
         "single": row.single,
         "prompt_hash": _hash(text.prompt.encode("utf-8", "replace")),
     }
+
+
+def _require_tokens(empty: Sequence[bool], names: Sequence[str]) -> None:
+    """Raise BadRow if an answer has no token."""
+    if any(empty):
+        raise BadRow(f"{names[list(empty).index(True)]} is empty once tokenized")
 
 
 def is_plain(text: Texts, tokenizer) -> bool:
@@ -494,7 +501,7 @@ def compare(
     prompt_length = min(common_prefix(prompt, text) for text in whole)
     surplus = max(map(len, whole)) - max_seq_len
     if surplus > 0:
-        require_tokens(prompt, whole, names)
+        _require_tokens([is_empty(prompt, text) for text in whole], names)
         # a start token stays: the model has never seen a text without one
         start, end = fixed or (int(bool(prompt_length) and prompt[0] in special.starts), 0)
         if start + surplus + end > prompt_length:
