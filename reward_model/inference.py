@@ -28,15 +28,16 @@ from reward_model.config.groups import BatchConfig, DataConfig
 from reward_model.config.model_folder import require_plausible_folder
 from reward_model.data.chats import half_character, in_plain, is_chat, write
 from reward_model.data.comparisons import BadRow, Comparison, Comparisons
-from reward_model.data.preprocessing import end_text, one_start
+from reward_model.data.encoding import Encoding
 from reward_model.data.tokenizer import choose_special_tokens, load_tokenizer
 from reward_model.evaluation.judged import Judged, judge
 from reward_model.models.adapters import is_adapter, merged, merged_before
 from reward_model.models.attention import SEPARATE
 from reward_model.models.forward import ForwardPass
 from reward_model.models.loading import DTYPES, load_for_training
+from reward_model.models.pair_encoding import for_scoring, told
 from reward_model.models.saved_forms import form_of, load_form
-from reward_model.models.scorer import Scorer, embedding_rows
+from reward_model.models.scorer import SCORE_PAIRS, Scorer, embedding_rows
 from reward_model.objectives.losses import likeliest_grade
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # owner/name
@@ -51,11 +52,14 @@ class RewardScorer:
         tokenizer: PreTrainedTokenizerBase,
         device: torch.device | str = "cpu",
         pad: int | None = None,
+        pairs: bool | None = None,
     ):
         """
         Args:
             pad: of which a text is not scored at the last one: the pad that the model's ``config.json`` names, as
                 Transformers' classes have it. None: a text is scored at its last token, whatever that is.
+            pairs: whether prompt and response are a pair for the tokenizer; None: as ``config.json`` says, or pairs for
+                an encoder with a classification head of its own.
         """
         device = torch.device(device)
         self.scorer = scorer.to(device).eval()
@@ -64,6 +68,9 @@ class RewardScorer:
         fills = (pad, tokenizer.pad_token_id, 0)
         fill = next(i for i in fills if i is not None and 0 <= i < embedding_rows(scorer))
         self.special = choose_special_tokens(tokenizer, embedding_rows(scorer), fill=fill)
+        said = getattr(scorer.config, SCORE_PAIRS, None) if pairs is None else pairs
+        self.encoding = Encoding(tokenizer, self.special, for_scoring(scorer, tokenizer, said))
+        scorer.read_with(self.encoding)
         dtype = next(scorer.parameters()).dtype
         self.forward = ForwardPass(self.scorer, self.scorer, dtype, device, self.special.pad)
         self.mean = getattr(scorer.config, "score_mean", 0.0)  # of a normalized model: its head has no bias to take it
@@ -94,8 +101,8 @@ class RewardScorer:
         """
         if self.pad is None and self.scorer.pooling == "classifier":  # takes no pads, see score_ids
             rows = (data[i] for i in range(len(data)))
-            texts = [row.prompt + response for row in rows for response in row.responses]
-            return Judged.of(data, np.array(self.score_ids(texts)))
+            texts = [row.text(k) for row in rows for k in range(len(row.responses))]
+            return Judged.of(data, np.array(self._score_texts(texts)))
         batches = BatchConfig(merge="prompt", per_device_train_batch_size=batch_size, tokens_per_batch=tokens_per_batch)
         planner = Planner(batches, batch_size, seed, context, by_row=False)
         groups = planner.evaluation_groups(data, 0)
@@ -124,7 +131,10 @@ class RewardScorer:
         return (likeliest_grade(found, thresholds) + self.lowest_grade).tolist()
 
     def score(self, prompts: Sequence[str], responses: Sequence[str], batch_size: int = 16) -> list[float]:
-        """The score of each response to its prompt; the two are joined as they are, and closed with the end token.
+        """The score of each response to its prompt.
+
+        An encoder is given the two as a pair, ``tokenizer(prompt, response)``, if it was trained so; otherwise they are
+        joined as they are, and closed with the end token, as is a response whose prompt is empty.
 
         A model that was saved with ``--normalize_scores`` gives its reference rows mean 0 and standard deviation 1.
         Nothing is cut: a text longer than those of the training is scored as it is.
@@ -136,11 +146,8 @@ class RewardScorer:
             raise UserError("give lists of prompts and responses, not text")
         if len(prompts) != len(responses):
             raise UserError(f"{len(prompts)} prompts and {len(responses)} responses: give one of each per text")
-        texts = [prompt + response for prompt, response in zip(prompts, responses)]
-        _require_whole(texts)
-        encoded = self.tokenizer(texts, verbose=False)["input_ids"] if texts else []
-        whole = [one_start(ids, self.special) for ids in encoded]
-        return self.score_ids([end_text(ids, self.special) for ids in whole], batch_size)
+        _require_whole([prompt + response for prompt, response in zip(prompts, responses)])
+        return self._score_texts(self.encoding.rows(prompts, responses), batch_size)
 
     def score_chats(
         self, chats: Sequence[list[dict]], batch_size: int = 16, tools: list | None = None, **template_arguments
@@ -166,21 +173,32 @@ class RewardScorer:
         except BadRow as error:
             raise UserError(str(error)) from error
         _require_whole(texts)
-        encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-        return self.score_ids(encoded, batch_size)
+        return self.score_ids(self.encoding.written(texts), batch_size)
+
+    def score_ids(self, ids: list[list[int]], batch_size: int = 16, second: Sequence[int] | None = None) -> list[float]:
+        """The score of each text that is given as token ids, as it is: nothing is added at its end.
+
+        Args:
+            second: of each text, how many of its last tokens are the second segment of a pair, its closing separator
+                included, 0 where it is one text. None: all are.
+        """
+        counts = second or [0] * len(ids)
+        texts = [Comparison.of_ids(text, count) for text, count in zip(ids, counts, strict=True)]
+        return self._score_texts(texts, batch_size)
 
     @torch.no_grad()
-    def score_ids(self, ids: list[list[int]], batch_size: int = 16) -> list[float]:
-        """The score of each text that is given as token ids, as it is: nothing is added at its end."""
-        scores = torch.empty(len(ids))
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # texts of one length need no pads
+    def _score_texts(self, texts: Sequence[Comparison], batch_size: int = 16) -> list[float]:
+        """The score of the one response of each of some rows."""
+        scores = torch.empty(len(texts))
+        order = sorted(range(len(texts)), key=lambda i: texts[i].tokens)  # texts of one length need no pads
         if self.pad is None and self.scorer.pooling == "classifier":
             batch_size = 1  # a class of Transformers that is scored at the last token takes no pads then
-        for first in range(0, len(ids), batch_size):
+        for first in range(0, len(texts), batch_size):
             chosen = order[first : first + batch_size]
-            texts = [ids[i] for i in chosen]
-            batch = collate([Comparison([], [text]) for text in texts], self.forward.layout).to(self.forward.device)
-            beyond = torch.tensor([pads_at_end(text, self.pad) for text in texts], device=self.forward.device)
+            rows = [texts[i] for i in chosen]
+            batch = collate(rows, self.forward.layout).to(self.forward.device)
+            beyond = [pads_at_end(row.prompt + row.responses[0], self.pad) for row in rows]
+            beyond = torch.tensor(beyond, device=self.forward.device)
             scores[chosen] = self.forward(batch, batch.tokens.ends - beyond).float().cpu()
         return (scores - self.mean).tolist()
 
@@ -271,6 +289,7 @@ def load(
             str(folder), dtype or "auto", seed=0, expect_head=True, trust_remote_code=trust_remote_code
         )
     try:
-        return RewardScorer(scorer, tokenizer, device, _pad_of(scorer, tokenizer, its_form == "dschat"))
-    except UserError as error:  # of the tokenizer's tokens
+        pad = _pad_of(scorer, tokenizer, its_form == "dschat")
+        return RewardScorer(scorer, tokenizer, device, pad, told(folder, scorer.config))
+    except UserError as error:  # of the tokenizer
         raise UserError(f"{folder}: {error}") from error

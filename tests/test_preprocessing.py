@@ -23,11 +23,11 @@ from reward_model.common.errors import UserError
 from reward_model.data import preprocessing as data
 from reward_model.data.chat_template import settle_template
 from reward_model.data.comparisons import BadRow, Comparison
+from reward_model.data.encoding import Encoding, end_text
 from reward_model.data.files import Source
 from reward_model.data.layouts import Layout, Part
 from reward_model.data.preprocessing import (
     PreprocessingConfig,
-    end_text,
     load_answers,
     load_comparisons,
     nothing_judged,
@@ -892,8 +892,8 @@ def test_nothing_left_is_an_error(tmp_path):
 def encoded(monkeypatch):
     """Batches of rows tokenized so far."""
     batches = []
-    encode = data._encode
-    monkeypatch.setattr(data, "_encode", lambda *args: batches.append(args) or encode(*args))
+    encode = Encoding.encoded
+    monkeypatch.setattr(Encoding, "encoded", lambda *args: batches.append(args) or encode(*args))
     return batches
 
 

@@ -167,6 +167,8 @@ def test_encoders_train_without_pads(demo, tmp_path):
     packed = runs.train(demo, tmp_path / "packed", *flags)
     padded = runs.train(demo, tmp_path / "padded", *flags, "--attention", "separate")
     assert "answers are in one row without pads: varlen attention" in packed.output
+    assert "the encoder reads pairs, tokenizer(prompt, response)\n" in packed.output
+    assert json.loads((tmp_path / "packed" / "config.json").read_text())["score_pairs"] is True
     assert packed.losses == pytest.approx(padded.losses, abs=1e-5)
     assert packed.final["loss"] == pytest.approx(padded.final["loss"], abs=1e-5)
     assert packed.train[0]["padding"] == 0 < padded.train[0]["padding"]

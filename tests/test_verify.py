@@ -62,6 +62,7 @@ class Saved:
     def problem(self):
         """What differs, found in this process."""
         question = {"folder": self.folder, "forms": self.forms, "ids": self.expected.ids}
+        question["second"] = self.expected.second
         question["written"] = [asdict(each) for each in self.expected.written]
         try:
             answer = fresh_load.answer(question | {"settings": list(self.expected.settings)})
@@ -205,9 +206,9 @@ def test_fewer_texts_for_a_larger_model():
     small, large, huge = (verify.choose_texts(rows, parameters) for parameters in (10**6, 10**11, 10**15))
     assert len(small) == 32
     assert 2 < len(large) < 32
-    assert 2 * 10**11 * sum(map(len, large)) <= verify.OPERATIONS
+    assert 2 * 10**11 * sum(text.tokens for text in large) <= verify.OPERATIONS
     assert len(huge) == 2
-    assert [len(text) for text in small] == sorted(len(text) for text in small)
+    assert [text.tokens for text in small] == sorted(text.tokens for text in small)
     assert len(verify.choose_texts(rows[:1], 10**6)) == 1
 
 

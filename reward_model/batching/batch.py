@@ -45,6 +45,7 @@ class Tokens(TensorFields):
     spans: torch.Tensor  # (n, r) int64; indices of each response's tokens; its last token fills what is beyond its end
     span_lengths: torch.Tensor  # (n,) int64; number of tokens in each span
     response_lengths: torch.Tensor  # (n,) int64; tokens after what was asked, the end token included
+    segment_lengths: torch.Tensor  # (n,) int64; of these the tokens of a second segment; 0: the text is one segment
 
     @classmethod
     def collate(cls, rows: Sequence[Sequence[Comparison]], layout: Layout, placed: Sequence[PlacedRow]) -> Tokens:
@@ -70,9 +71,11 @@ class Tokens(TensorFields):
         responses = [segment for segment in segments if segment.is_response]
         begins = np.array([segment.row * shape[1] + segment.column for segment in responses])
         lengths = np.array([len(segment.ids) for segment in responses])
-        response_lengths = np.zeros(len(responses), np.int64)
+        response_lengths, segment_lengths = np.zeros((2, len(responses)), np.int64)
         for row in placed:
             response_lengths[row.responses] = _response_lengths(row.comparison)
+            if row.comparison.two_segments:
+                segment_lengths[row.responses] = response_lengths[row.responses]
         values = {
             "input_ids": ids,
             "attention_mask": is_text,
@@ -85,8 +88,20 @@ class Tokens(TensorFields):
             "spans": begins[:, None] + np.minimum(np.arange(lengths.max()), lengths[:, None] - 1),
             "span_lengths": lengths,
             "response_lengths": response_lengths,
+            "segment_lengths": segment_lengths,
         }
         return cls(**{name: torch.from_numpy(value) for name, value in values.items()})
+
+    def segment_ids(self) -> torch.Tensor:
+        """1 for a token of a second segment, a separator after it included, 0 for others and for pads. (b, s) int64
+
+        Only where no prompt is shared, so that a span holds a whole text.
+        """
+        first = (self.span_lengths - self.segment_lengths)[:, None]  # (n, 1): where in its text it begins
+        is_second = torch.arange(self.spans.shape[1], device=self.spans.device) >= first  # (n, r)
+        is_second = is_second & (self.segment_lengths > 0)[:, None]  # of a text of one segment the last token stays 0
+        ids = torch.zeros_like(self.input_ids).flatten()
+        return ids.scatter_(0, self.spans.flatten(), is_second.flatten().to(ids.dtype)).view_as(self.input_ids)
 
 
 class _Segment(NamedTuple):
@@ -120,8 +135,7 @@ def _sizes(c: Comparison) -> list[int]:
 
 def _response_lengths(row: Comparison) -> list[int]:
     """Number of tokens of each response after what was asked, which may be less than what the responses share."""
-    asked = len(row.prompt) if row.prompt_tokens is None else row.prompt_tokens
-    return [len(row.prompt) + len(response) - asked for response in row.responses]
+    return [len(row.prompt) + len(response) - row.asked for response in row.responses]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -46,9 +46,10 @@ def merge(
 ) -> list[MergedComparison]:
     """Join Comparisons that share a prompt, so that each distinct response appears once.
 
-    Comparisons of one group are joined first, and then any that have the same prompt hash. They are joined as long as
-    the result has at most ``most_responses`` responses and no more tokens than its parts (prompts that were cut in two
-    places share nothing), and, where rows are padded, does not become the longest row.
+    Comparisons of one group are joined first, and then any that have the same prompt hash; texts of two segments are
+    not joined with texts of one. They are joined as long as the result has at most ``most_responses`` responses and no
+    more tokens than its parts (prompts that were cut in two places share nothing), and, where rows are padded, does not
+    become the longest row.
 
     Args:
         groups: One number for each Comparison, equal where the plan brought rows together. None means that it brought
@@ -68,14 +69,16 @@ def merge(
     """
     parts = [
         MergedComparison(
-            Comparison(c.prompt, c.responses, prompt_hash=c.prompt_hash), [(i, list(range(len(c.responses))))]
+            Comparison(c.prompt, c.responses, prompt_hash=c.prompt_hash, two_segments=c.two_segments),
+            [(i, list(range(len(c.responses))))],
         )
         for i, c in enumerate(comparisons)
     ]
     if groups is not None:
-        keys = [(group, c.prompt_hash) for group, c in zip(groups, comparisons)]
+        keys = [(group, c.prompt_hash, c.two_segments) for group, c in zip(groups, comparisons)]
         parts = _join_equals(parts, keys, layout.most_responses)
-    hashes = [part.texts.prompt_hash for part in parts]
+    prompts = ((part.texts.prompt_hash, part.texts.two_segments) for part in parts)
+    hashes = [None if prompt[0] is None else prompt for prompt in prompts]
     widest = max(part.texts.tokens for part in parts) if layout.kind == "shared" else None
     return _join_equals(parts, hashes, layout.most_responses, widest)
 
@@ -121,7 +124,8 @@ def _join(one: MergedComparison, other: MergedComparison) -> MergedComparison:
         rows += [(i, [places[k] for k in mine]) for i, mine in part.rows]
     shared = common_prefix(one.texts.prompt, other.texts.prompt)
     responses = [list(text[shared:]) for text in texts]
-    return MergedComparison(Comparison(one.texts.prompt[:shared], responses, prompt_hash=one.texts.prompt_hash), rows)
+    common = replace(one.texts, prompt=one.texts.prompt[:shared], responses=responses)
+    return MergedComparison(common, rows)
 
 
 def place(

@@ -67,7 +67,6 @@ def check_data(config: RunConfig) -> list[str]:
     """
     data = config.data
     held_out = [path for paths in data.eval_sets.values() for path in paths]
-    held_out = [path for paths in data.eval_sets.values() for path in paths]
     entries = [(entry, True) for entry in data.data_path] + [(entry, False) for entry in held_out]
     unseen = [entry for entry, _ in entries if _is_name(entry)]
     if len(unseen) == len(entries):
@@ -78,6 +77,7 @@ def check_data(config: RunConfig) -> list[str]:
 
     loss_missing = Objective(resolve_loss(config.loss, config.given)).missing
     tokenizer = _tokenizer(config)
+    pairs = _reads_pairs(config, tokenizer)
     for entry, is_training in entries:
         if entry in unseen:
             continue
@@ -89,7 +89,7 @@ def check_data(config: RunConfig) -> list[str]:
         train, evaluation = (train, evaluation) if is_training else ([], evaluation or train)
         for sources, missing in ((train, loss_missing), (evaluation, nothing_judged)):
             for source in sources:
-                _check_rows(source, tokenizer, missing, config)
+                _check_rows(source, tokenizer, missing, config, pairs)
     return unseen
 
 
@@ -100,7 +100,7 @@ def _is_name(entry: str) -> bool:
     return not is_path and not os.path.exists(path) and not os.path.exists(entry) and path != "local/jsonfile"
 
 
-def _check_rows(source, tokenizer, missing, config: RunConfig) -> None:
+def _check_rows(source, tokenizer, missing, config: RunConfig, pairs: bool) -> None:
     from reward_model.data.comparisons import Comparison
     from reward_model.data.preprocessing import is_glued, is_plain, joined_as_they_are, read_text, reason_of
 
@@ -111,7 +111,7 @@ def _check_rows(source, tokenizer, missing, config: RunConfig) -> None:
         text = read_text(source, row, tokenizer, config.data.chat)
         problem = text if isinstance(text, str) else reason_of(missing, Comparison([], [], **text.judged))
         problems |= {number: problem} if problem else {}
-        if not isinstance(text, str) and not isinstance(tokenizer, AnyTokenizer):
+        if not isinstance(text, str) and not isinstance(tokenizer, AnyTokenizer) and not pairs:
             plain, glued = plain + is_plain(text, tokenizer), glued + is_glued(text)
     stops = config.data.on_bad_row == "stop" or len(problems) == len(rows)
     if problems and stops:
@@ -121,6 +121,20 @@ def _check_rows(source, tokenizer, missing, config: RunConfig) -> None:
         raise UserError(f"{source.name}, row {number}: {problem} ({count})")
     for line in joined_as_they_are(plain, glued, len(rows), bool(tokenizer.chat_template)):
         logger.warning(f"{source.name}: {line}")
+
+
+def _reads_pairs(config: RunConfig, tokenizer) -> bool:
+    """Whether the model reads pairs, where it lies in a folder; then nothing is doubtful about how texts are joined."""
+    model = config.model
+    if isinstance(tokenizer, AnyTokenizer) or not (Path(model.model_name_or_path) / "config.json").is_file():
+        return bool(config.data.pair_encoding)
+    from reward_model.models.loading import is_reward_model, read_config
+    from reward_model.models.pair_encoding import for_training
+
+    name, trust = model.model_name_or_path, model.trust_remote_code
+    found = read_config(name, trust)
+    is_trained = is_reward_model(name, found) and not model.new_head
+    return for_training(config.data.pair_encoding, name, found, tokenizer, config.data.chat, is_trained, trust)
 
 
 def _tokenizer(config: RunConfig):

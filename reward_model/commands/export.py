@@ -15,6 +15,7 @@ from reward_model.common.logging import logger, show_messages
 from reward_model.config.options import read_run
 from reward_model.config.parser import build_parser
 from reward_model.data.comparisons import Comparison
+from reward_model.data.encoding import Encoding
 from reward_model.data.tokenizer import SpecialTokens
 from reward_model.evaluation.score_scale import keep_thresholds
 from reward_model.models import saving
@@ -138,7 +139,9 @@ def write(
     endings, starts = frozenset(values["endings"]), frozenset(values["starts"])
     special = SpecialTokens(values["end"], values["pad"], endings, starts, values["rows"])
     forward = ForwardPass(scorer, scorer, DTYPES[run["dtype"]], torch.device("cpu"), special.pad)
-    texts = [Comparison([], [ids]) for ids in state["probe"]]
+    scorer.read_with(Encoding(tokenizer, special, run.get("pair_encoding", False)))
+    counts = state.get("probe_second") or [0] * len(state["probe"])
+    texts = [Comparison.of_ids(ids, second) for ids, second in zip(state["probe"], counts)]
     expected = verify.expect(forward, texts, tokenizer, special)
     try:
         out.mkdir(parents=True, exist_ok=True)

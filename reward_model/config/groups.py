@@ -187,6 +187,12 @@ class DataConfig(Group):
         help="A chat template in place of the tokenizer's own: a Jinja file, or ours that writes Human: and "
         "Assistant:. It is saved with the model.",
     )
+    pair_encoding: bool | None = flag(
+        None,
+        help="Give the tokenizer prompt and response as a pair, with a separator between them, and segment ids where "
+        "the model has them. Default: as a reward model was trained, else for encoders and not for decoders. Rows that "
+        "a chat template writes, and answers without a prompt, stay one text.",
+    )
     data_split: str | None = flag(
         None,
         metavar="SHARES",
@@ -209,6 +215,8 @@ class DataConfig(Group):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.pair_encoding and self.chat:
+            raise UserError("--pair_encoding and --chat: the chat template writes each row as one text; leave one out")
         for part in self.columns:
             name, equals, column = part.partition("=")
             if not (name and equals and column):

@@ -44,6 +44,7 @@ class Comparison:
     ranks: of the responses, 0 the best, equal where tied; none at all: the row says no order.
     targets: score or label of each response; NaN or none at all: not said.
     prompt_tokens: of what was asked; the responses may go on alike. None: the whole prompt.
+    two_segments: prompt and response are a pair for the tokenizer, whose second segment begins after ``prompt_tokens``.
     subset: the part of its data set that the row belongs to, for evaluations; empty: the row says none.
     """
 
@@ -59,12 +60,29 @@ class Comparison:
     ranks: list[int] = field(default_factory=list)
     targets: list[float] = field(default_factory=list)
     prompt_tokens: int | None = None
+    two_segments: bool = False
     subset: str = ""
 
     @property
     def tokens(self) -> int:
         """Tokens to compute when the responses share the prompt."""
         return len(self.prompt) + sum(len(response) for response in self.responses)
+
+    @property
+    def asked(self) -> int:
+        """Tokens of what was asked."""
+        return len(self.prompt) if self.prompt_tokens is None else self.prompt_tokens
+
+    def text(self, k: int) -> Comparison:
+        """The whole text of one response, without what was judged of it."""
+        ids = [*self.prompt, *self.responses[k]]
+        return Comparison(ids[: self.asked], [ids[self.asked :]], two_segments=self.two_segments)
+
+    @classmethod
+    def of_ids(cls, ids: list[int], second: int = 0) -> Comparison:
+        """One whole text, of which so many last tokens are the second segment of a pair; 0: it is one segment."""
+        begin = len(ids) - second if second else 0
+        return cls(ids[:begin], [ids[begin:]], two_segments=second > 0)
 
 
 @dataclass(frozen=True)

@@ -28,15 +28,16 @@ from transformers import PreTrainedTokenizerBase
 from reward_model.common.errors import UserError, printable
 from reward_model.common.logging import logger
 from reward_model.common.words import counted
-from reward_model.data import chats, comparisons, files, layouts, rows
+from reward_model.data import chats, comparisons, encoding, files, layouts, rows
 from reward_model.data.comparisons import BadRow, Comparison, Comparisons, Origins, answers, common_prefix
+from reward_model.data.encoding import EncodedRow, Encoding, is_empty
 from reward_model.data.files import Source
 from reward_model.data.rows import PAIR, Texts, read_row, require_different
 from reward_model.data.sources import Splits, amount_of, read_sources, take
 from reward_model.data.tokenizer import SpecialTokens
 
 EVAL_SHARE = 0.1  # of the rows, where a data set brings no evaluation rows: upstream's share too
-CODE = (sys.modules[__name__], chats, comparisons, files, layouts, rows)  # which what is cached depends on
+CODE = (sys.modules[__name__], chats, comparisons, encoding, files, layouts, rows)  # which what is cached depends on
 FEW_ROWS = 50  # a share of them is known to ± 14 points at best: 1.96·√(¼ / 50)
 MOST_HELD_OUT = 0.2
 ALL_SPLITS = Splits()
@@ -58,11 +59,13 @@ FEATURES = datasets.Features(
         "tokens": datasets.Value("int32"),
         "prompt_hash": datasets.Value("int64"),
         "prompt_tokens": datasets.Value("int32"),
+        "two_segments": datasets.Value("bool"),
         "text_hashes": datasets.List(datasets.Value("int64")),
         "text_lengths": datasets.List(datasets.Value("int32")),
         "cut": datasets.Value("bool"),
         "is_plain": datasets.Value("bool"),
         "is_glued": datasets.Value("bool"),
+        "single": datasets.Value("string"),
         "problem": datasets.Value("string"),
     }
 )
@@ -75,7 +78,8 @@ class PreprocessingConfig:
     max_seq_len: longest text in tokens. on_bad_row: ``stop`` or ``skip``. cache: folder for tokenized rows.
     processes: for tokenizing; 0: as many as there are cores and work. missing: why the loss has nothing to learn from a
     training row, given as a Comparison without its tokens; it raises BadRow, or gives None. names: field → the column
-    that holds it. splits: names of those that are read. chat: rows of text go through the chat template, too.
+    that holds it. splits: names of those that are read. chat: rows of text go through the chat template, too. pairs:
+    prompt and response are a pair for the tokenizer, as in :class:`reward_model.data.encoding.Encoding`.
     """
 
     max_seq_len: int
@@ -86,6 +90,7 @@ class PreprocessingConfig:
     names: dict[str, str] = field(default_factory=dict)
     splits: Splits = ALL_SPLITS
     chat: bool = False
+    pairs: bool = False
 
 
 def load_comparisons(
@@ -282,8 +287,7 @@ def tokenize(
     work = partial(
         _tokenize_rows,
         source=replace(source, rows=None, numbers=None),
-        tokenizer=tokenizer,
-        special=special,
+        how=Encoding(tokenizer, special, preprocessing.pairs),
         max_seq_len=preprocessing.max_seq_len,
         chat=preprocessing.chat,
     )
@@ -322,7 +326,8 @@ def _fingerprint(source: Source, tokenizer, special: SpecialTokens, preprocessin
     vocabulary = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
     parts = [
         source.rows._fingerprint,
-        [source.layout.key, sorted(source.names.items()), preprocessing.chat],
+        [source.layout.key, sorted(source.names.items()), preprocessing.chat, preprocessing.pairs],
+        list(tokenizer.model_input_names),
         vocabulary,
         tokenizer.chat_template,
         [special.end, sorted(special.endings), sorted(special.starts)],
@@ -363,6 +368,8 @@ def _say_rows(source: Source, good: datasets.Dataset, preprocessing: Preprocessi
     cut = int(np.sum(good["cut"][:]))
     note = f", {cut} with the prompt cut from the left to fit {preprocessing.max_seq_len} tokens" if cut else ""
     logger.log(logging.WARNING if cut else logging.INFO, f"{source.name}: {counted(len(good), 'row')}{note}")
+    for reason, count in sorted(Counter(filter(None, good["single"][:])).items()):
+        logger.info(f"{source.name}: {_of(count, len(good))} {reason}, and read as one text, not as a pair")
     plain, glued = (int(np.sum(good[name][:])) for name in ("is_plain", "is_glued"))
     for line in joined_as_they_are(plain, glued, len(good), bool(tokenizer.chat_template)):
         logger.warning(f"{source.name}: {line}")
@@ -395,28 +402,24 @@ def reason_of(missing: Callable[[Comparison], str | None], row: Comparison) -> s
 
 
 def _tokenize_rows(
-    rows: dict[str, list], source: Source, tokenizer, special, max_seq_len: int, chat: bool
+    rows: dict[str, list], source: Source, how: Encoding, max_seq_len: int, chat: bool
 ) -> dict[str, list]:
     """A batch of rows in columns → a batch of FEATURES in columns."""
     size = len(next(iter(rows.values())))
     each = ({name: column[i] for name, column in rows.items()} for i in range(size))
-    texts = [read_text(source, row, tokenizer, chat) for row in each]
-    ids = _encode(tokenizer, special, [text for text in texts if isinstance(text, Texts)])
+    texts = [read_text(source, row, how.tokenizer, chat) for row in each]
+    encoded = how.encoded([text for text in texts if isinstance(text, Texts)])
     out: dict[str, list] = {name: [] for name in FEATURES}
     for text in texts:
         record: dict[str, Any] = {name: [] for name in FEATURES}
         record |= dict.fromkeys(("length", "tokens", "prompt_hash", "prompt_tokens"), 0)
-        record |= {"cut": False, "is_plain": False, "is_glued": False, "subset": "", "problem": None}
+        record |= dict.fromkeys(("cut", "is_plain", "is_glued", "two_segments"), False)
+        record |= {"subset": "", "single": None, "problem": None}
         if isinstance(text, str):
             record["problem"] = text
         else:
             try:
-                prompt, *whole = next(ids)
-                _require_tokens(prompt, whole, text.names)
-                ends = [ids if text.templated else end_text(ids, special) for ids in whole]
-                record |= compare(prompt, ends, special, max_seq_len, text.names) | text.judged
-                record |= {"is_plain": is_plain(text, tokenizer), "is_glued": is_glued(text)}
-                record["prompt_hash"] = _hash(text.prompt.encode("utf-8", "replace"))
+                record |= _record(text, next(encoded), how, max_seq_len)
             except BadRow as problem:
                 record["problem"] = str(problem)
         for name, column in out.items():
@@ -424,11 +427,26 @@ def _tokenize_rows(
     return out
 
 
-def _require_tokens(prompt: list[int], whole: list[list[int]], names: Sequence[str]) -> None:
-    """Raise BadRow if an answer has no token, as one of characters that the tokenizer does not know."""
-    for name, ids in zip(names, whole):
-        if ids == prompt[: len(ids)]:
-            raise BadRow(f"{name} is empty once tokenized")
+def _record(text: Texts, row: EncodedRow | BadRow, how: Encoding, max_seq_len: int) -> dict[str, Any]:
+    """Of FEATURES those that a row's text and ids say. Raises BadRow if it cannot be used."""
+    if isinstance(row, BadRow):
+        raise row
+    _require_tokens(row.empty, text.names)
+    record = compare(row.prompt, row.whole, how.special, max_seq_len, text.names, row.fixed) | text.judged
+    is_joined = not row.two_segments
+    return record | {
+        "is_plain": is_joined and is_plain(text, how.tokenizer),
+        "is_glued": is_joined and is_glued(text),
+        "two_segments": row.two_segments,
+        "single": row.single,
+        "prompt_hash": _hash(text.prompt.encode("utf-8", "replace")),
+    }
+
+
+def _require_tokens(empty: Sequence[bool], names: Sequence[str]) -> None:
+    """Raise BadRow if an answer has no token."""
+    if any(empty):
+        raise BadRow(f"{names[list(empty).index(True)]} is empty once tokenized")
 
 
 def is_plain(text: Texts, tokenizer) -> bool:
@@ -457,24 +475,13 @@ def _hash(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big", signed=True)
 
 
-def _encode(tokenizer, special: SpecialTokens, texts: list[Texts]):
-    """Ids of the prompt and of each whole text of each row, one row after the other."""
-    ids: dict[bool, Iterator[list[int]]] = {}
-    for templated in (False, True):
-        group = [part for t in texts if t.templated is templated for part in (t.prompt, *t.whole)]
-        # a chat template writes its own start token, and where it writes none, others score the chat without one
-        encoded = tokenizer(group, add_special_tokens=not templated, verbose=False)["input_ids"] if group else []
-        ids[templated] = iter(encoded if templated else [one_start(text, special) for text in encoded])
-    for text in texts:
-        yield [next(ids[text.templated]) for _ in range(1 + len(text.whole))]
-
-
 def compare(
     prompt: list[int],
     whole: list[list[int]],
     special: SpecialTokens,
     max_seq_len: int,
     names: Sequence[str] = PAIR,
+    fixed: tuple[int, int] | None = None,
 ) -> dict:
     """Token ids of a prompt and of whole texts → a Comparison's tokens, and what planning needs to know of them.
 
@@ -484,6 +491,8 @@ def compare(
         prompt: ids of the prompt alone; only its part that all texts begin with may be cut.
         whole: ids of each answer after its prompt, closed with an end token where it needs one.
         names: of the answers, for messages.
+        fixed: how many tokens at either end of the prompt stay when it is cut, as around the first text of a pair;
+            None: a start token.
 
     Raises:
         BadRow: the same ids twice, an answer longer than the limit, or one that adds no token to a prompt that is cut.
@@ -492,10 +501,10 @@ def compare(
     prompt_length = min(common_prefix(prompt, text) for text in whole)
     surplus = max(map(len, whole)) - max_seq_len
     if surplus > 0:
-        _require_tokens(prompt, whole, names)
+        _require_tokens([is_empty(prompt, text) for text in whole], names)
         # a start token stays: the model has never seen a text without one
-        start = 1 if prompt_length and prompt[0] in special.starts else 0
-        if start + surplus > prompt_length:
+        start, end = fixed or (int(bool(prompt_length) and prompt[0] in special.starts), 0)
+        if start + surplus + end > prompt_length:
             raise BadRow(f"an answer alone is longer than --max_seq_len {max_seq_len}")
         whole = [text[:start] + text[start + surplus :] for text in whole]
         prompt_length -= surplus
@@ -512,13 +521,3 @@ def compare(
         "text_lengths": [len(text) for text in whole],
         "cut": surplus > 0,
     }
-
-
-def one_start(ids: list[int], special: SpecialTokens) -> list[int]:
-    """The ids with one start token, where the text began with one and the tokenizer put another before it."""
-    return ids[1:] if len(ids) > 1 and ids[0] == ids[1] and ids[0] in special.starts else ids
-
-
-def end_text(ids: list[int], special: SpecialTokens) -> list[int]:
-    """The ids with one end token at their end, unless they already end in one that closes a text or a turn."""
-    return ids if ids and ids[-1] in special.endings else [*ids, special.end]

@@ -54,6 +54,8 @@ class Texts:
     names: What messages to the user call each response.
     judged: The fields of a Comparison that say what was judged, and its subset.
     templated: Whether a chat template wrote the texts, special tokens included.
+    has_prompt: Whether the row says where the prompt ends, by a field or by the last turn's mark; otherwise it is what
+        whole texts have in common, which says nothing of any of them alone.
     """
 
     prompt: str
@@ -61,6 +63,7 @@ class Texts:
     names: Sequence[str]
     judged: dict
     templated: bool
+    has_prompt: bool = True
 
 
 def read_row(row: dict, tokenizer: PreTrainedTokenizerBase, chat: bool = False) -> Texts:
@@ -106,12 +109,14 @@ def read_row(row: dict, tokenizer: PreTrainedTokenizerBase, chat: bool = False) 
         return _read_chat(*as_chats(prompt, found, names), names, judged, tokenizer, template_arguments(row))
     if row.get("tools"):
         raise BadRow("tools go through a chat template, and the row is text: --chat makes messages of it")
+    has_prompt = prompt is not None
     if prompt is None:
         _require_dialogue(found, row)
         prompt = _common_prompt(found)
+        has_prompt = prompt.endswith(ASSISTANT)
         found = [text[len(prompt) :] for text in found]
     _require_content(found, names)
-    return Texts(prompt, [prompt + text for text in found], names, judged, templated=False)
+    return Texts(prompt, [prompt + text for text in found], names, judged, templated=False, has_prompt=has_prompt)
 
 
 def _subset(row: dict) -> str:

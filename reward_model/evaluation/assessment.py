@@ -216,8 +216,7 @@ def described_pair(judged: Judged, tokenizer: PreTrainedTokenizerBase, pair: int
 
 def _texts(row: Comparison, better: int, worse: int, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
     """What was asked, and the two responses, which may go on alike after it."""
-    asked = len(row.prompt) if row.prompt_tokens is None else row.prompt_tokens
-    ids = [row.prompt[:asked], *(row.prompt[asked:] + row.responses[i] for i in (better, worse))]
+    ids = [row.prompt[: row.asked], *(row.prompt[row.asked :] + row.responses[i] for i in (better, worse))]
     prompt, one, other = (str(tokenizer.decode(each, skip_special_tokens=True)) for each in ids)
     return prompt, one, other
 
@@ -240,6 +239,5 @@ class Responses(Sequence[list[int]]):
         row = int(self.judged.rows[response])
         if row != self.row:
             found = self.judged.data[row]
-            asked = len(found.prompt) if found.prompt_tokens is None else found.prompt_tokens
-            self.row, self.ids = row, [found.prompt[asked:] + ids for ids in found.responses]
+            self.row, self.ids = row, [found.prompt[found.asked :] + ids for ids in found.responses]
         return self.ids[response - int(np.searchsorted(self.judged.rows, row))]

@@ -74,6 +74,7 @@ class Subject:
             names=DataConfig(columns=config.columns).names,
             splits=Splits(None, config.split),
             chat=chat,
+            pairs=scorer.encoding.pairs,
         )
         return cls(name, scorer, preprocessing, config, context)
 
@@ -173,7 +174,8 @@ class Subject:
 
     def _lenient(self) -> PreprocessingConfig:
         """Rows that cannot be used are left out and counted: the benchmark says of how many questions it is."""
-        return PreprocessingConfig(self.preprocessing.max_seq_len, "skip", self.preprocessing.cache)
+        longest, cache = self.preprocessing.max_seq_len, self.preprocessing.cache
+        return PreprocessingConfig(longest, "skip", cache, pairs=self.preprocessing.pairs)
 
 
 def _recognized(source: Source) -> Benchmark | None:

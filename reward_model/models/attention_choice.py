@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -78,13 +78,14 @@ class Texts:
         return self.longest > self.window
 
     def small(self, backend: AttentionBackend, other: bool = False) -> Batch:
-        """Two prompts with three and two responses. ``other``: the first response is another one."""
+        """Two prompts with three and two responses, pairs of segments. ``other``: the first response is another one."""
         ids = list(self.ids)
         first = ids[50:57] if other else ids[9:16]
         comparisons = [
             Comparison(ids[:9], [first, ids[16:28], ids[28:33]], better=[0, 1], worse=[1, 2], margin=[0.0, 0.0]),
             Comparison(ids[33:37], [ids[37:40], ids[40:49]], better=[0], worse=[1], margin=[0.0]),
         ]
+        comparisons = [replace(each, two_segments=True) for each in comparisons]
         return collate(comparisons, Layout(backend.layout, self.pad, block=backend.block, multiple=backend.multiple))
 
     def long(self, backend: AttentionBackend) -> Batch:

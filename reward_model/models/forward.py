@@ -104,6 +104,8 @@ class ForwardPass:
         if self.attention is not SEPARATE:
             options["position_ids"] = tokens.position_ids + self.first_position
             options["texts"] = tokens.spans, tokens.span_lengths
+        if self.scorer.takes_segment_ids:
+            options["segment_ids"] = tokens.segment_ids()
         found = self.module(tokens.input_ids, mask, at, states=states, **options)
         if isinstance(found, tuple):
             found, self.thresholds = found

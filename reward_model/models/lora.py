@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +17,10 @@ from reward_model.common.errors import UserError
 from reward_model.common.logging import logger
 from reward_model.common.words import counted
 from reward_model.models.quantization import READ_ELSEWHERE, bits_of, how_quantized, is_quantized, is_transposed
-from reward_model.models.scorer import Scorer, count, gathered, head_layer
+from reward_model.models.scorer import SCORE_PAIRS, Scorer, count, gathered, head_layer
 from reward_model.reward_model import RewardModel
+
+OF_THE_TEXTS = "score_pairs.json"  # beside an encoder's adapter: what config.json of the whole model says of its texts
 
 
 def add_lora(scorer: Scorer, dim: int, alpha: float, module_name: str | None, dropout: float = 0.0) -> Scorer:
@@ -199,6 +202,8 @@ def save_adapter(scorer: Scorer, tokenizer, folder: Path, state: dict[str, torch
         return
     scorer.model.save_pretrained(folder, state_dict=state)
     tokenizer.save_pretrained(folder)  # with its template and its pad, so that a run can start from the adapter alone
+    if scorer.pooling != "last" and hasattr(scorer.config, SCORE_PAIRS):  # PEFT keeps nothing of the model's config
+        (folder / OF_THE_TEXTS).write_text(json.dumps({SCORE_PAIRS: getattr(scorer.config, SCORE_PAIRS)}) + "\n")
     write_card(scorer, folder)
 
 

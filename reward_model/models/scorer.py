@@ -16,8 +16,11 @@ from transformers import PretrainedConfig
 
 from reward_model.common.errors import UserError
 from reward_model.common.logging import logger
+from reward_model.data.encoding import Encoding
 from reward_model.objectives.losses import Thresholds
 from reward_model.reward_model import RewardModel, ValueHead
+
+SCORE_PAIRS = "score_pairs"  # field of config.json: whether a text is ``tokenizer(prompt, response)``
 
 
 class Scorer(nn.Module):
@@ -29,6 +32,9 @@ class Scorer(nn.Module):
     - pooling ``classifier``: an encoder's sequence-classification class, called as it is.
 
     The linear layer that makes the score is stored in the model's dtype and multiplied in float32.
+
+    takes_segment_ids: whether the model is told by ids which tokens are a pair's second segment: it has an embedding of
+        more than one kind of segment. A tokenizer that makes no segment ids turns it off, see :meth:`read_with`.
     """
 
     def __init__(self, model: nn.Module, pooling: str):
@@ -39,6 +45,9 @@ class Scorer(nn.Module):
         takes_cache = "use_cache" in inspect.signature(self.backbone.forward).parameters  # decoders keep one by default
         self.backbone_options = {"use_cache": False} if takes_cache else {}
         self.has_token_types = any(hasattr(module, "token_type_embeddings") for module in self.backbone.children())
+        kinds = getattr(self.config.get_text_config(), "type_vocab_size", None) or 0
+        takes_them = "token_type_ids" in inspect.signature(self.backbone.forward).parameters
+        self.takes_segment_ids = pooling != "last" and takes_them and kinds > 1
 
     @property
     def unwrapped(self) -> nn.Module:
@@ -54,6 +63,11 @@ class Scorer(nn.Module):
     def config(self) -> PretrainedConfig:
         return self.unwrapped.config
 
+    def read_with(self, encoding: Encoding) -> None:
+        """Take texts as a tokenizer makes them, which is kept in the config: pairs or not, segment ids or none."""
+        self.takes_segment_ids = self.takes_segment_ids and encoding.has_segment_ids
+        setattr(self.config, SCORE_PAIRS, encoding.pairs)
+
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -62,6 +76,7 @@ class Scorer(nn.Module):
         position_ids: torch.Tensor | None = None,
         states: bool = False,
         texts: tuple[torch.Tensor, torch.Tensor] | None = None,
+        segment_ids: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Scores at given tokens, in the shape of ``at``; ``mean`` and ``classifier``: of whole texts, (n,). float32.
 
@@ -75,14 +90,17 @@ class Scorer(nn.Module):
             states: the hidden states instead of the scores, one more dimension h (pooling ``last`` only).
             texts: where several texts stand in one row, the indices of their tokens, (n, r), and their lengths, (n,);
                 only ``mean`` and ``classifier`` look at them.
+            segment_ids: (b, s), for a model that takes them; None: zeros.
         """
-        scores = self._scores(input_ids, attention_mask, at, position_ids, states, texts)
+        scores = self._scores(input_ids, attention_mask, at, position_ids, states, texts, segment_ids)
         return scores if self.thresholds is None else (scores, self.thresholds())
 
-    def _scores(self, input_ids, attention_mask, at, position_ids, states, texts) -> torch.Tensor:
+    def _scores(self, input_ids, attention_mask, at, position_ids, states, texts, segment_ids) -> torch.Tensor:
         model = self.unwrapped
         options = {} if position_ids is None else {"position_ids": position_ids}
-        if texts is not None and self.has_token_types:  # Transformers 4 has no more of them than the longest text has
+        if segment_ids is not None:
+            options["token_type_ids"] = segment_ids
+        elif texts is not None and self.has_token_types:  # Transformers 4 has no more of them than the longest text has
             options["token_type_ids"] = torch.zeros_like(input_ids)
         if self.pooling == "classifier":
             with _texts_in_rows(self.backbone, texts):

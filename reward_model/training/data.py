@@ -14,9 +14,11 @@ from reward_model.common.errors import UserError
 from reward_model.config.settings import Settings
 from reward_model.data.chat_template import give_template, settle_template
 from reward_model.data.comparisons import Comparisons
+from reward_model.data.encoding import Encoding
 from reward_model.data.preprocessing import PreprocessingConfig, load_answers, load_comparisons
 from reward_model.data.sources import Splits
 from reward_model.data.tokenizer import SpecialTokens, choose_special_tokens, load_tokenizer
+from reward_model.models import pair_encoding
 from reward_model.objectives import answer_similarity
 from reward_model.objectives.objective import Objective
 
@@ -30,12 +32,19 @@ class Data:
     of the longest text of all.
     """
 
-    tokenizer: PreTrainedTokenizerBase
-    special: SpecialTokens
+    encoding: Encoding
     train: Comparisons
     evaluation: dict[str, Comparisons]
     reference: Comparisons | None
     longest: int
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.encoding.tokenizer
+
+    @property
+    def special(self) -> SpecialTokens:
+        return self.encoding.special
 
     @property
     def held_out(self) -> Comparisons:
@@ -49,20 +58,27 @@ def load_data(
     """Read and tokenize what the run names, and check that the objective can learn from it.
 
     Args:
-        config: of the model, its text part.
+        config: of the model.
         is_trained: the model is a reward model already.
 
     Raises:
         UserError: unreadable or unusable data, or texts longer than the model's positions.
     """
     data, seed, normalize = settings.data, settings.training.seed, settings.output.normalize_scores
-    tokenizer = load_tokenizer(settings.model.model_name_or_path, data.add_eot_token, settings.model.trust_remote_code)
+    model = settings.model
+    tokenizer = load_tokenizer(model.model_name_or_path, data.add_eot_token, model.trust_remote_code)
     if data.chat_template:
         give_template(tokenizer, data.chat_template)
     if data.chat and not tokenizer.chat_template:
         raise UserError("--chat: the tokenizer has no chat template; --chat_template gives it one")
     settle_template(tokenizer, datetime.datetime.now(), is_trained)
-    special = choose_special_tokens(tokenizer, config.vocab_size, int(data.add_eot_token), may_grow=True)
+    text = config.get_text_config()
+    special = choose_special_tokens(tokenizer, text.vocab_size, int(data.add_eot_token), may_grow=True)
+    pairs = pair_encoding.for_training(
+        data.pair_encoding, model.model_name_or_path, config, tokenizer, data.chat, is_trained, model.trust_remote_code
+    )
+    if pairs:  # whether a tokenizer makes segment ids by default differs between Transformers 4 and 5: it is saved
+        tokenizer.init_kwargs["model_input_names"] = list(tokenizer.model_input_names)
     preprocessing = PreprocessingConfig(
         max_seq_len=data.max_seq_len,
         on_bad_row=data.on_bad_row,
@@ -72,6 +88,7 @@ def load_data(
         names=data.names,
         splits=Splits(data.split, data.eval_split),
         chat=data.chat,
+        pairs=pairs,
     )
     train, evaluation = load_comparisons(
         data.data_path,
@@ -91,13 +108,13 @@ def load_data(
         reference = load_answers(normalize, tokenizer, special, preprocessing, seed)
     parts = (train, *evaluation.values(), *([] if reference is None else [reference]))
     longest = int(max(part.lengths.max() for part in parts))
-    require_positions(config, tokenizer, longest)
+    require_positions(text, tokenizer, longest)
     if "prior_cosine" in objective.kinds:
         assert settings.loss.prior_model is not None  # refused before
         train = answer_similarity.with_cosines(
-            train, tokenizer, settings.loss.prior_model, context, settings.model.trust_remote_code
+            train, tokenizer, settings.loss.prior_model, context, model.trust_remote_code
         )
-    return Data(tokenizer, special, train, evaluation, reference, longest)
+    return Data(Encoding(tokenizer, special, pairs), train, evaluation, reference, longest)
 
 
 def require_positions(config, tokenizer, longest: int) -> None:

@@ -7,6 +7,7 @@ What Transformers can load is loaded by Transformers alone, as anybody would; th
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -19,8 +20,9 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
     """What the saved model and its tokenizer say.
 
     Args:
-        question: ``folder``; ``forms``, each of ``hf``, ``dschat``; ``ids`` of each text to score; ``written``, texts
-            with ``text``, ``templated`` and ``messages``; ``settings``, names of values in ``config.json``.
+        question: ``folder``; ``forms``, each of ``hf``, ``dschat``; ``ids`` of each text to score, and ``second``, how
+            many of them are the second segment of a pair; ``written``, texts with ``text``, ``templated``, ``messages``
+            and, of a pair, ``prompt``; ``settings``, names of values in ``config.json``.
 
     Returns:
         ``scores`` of each form; for each of ``written`` its ``texts``, as the chat template writes its messages, and
@@ -33,8 +35,9 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     texts, ids = encode(question["written"], tokenizer)
+    asked = question["ids"], question.get("second") or [0] * len(question["ids"])
     return {
-        "scores": {form: _scores(folder, form, question["ids"], tokenizer, trust) for form in question["forms"]},
+        "scores": {form: _scores(folder, form, *asked, tokenizer, trust) for form in question["forms"]},
         "texts": texts,
         "ids": ids,
         "settings": {name: config.get(name) for name in question["settings"]},
@@ -42,30 +45,32 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
 
 
 def encode(written: list[dict[str, Any]], tokenizer) -> tuple[list[str], list[list[int]]]:
-    """Texts, where there are messages as the chat template writes them, and their ids."""
+    """Texts, messages as the chat template writes them, and their ids; of a pair those of both texts."""
     texts = [
         tokenizer.apply_chat_template(each["messages"], tokenize=False) if each["messages"] else each["text"]
         for each in written
     ]
     ids = [
         tokenizer(text, add_special_tokens=not each["templated"], verbose=False)["input_ids"]
+        if each.get("prompt") is None
+        else tokenizer(each["prompt"], text, verbose=False)["input_ids"]
         for text, each in zip(texts, written)
     ]
     return texts, ids
 
 
-def _scores(folder: Path, form: str, ids: list[list[int]], tokenizer, trust: bool) -> list[float]:
+def _scores(folder: Path, form: str, ids: list[list[int]], second: list[int], tokenizer, trust: bool) -> list[float]:
     from reward_model.models.saving import OWN_CONFIG
 
     if form == "hf" and not (folder / OWN_CONFIG).is_file():
-        return _by_transformers(folder, ids, tokenizer, trust)
+        return _by_transformers(folder, ids, second, tokenizer, trust)
     from reward_model.inference import load
 
     reward = load(folder, form="dschat" if form == "dschat" else "hf", trust_remote_code=trust)
-    return [score + reward.mean for score in reward.score_ids(ids, BATCH)]
+    return [score + reward.mean for score in reward.score_ids(ids, BATCH, second)]
 
 
-def _by_transformers(folder: Path, ids: list[list[int]], tokenizer, trust: bool) -> list[float]:
+def _by_transformers(folder: Path, ids: list[list[int]], second: list[int], tokenizer, trust: bool) -> list[float]:
     import torch
     from transformers import AutoModelForSequenceClassification
 
@@ -78,11 +83,16 @@ def _by_transformers(folder: Path, ids: list[list[int]], tokenizer, trust: bool)
                 f"{len(info[kind])} {kind.replace('_', ' ')}, {sorted(map(str, info[kind]))[0]} among them"
             )
     model.eval()
+    texts, takes = {"input_ids": ids}, inspect.signature(model.forward).parameters
+    if any(second) and "token_type_ids" in tokenizer("a", "b") and "token_type_ids" in takes:
+        texts["token_type_ids"] = [[0] * (len(text) - count) + [1] * count for text, count in zip(ids, second)]
     scores: list[float] = []
     for first in range(0, len(ids), BATCH):
-        batch = tokenizer.pad({"input_ids": ids[first : first + BATCH]}, padding=True, return_tensors="pt")
+        part = {name: values[first : first + BATCH] for name, values in texts.items()}
+        batch = tokenizer.pad(part, padding=True, return_tensors="pt")
+        names = {"input_ids", "attention_mask", *texts} & set(batch)
         with torch.no_grad():
-            logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            logits = model(**{name: batch[name] for name in names}).logits
         scores += logits.float().squeeze(-1).tolist()
     return scores
 

@@ -46,7 +46,7 @@ SETTINGS = (  # of run.json, those that matter to who reads a card
     *("length_penalty", "learning_rate", "head_learning_rate", "lora_dim", "lora_alpha", "lora_learning_rate"),
     *("lora_bits", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("world_size", "lr_scheduler_type", "warmup_ratio", "num_warmup_steps", "weight_decay", "max_seq_len", "merge"),
-    *("pooling", "dropout", "chat", "dtype", "zero_stage", "offload", "optim", "keep_best", "seed"),
+    *("pooling", "pair_encoding", "dropout", "chat", "dtype", "zero_stage", "offload", "optim", "keep_best", "seed"),
 )
 
 BELONGS_TO = {  # setting → the one without which it says nothing
@@ -187,10 +187,8 @@ def _metrics(sets: dict[str, dict[str, Any]]) -> str:
 def _scoring(name: str, files: Sequence[str], tokenizer: PreTrainedTokenizerBase, trained: Trained) -> list[str]:
     """How to score, by Transformers where it loads the form, and by ours; with a template chats, too."""
     is_dschat = DSCHAT_WEIGHTS in files and not any(each.endswith(".safetensors") for each in files)
-    end, template = trained.run.get("special", {}).get("end"), bool(tokenizer.chat_template)
-    closes = "tokenizer.eos_token"
-    if end is not None and end != tokenizer.eos_token_id:
-        closes = repr(tokenizer.convert_ids_to_tokens(end))
+    template = bool(tokenizer.chat_template)
+    asked, answer, made, given = _asking(trained.run, tokenizer)
     chat = '[{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]'
     parts = []
     if OWN_CONFIG not in files and not is_dschat:
@@ -199,8 +197,8 @@ def _scoring(name: str, files: Sequence[str], tokenizer: PreTrainedTokenizerBase
             "",
             f"tokenizer = AutoTokenizer.from_pretrained({name!r})",
             f"model = AutoModelForSequenceClassification.from_pretrained({name!r})",
-            f'text = "2 + 2 =" + " 4" + {closes}  # a prompt and its answer, closed',
-            'score = model(**tokenizer(text, return_tensors="pt")).logits[0, 0]',
+            *made,
+            f'score = model(**tokenizer({given}, return_tensors="pt")).logits[0, 0]',
         ]
         if template:
             lines += [
@@ -214,7 +212,7 @@ def _scoring(name: str, files: Sequence[str], tokenizer: PreTrainedTokenizerBase
         "from reward_model.inference import load  # dschat-reward",
         "",
         f"reward = load({name!r})  # a folder on this disk",
-        'reward.score(["2 + 2 ="], [" 4"])',
+        f"reward.score([{asked}], [{answer}])",
         *([f"reward.score_chats([{chat}])"] if template else []),
     ]
     parts.append(_python(lines))
@@ -227,6 +225,19 @@ def _scoring(name: str, files: Sequence[str], tokenizer: PreTrainedTokenizerBase
     if "score_thresholds" in trained.scale:
         parts.append("`reward.grades(scores)` gives the grades that the model was trained on.")
     return parts
+
+
+def _asking(run: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, list[str], str]:
+    """A prompt, its answer, the lines that make of them what the tokenizer is given, and what it is given."""
+    asked, answer = '"2 + 2 ="', '"4"'
+    if run.get("pair_encoding"):
+        return asked, answer, [], f"{asked}, {answer}"
+    end, answer, closes = run.get("special", {}).get("end"), '" 4"', " + tokenizer.eos_token"
+    if end is not None and end != tokenizer.eos_token_id:
+        closes = f" + {tokenizer.convert_ids_to_tokens(end)!r}"
+    if end is not None and list(tokenizer("a")["input_ids"])[-1:] == [end]:  # the tokenizer closes a text itself
+        closes = ""
+    return asked, answer, [f"text = {asked} + {answer}{closes}  # a prompt and its answer, closed"], "text"
 
 
 def _data(origin: dict[str, Any]) -> str:

@@ -33,7 +33,8 @@ FREE = {each.name for each in fields(OutputConfig)} | {
     "local_rank", "nvme_path", "compute_fp32_loss", "only_optimize_lora", "num_padding_at_beginning",
     "trust_remote_code", "hang_timeout", "max_bad_steps", "score_limit",
 }  # fmt: skip
-BY_CONTENT = {each.name for each in fields(DataConfig)} | {"model_name_or_path", "prior_model"}
+BY_CONTENT = {each.name for each in fields(DataConfig)} - {"pair_encoding"} | {"model_name_or_path", "prior_model"}
+BEFORE = {"pair_encoding": False}  # what runs did whose run.json does not say it
 BATCHES_OF_DEEPSPEED = {"train_micro_batch_size_per_gpu", "gradient_accumulation_steps"}
 BATCHES = {"per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size"}
 CONTENTS = {"train": "the training rows", "evaluation": "the held-out rows", "model": "the model"}
@@ -63,6 +64,8 @@ def hash_of_rows(rows: Comparisons) -> str:
     digest = hashlib.sha256()
     for name in sorted(rows.table.column_names):
         if name in ("prompt", "responses", "subset"):  # no number of a run depends on a row's subset
+            continue
+        if name in ("two_segments", "single"):  # another way of encoding makes other ids
             continue
         digest.update(name.encode())
         for part in _bytes_of(rows, name):
@@ -128,6 +131,7 @@ def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
     >>> differences({"seed": 1, "world_size": 2}, {"seed": 2, "world_size": 2})
     ['--seed (1 there, 2 here)']
     """
+    there, here = BEFORE | there, BEFORE | here
     same_ranks = there.get("world_size") == here.get("world_size")
     skipped = FREE | BY_CONTENT | {"given", "versions", "content", "world_size", "deepspeed_json", "special", "data"}
     skipped |= set() if same_ranks else BATCHES

@@ -124,7 +124,8 @@ def run_in(folder: Path | None, config: RunConfig, context: DistributedContext, 
     set_seed(settings.training.seed)
     objective = Objective(settings.loss)
     is_trained = is_reward_model(config.model.model_name_or_path, model_config) and not config.model.new_head
-    data = load_data(settings, text, objective, context, is_trained)
+    data = load_data(settings, model_config, objective, context, is_trained)
+    settings = replace(settings, data=replace(settings.data, pair_encoding=data.encoding.pairs))
     described_run = described_by(settings, context, data)
     start = choose_start(settings.output, described_run, context) if folder else Start()
     if start.finished is not None:
@@ -217,6 +218,7 @@ def prepare(
     partitioned = partition_while_loading(settings.deepspeed.config)
     scorer = build_scorer(settings, data.special.rows)
     set_pad(scorer, data.special)
+    scorer.read_with(data.encoding)
     saving.forget_scale(scorer.config)
     dtype, seed = DTYPES[settings.engine.dtype], settings.training.seed
     if thresholds is not None:

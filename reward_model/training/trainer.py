@@ -38,7 +38,7 @@ from reward_model.training.records import Records
 from reward_model.training.skipping import StepGuard, marked
 from reward_model.training.step_log import StepLog
 from reward_model.training.stopping import Interrupted, StopRequest
-from reward_model.training.verify import MOST_WRITTEN, choose_texts
+from reward_model.training.verify import MOST_WRITTEN, choose_texts, second_segment, whole
 
 Rows = tuple[Comparisons, RowGroups]
 
@@ -104,6 +104,7 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """What a checkpoint stores of the loop, as JSON has it; of the rest, what ``reward-model export`` needs."""
         thresholds = self.forward.scorer.thresholds
+        texts = choose_texts(self.eval_set, parameters=1)[:MOST_WRITTEN]
         return {
             "step": self.step,
             "evaluated": self.evaluated,
@@ -113,7 +114,8 @@ class Trainer:
             "best": self.best and self.best.state(),
             "lowest_grade": float(self.objective.lowest_grade),
             "thresholds": 0 if thresholds is None else sum(count(each) for each in thresholds.parameters()),
-            "probe": choose_texts(self.eval_set, parameters=1)[:MOST_WRITTEN],
+            "probe": [whole(text) for text in texts],
+            "probe_second": [second_segment(text) for text in texts],
             "health": self.health.state(),
         }
 

@@ -27,13 +27,13 @@ from reward_model.batching.collate import collate
 from reward_model.common.errors import first_line
 from reward_model.common.logging import logger
 from reward_model.data.comparisons import Comparison, Comparisons
-from reward_model.data.preprocessing import end_text, one_start
+from reward_model.data.encoding import Encoding, end_text, one_start
 from reward_model.data.rendering import render
 from reward_model.data.tokenizer import SpecialTokens
 from reward_model.models.for_transformers_4 import write_old_keys
 from reward_model.models.forward import ForwardPass
 from reward_model.models.saving import DSCHAT_WEIGHTS, SCALE
-from reward_model.models.scorer import count, gathered, head_layer
+from reward_model.models.scorer import SCORE_PAIRS, count, gathered, head_layer
 from reward_model.training import fresh_load
 
 MOST_TEXTS, LEAST_TEXTS, MOST_WRITTEN = 32, 2, 8
@@ -52,16 +52,18 @@ LAUNCHERS = re.compile(  # variables that would have the process join a run, or 
 class WrittenText:
     """A text as somebody would give it to the saved tokenizer, and what training made of it.
 
-    text: The prompt and the response joined, or what the chat template wrote.
+    text: The prompt and the response joined, or what the chat template wrote; of a pair the response alone.
     ids: Of the text as it was evaluated: closed, and cut from the left where it was too long.
     templated: Whether a chat template wrote the text, so that the tokenizer adds no special tokens.
     messages: The chat, which the saved template has to write as ``text``; None: the text itself is given.
+    prompt: Of a pair, which the tokenizer is given beside ``text``; None: it is given one text.
     """
 
     text: str
     ids: list[int]
     templated: bool
     messages: list[dict] | None = None
+    prompt: str | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ class Expected:
     """What the evaluated model says, for the saved one to say again.
 
     ids: Of each text. scores: Of each text, raw. tolerances: How far each score may be off. written: Texts for the
-    tokenizer. settings: What ``config.json`` has to say of the scores.
+    tokenizer. settings: What ``config.json`` has to say of the scores. second: Of each text, the tokens of its second
+    segment, 0 where it has one alone.
     """
 
     ids: list[list[int]]
@@ -77,6 +80,7 @@ class Expected:
     tolerances: list[float]
     written: list[WrittenText] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
+    second: list[int] = field(default_factory=list)
 
 
 def expect(
@@ -92,20 +96,31 @@ def expect(
         written: Texts of the data as they were written; without any, texts are made from the ids of the rows.
     """
     scorer = forward.scorer
-    ids = choose_texts(rows, sum(count(p) for p in scorer.parameters()))
-    scores, products = _score(forward, ids)
+    texts = choose_texts(rows, sum(count(p) for p in scorer.parameters()))
+    scores, products = _score(forward, texts)
     layers = getattr(scorer.config.get_text_config(), "num_hidden_layers", None) or 12
     return Expected(
-        ids,
+        list(map(whole, texts)),
         scores.tolist(),
         tolerances(scores, products, next(scorer.parameters()).dtype, layers).tolist(),
-        list(written)[:MOST_WRITTEN] or rewritten(ids[: MOST_WRITTEN // 2], tokenizer, special),
-        {name: getattr(scorer.config, name) for name in SCALE if hasattr(scorer.config, name)},
+        list(written)[:MOST_WRITTEN] or rewritten(texts[: MOST_WRITTEN // 2], tokenizer, special),
+        {name: getattr(scorer.config, name) for name in (*SCALE, SCORE_PAIRS) if hasattr(scorer.config, name)},
+        list(map(second_segment, texts)),
     )
 
 
+def whole(text: Comparison) -> list[int]:
+    """The ids of a text."""
+    return [*text.prompt, *text.responses[0]]
+
+
+def second_segment(text: Comparison) -> int:
+    """How many of its tokens are the second segment of a pair; 0: it is one text."""
+    return len(text.responses[0]) if text.two_segments else 0
+
+
 @torch.no_grad()
-def _score(forward: ForwardPass, ids: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+def _score(forward: ForwardPass, chosen: Sequence[Comparison]) -> tuple[torch.Tensor, torch.Tensor]:
     """The score of each text, and √Σᵢ(wᵢhᵢ)² of the head's weights w and what comes in, h; (n,), on the host."""
     head = head_layer(forward.scorer)
     with gathered([head.weight]):
@@ -115,8 +130,8 @@ def _score(forward: ForwardPass, ids: list[list[int]]) -> tuple[torch.Tensor, to
     forward.module.eval()
     scores, products = [], []
     try:
-        for first in range(0, len(ids), BATCH):
-            texts = [Comparison([], [text]) for text in ids[first : first + BATCH]]
+        for first in range(0, len(chosen), BATCH):
+            texts = chosen[first : first + BATCH]
             batch = collate(texts, forward.layout).to(forward.device)
             came_in.clear()
             scores.append(forward(batch, batch.tokens.ends).float().cpu())
@@ -127,7 +142,7 @@ def _score(forward: ForwardPass, ids: list[list[int]]) -> tuple[torch.Tensor, to
     return torch.cat(scores), torch.cat(products)
 
 
-def choose_texts(rows: Comparisons | Sequence[Comparison], parameters: int) -> list[list[int]]:
+def choose_texts(rows: Comparisons | Sequence[Comparison], parameters: int) -> list[Comparison]:
     """Whole texts from all over the rows, as many as a CPU scores soon, the shorter ones first.
 
     Args:
@@ -136,9 +151,9 @@ def choose_texts(rows: Comparisons | Sequence[Comparison], parameters: int) -> l
     texts = []
     for number, i in enumerate(dict.fromkeys(np.linspace(0, len(rows) - 1, MOST_TEXTS).astype(int).tolist())):
         row = rows[i]
-        texts.append([*row.prompt, *row.responses[number % len(row.responses)]])
-    texts.sort(key=len)
-    tokens = np.cumsum([len(text) for text in texts])
+        texts.append(row.text(number % len(row.responses)))
+    texts.sort(key=lambda text: text.tokens)
+    tokens = np.cumsum([text.tokens for text in texts])
     return texts[: max(LEAST_TEXTS, int((2 * parameters * tokens <= OPERATIONS).sum()))]
 
 
@@ -161,29 +176,50 @@ def tolerances(scores: torch.Tensor, products: torch.Tensor, dtype: torch.dtype,
     return unit * (8 * math.sqrt(2 * layers) * products + 2 * scores.abs()) + 1e-6
 
 
-def rewritten(ids: list[list[int]], tokenizer: PreTrainedTokenizerBase, special: SpecialTokens) -> list[WrittenText]:
-    """Texts that have these ids, or nearly so, with the ids that the tokenizer of the training gives them.
+def rewritten(
+    texts: Sequence[Comparison], tokenizer: PreTrainedTokenizerBase, special: SpecialTokens
+) -> list[WrittenText]:
+    """Texts that have the ids of these, or nearly so, with the ids that the tokenizer of the training gives them.
 
-    As they are, and without special tokens, which the tokenizer adds itself; and a chat, where there is a template.
+    As they are, and without special tokens, which the tokenizer adds itself, to a pair as to one text; and a chat,
+    where there is a template.
     """
-    made = []
-    for templated in (True, False):
-        for each in ids:
-            text = tokenizer.decode(each, skip_special_tokens=not templated, clean_up_tokenization_spaces=False)
-            made.append(WrittenText(text, encoded(text, templated, tokenizer, special), templated))
-    text = written_chat(tokenizer)
-    if text is not None:
-        made.append(WrittenText(text, encoded(text, True, tokenizer, special), templated=True, messages=CHAT))
+
+    def read(ids: list[int], is_whole: bool = False) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=not is_whole, clean_up_tokenization_spaces=False)
+
+    made = [_written(read(whole(each), is_whole=True), True, tokenizer, special) for each in texts]
+    for each in texts:
+        prompt = read(each.prompt) if each.two_segments else None
+        response = read(whole(each) if prompt is None else each.responses[0])
+        made.append(_written(response, False, tokenizer, special, prompt))
+    chat = written_chat(tokenizer)
+    if chat is not None:
+        made.append(WrittenText(chat, encoded(chat, True, tokenizer, special), templated=True, messages=CHAT))
     return made
 
 
-def encoded(text: str, templated: bool, tokenizer: PreTrainedTokenizerBase, special: SpecialTokens) -> list[int]:
-    """The ids of a text, as training makes them."""
-    return _closed(tokenizer(text, add_special_tokens=not templated, verbose=False)["input_ids"], templated, special)
+def _written(text: str, templated: bool, tokenizer, special: SpecialTokens, prompt: str | None = None) -> WrittenText:
+    return WrittenText(text, encoded(text, templated, tokenizer, special, prompt), templated, prompt=prompt)
 
 
-def _closed(ids: list[int], templated: bool, special: SpecialTokens) -> list[int]:
-    return ids if templated else end_text(one_start(ids, special), special)
+def encoded(
+    text: str,
+    templated: bool,
+    tokenizer: PreTrainedTokenizerBase,
+    special: SpecialTokens,
+    prompt: str | None = None,
+) -> list[int]:
+    """The ids of a text, or of a pair of a prompt and this text, as training makes them."""
+    how = Encoding(tokenizer, special, pairs=prompt is not None)
+    if prompt is not None:
+        return next(how.paired([prompt], [text]))[0]
+    return (how.written if templated else how.joined)([text])[0]
+
+
+def _closed(ids: list[int], each: WrittenText, special: SpecialTokens) -> list[int]:
+    """What a tokenizer gave a text, as training closes it; to a pair nothing is added."""
+    return ids if each.templated or each.prompt is not None else end_text(one_start(ids, special), special)
 
 
 def written_chat(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -224,6 +260,7 @@ def check(
         "folder": str(folder.resolve()),
         "forms": list(forms),
         "ids": expected.ids,
+        "second": expected.second,
         "written": [asdict(each) for each in expected.written],
         "settings": list(expected.settings),
         "trust_remote_code": trust_remote_code,
@@ -344,7 +381,7 @@ def _other_text(
             continue  # a template that writes the time has nothing to be compared with
         if each.messages is not None and text != each.text:
             return f"the saved chat template writes {_shown(text)}, and that of the training {_shown(each.text)}"
-        if not _same_text(_closed(found, each.templated, special), each.ids):
+        if not _same_text(_closed(found, each, special), each.ids):
             return f"the saved tokenizer gives text {number} other ids than training had: {_shown(each.text)}"
     return ""
 

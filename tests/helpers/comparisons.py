@@ -34,6 +34,7 @@ def table(comparisons):
             "cut": False,
             "is_plain": False,
             "is_glued": False,
+            "single": None,
             "problem": None,
         }
         row["prompt_tokens"] = len(c.prompt) if c.prompt_tokens is None else c.prompt_tokens

@@ -39,6 +39,7 @@ ENCODERS = {
     "deberta": ("DebertaV2Model", "DebertaV2Config", SIZES),
     "ernie": ("ErnieModel", "ErnieConfig", SIZES),
 }
+TOKENIZERS = {"roberta": tiny.roberta}
 NO_CLASS = {"cohere": ("CohereForCausalLM", "CohereConfig", GROUPED)}  # Transformers cannot classify with it
 FAMILIES = DECODERS | ENCODERS | NO_CLASS
 
@@ -47,7 +48,8 @@ def write(family, folder, **other_sizes):
     """A model and a tokenizer in a folder, as a user finds them. Other sizes: for the names that the family has."""
     model_class, config_class, sizes = FAMILIES[family]
     sizes = sizes | {name: size for name, size in other_sizes.items() if name in sizes}
-    tokenizer = tiny.bert(folder) if family in ENCODERS else tiny.tokenizer(folder)
+    make = TOKENIZERS.get(family, tiny.bert if family in ENCODERS else tiny.tokenizer)
+    tokenizer = make(folder)
     ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
     torch.manual_seed(0)
     model = getattr(transformers, model_class)(getattr(transformers, config_class)(**sizes, **ids))

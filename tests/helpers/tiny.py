@@ -16,11 +16,22 @@ CHATML = (
 )
 
 
-def tokenizer(folder=None, sentences=SENTENCES, reserved=(), opening="", closing="", chat_template=None, **special):
+def tokenizer(
+    folder=None,
+    sentences=SENTENCES,
+    reserved=(),
+    opening="",
+    closing="",
+    pair=None,
+    inputs=("input_ids", "attention_mask"),
+    chat_template=None,
+    **special,
+):
     """A byte-level BPE tokenizer, saved into ``folder`` if there is one.
 
-    reserved: special tokens without a role. opening, closing: what is put around every text. special: eos_token,
-    pad_token and so on; None leaves one out.
+    reserved: special tokens without a role. opening, closing: what is put around every text. pair: the template of two
+    texts, with segment ids; None: nothing is between them. inputs: what it gives a model. special: eos_token, pad_token
+    and so on; None leaves one out.
     """
     special = {name: token for name, token in {"eos_token": EOS, "pad_token": PAD, **special}.items() if token}
     bpe = Tokenizer(models.BPE())
@@ -34,9 +45,9 @@ def tokenizer(folder=None, sentences=SENTENCES, reserved=(), opening="", closing
     if opening or closing:
         around = [(token, bpe.token_to_id(token)) for token in (opening, closing) if token]
         bpe.post_processor = processors.TemplateProcessing(
-            single=f"{opening} $A {closing}".strip(), special_tokens=around
+            single=f"{opening} $A {closing}".strip(), pair=pair or "$A:0 $B:1", special_tokens=around
         )
-    made = PreTrainedTokenizerFast(tokenizer_object=bpe, **special)
+    made = PreTrainedTokenizerFast(tokenizer_object=bpe, model_input_names=list(inputs), **special)
     made.chat_template = chat_template
     if folder is not None:
         made.save_pretrained(folder)
@@ -49,9 +60,22 @@ def llama(folder=None, **special):
 
 
 def bert(folder=None, **special):
-    """[CLS] before and [SEP] after every text, and no eos_token."""
+    """[CLS] before and [SEP] after every text, and no eos_token; of a pair the second text is segment 1."""
     roles = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "eos_token": None}
-    return tokenizer(folder, opening="[CLS]", closing="[SEP]", **{**roles, **special})
+    around = {"opening": "[CLS]", "closing": "[SEP]", "pair": "[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1"}
+    around["inputs"] = ("input_ids", "token_type_ids", "attention_mask")
+    return tokenizer(folder, **{**around, **roles, **special})
+
+
+def roberta(folder=None, **special):
+    """<s> before and </s> after every text, two </s> between those of a pair, and no segment ids."""
+    roles = {"bos_token": BOS, "cls_token": BOS, "eos_token": "</s>", "sep_token": "</s>", "pad_token": "<pad>"}
+    made = tokenizer(**{**roles, **special})
+    ends = ((token, made.convert_tokens_to_ids(token)) for token in ("</s>", BOS))
+    made.backend_tokenizer.post_processor = processors.RobertaProcessing(*ends, add_prefix_space=False)
+    if folder is not None:
+        made.save_pretrained(folder)
+    return made
 
 
 def chatml(folder=None, **special):
