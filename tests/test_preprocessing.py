@@ -892,8 +892,8 @@ def test_nothing_left_is_an_error(tmp_path):
 def encoded(monkeypatch):
     """Batches of rows tokenized so far."""
     batches = []
-    encode = data._encode
-    monkeypatch.setattr(data, "_encode", lambda *args: batches.append(args) or encode(*args))
+    encode = data.encode
+    monkeypatch.setattr(data, "encode", lambda *args: batches.append(args) or encode(*args))
     return batches
 
 

@@ -401,7 +401,7 @@ def _tokenize_rows(
     size = len(next(iter(rows.values())))
     each = ({name: column[i] for name, column in rows.items()} for i in range(size))
     texts = [read_text(source, row, tokenizer, chat) for row in each]
-    ids = _encode(tokenizer, special, [text for text in texts if isinstance(text, Texts)])
+    ids = encode(tokenizer, special, [text for text in texts if isinstance(text, Texts)])
     out: dict[str, list] = {name: [] for name in FEATURES}
     for text in texts:
         record: dict[str, Any] = {name: [] for name in FEATURES}
@@ -457,7 +457,7 @@ def _hash(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big", signed=True)
 
 
-def _encode(tokenizer, special: SpecialTokens, texts: list[Texts]):
+def encode(tokenizer, special: SpecialTokens, texts: Sequence[Texts]):
     """Ids of the prompt and of each whole text of each row, one row after the other."""
     ids: dict[bool, Iterator[list[int]]] = {}
     for templated in (False, True):
