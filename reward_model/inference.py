@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from reward_model.batching.collate import collate
 from reward_model.batching.layout import Layout
 from reward_model.batching.planner import Planner
-from reward_model.common.distributed import DistributedContext
+from reward_model.common.distributed import DistributedContext, by_itself
 from reward_model.common.errors import UserError, first_line
 from reward_model.common.logging import logger
 from reward_model.common.remote_code import never_asking
@@ -281,7 +281,8 @@ class RewardScorer:
         Raises:
             UserError: the attention that is wanted is not right for this model.
         """
-        said = self.forward.choose_attention(longest, wanted)
+        with by_itself():
+            said = self.forward.choose_attention(longest, wanted)
         self.sharing, self.longest = self.forward.attention, longest
         self.forward.use(SEPARATE)
         self.scorer.eval()  # trying backends out has trained, too

@@ -138,7 +138,7 @@ class Service:
 
     async def score(self, asked: wire.ScoreRequest) -> list[wire.Scores]:
         """Prompts with their responses."""
-        prompts: Sequence[Any] = asked.prompt if asked.is_list else [asked.prompt]  # type: ignore[assignment]
+        prompts: Sequence[Any] = asked.prompt if asked.is_list else [asked.prompt]
         lists: Sequence = asked.responses if asked.is_list else [asked.responses]
         if len(lists) != len(prompts) or not all(isinstance(each, list) for each in lists):
             raise HTTPException(400, f"{len(prompts)} prompts: give a list of as many lists of responses")
