@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import runpy
 import signal
 import socket
 import struct
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -511,3 +513,14 @@ def test_a_process_ends_gracefully_at_a_signal(number, folder):
             assert "Traceback" not in process.stdout.read()
         finally:
             process.kill()
+
+
+@pytest.mark.slow
+def test_of_100_000_answers_none_is_lost_or_mixed_up_and_the_memory_is_flat(folder, tmp_path):
+    path = Path(__file__).parent / "benchmarks" / "serving.py"
+    serving = SimpleNamespace(**runpy.run_path(str(path)))
+    found = serving.ours(str(folder), serving.requests(str(folder), 100_000, True, 10), 16, tmp_path / "log")
+    print(found)
+    assert (found.answers, found.lost, found.wrong) == (100_000, 0, 0)
+    half = found.memory[len(found.memory) // 2]
+    assert found.memory[-1] - half < 10  # MB; a list of the scores alone would be 3
