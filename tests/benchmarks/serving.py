@@ -32,7 +32,7 @@ from typing import NamedTuple
 TOP = Path(__file__).resolve().parents[2]
 WORDS = ("cat", "mat", "fish", "there", "sat", "other", "eats", "where", "question:", "answer:", "the", "on")
 PER_PROMPT = 8  # answers
-PROMPTS = 1_000  # each with its answers; they come again and again
+PROMPTS = 1_000  # at most, each with its answers, which come again and again
 TOLERANCE = 1e-4
 STUBS = {
     "flash_attn": (),
@@ -72,14 +72,14 @@ class Load(NamedTuple):
         )
 
 
-def texts(words: int, seed: int = 0) -> Iterator[tuple[str, list[str]]]:
-    """Prompts of up to so many words, with answers of up to half as many."""
+def texts(count: int, words: int, seed: int = 0) -> Iterator[tuple[str, list[str]]]:
+    """So many prompts of up to so many words, with answers of up to half as many."""
     chance = random.Random(seed)
 
     def said(most: int) -> str:
         return " ".join(chance.choices(WORDS, k=chance.randint(2, most)))
 
-    for _ in range(PROMPTS):
+    for _ in range(count):
         yield said(words), [f" {said(max(3, words // 2))}" for _ in range(PER_PROMPT)]
 
 
@@ -93,7 +93,7 @@ def requests(model: str, answers: int, lists: bool, words: int) -> list[Asked]:
 
     reward = load(model)
     end = reward.tokenizer.eos_token or ""
-    given = list(texts(words))
+    given = list(texts(min(PROMPTS, answers // PER_PROMPT), words))
     scores = iter(reward.score([p for p, found in given for _ in found], [r for _, found in given for r in found]))
     alone, whole = [], []
     for prompt, found in given:
