@@ -288,6 +288,17 @@ def test_a_model_that_stores_a_mean_and_a_temperature(folder, tmp_path, capsys):
     assert found[0]["probability"] == pytest.approx(1 / (1 + math.exp(-gap / 2)))
 
 
+def test_lines_are_refused_where_pairs_are_read(folder, tmp_path, capsys):
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in folder.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"score_pairs": True}))
+    status, found, error = run(other, capsys, write(tmp_path / "texts", ["the cat"]), "--lines")
+    assert (status, found) == (1, []) and "reads pairs" in error
+
+
 def test_what_was_cut_is_counted_and_said(folder, tmp_path, capsys):
     rows = [{"prompt": "where " * 30, "response": " cat"}, ROWS[2]]
     status, found, error = run(folder, capsys, write(tmp_path / "rows.jsonl", rows), "--max_seq_len", "40")

@@ -35,6 +35,8 @@ class Scoring:
             model, config.dtype, config.device, config.chat, config.chat_template, config.max_seq_len,
             config.trust_remote_code,
         )  # fmt: skip
+        if config.lines and getattr(reward.scorer.config, "score_pairs", False):
+            raise UserError(f"{model} reads pairs of prompt and answer, and --lines has whole texts: give rows")
         if reading.chat:
             logger.info("rows of text go through the chat template, as in the training; --chat false leaves it out")
         logger.info(reward.choose_attention(reading.max_seq_len, config.attention))
