@@ -5,8 +5,8 @@ python serving.py MODEL --answers 100000                  # ours: single texts a
 python serving.py MODEL --answers 4000 --openrlhf FOLDER  # ours, then OpenRLHF's server of a checkout, the same texts
 
 Every reward is compared with that of ``RewardScorer.score``, which scores the text by itself. OpenRLHF's server runs as
-it is but for two things: flash_attn, which it imports and does not use here, is an empty module, and its model computes
-in float32, as ours does. Clients are threads with a connection each, which they keep.
+it is but for two things: flash_attn and pylatexenc, which it imports and does not use here, are empty modules, and its
+model computes in float32, as ours does. Clients are threads with a connection each, which they keep.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import http.client
+import importlib.machinery
 import json
 import os
 import queue
@@ -39,6 +40,7 @@ STUBS = {
     "flash_attn.bert_padding": ("index_first_axis", "pad_input", "rearrange", "unpad_input"),
     "flash_attn.utils": (),
     "flash_attn.utils.distributed": ("all_gather",),
+    "pylatexenc": ("latex2text",),
 }
 
 
@@ -212,6 +214,7 @@ def be_openrlhf(checkout: str, model: str, port: int) -> None:
     sys.path.insert(0, checkout)
     for name, functions in STUBS.items():
         sys.modules[name] = types.ModuleType(name)
+        sys.modules[name].__spec__ = importlib.machinery.ModuleSpec(name, None)
         for function in functions:
             setattr(sys.modules[name], function, None)
     import openrlhf.utils.utils as utils
