@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stable reward-model training for DeepSpeed-Chat.
 
-``train`` runs a :class:`RunConfig`; ``load`` reads a model that a run saved; ``report`` writes the page of a run;
-``UserError`` is what they raise for everything that the caller can mend. Nothing heavy is imported before one of them
-is used.
+``train`` runs a :class:`RunConfig`; ``load`` reads a model that a run saved; ``score`` gives the scores of rows, and
+``serve`` answers requests for them; ``report`` writes the page of a run; ``UserError`` is what they raise for whatever
+the caller can mend. Nothing heavy is imported before one of them is used.
 """
 
 from __future__ import annotations
@@ -15,16 +15,20 @@ if TYPE_CHECKING:
     from reward_model.common.errors import UserError
     from reward_model.config.evaluation import EvaluateConfig
     from reward_model.config.options import RunConfig
+    from reward_model.config.scoring import ScoreConfig, ServeConfig
     from reward_model.inference import load
     from reward_model.judging.api import evaluate
     from reward_model.reporting.report import report
+    from reward_model.serving.api import serve
+    from reward_model.serving.stream import score
     from reward_model.training.api import train
     from reward_model.training.run import TrainResult
     from reward_model.training.stopping import Interrupted
 
 __version__ = "0.1.0"
 __all__ = [
-    "EvaluateConfig", "Interrupted", "RunConfig", "TrainResult", "UserError", "evaluate", "load", "report", "train",
+    "EvaluateConfig", "Interrupted", "RunConfig", "ScoreConfig", "ServeConfig", "TrainResult", "UserError",
+    "evaluate", "load", "report", "score", "serve", "train",
 ]  # fmt: skip
 
 _MODULES = {
@@ -33,9 +37,13 @@ _MODULES = {
     "TrainResult": "reward_model.training.run",
     "UserError": "reward_model.common.errors",
     "EvaluateConfig": "reward_model.config.evaluation",
+    "ScoreConfig": "reward_model.config.scoring",
+    "ServeConfig": "reward_model.config.scoring",
     "evaluate": "reward_model.judging.api",
     "load": "reward_model.inference",
     "report": "reward_model.reporting.report",
+    "score": "reward_model.serving.stream",
+    "serve": "reward_model.serving.api",
     "train": "reward_model.training.api",
 }
 

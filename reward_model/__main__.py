@@ -14,6 +14,11 @@ COMMANDS = {
     "train": ("reward_model.commands.train", "train a reward model: what training_scripts/main.py does"),
     "export": ("reward_model.commands.export", "a model of a checkpoint, of a run that did not end"),
     "evaluate": ("reward_model.commands.evaluate", "how right models are on some data, how sure, and what scores mean"),
+    "score": ("reward_model.commands.score", "scores of a file or of standard input, one line of JSON a row"),
+    "serve": (
+        "reward_model.commands.serve",
+        "scores over HTTP, in the forms that OpenRLHF, verl and vLLM know",
+    ),
     "report": ("reward_model.commands.report", "a page of charts, mistakes and settings, of a run or of several"),
     "plan": ("reward_model.commands.plan", "memory and communication of a run, and the line that launches it"),
     "check": (

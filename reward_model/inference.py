@@ -8,31 +8,40 @@ reward.score(["Human: 2 + 2? Assistant:"], [" 4"])
 
 from __future__ import annotations
 
+import datetime
 import re
-from collections.abc import Sequence
-from dataclasses import replace
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from reward_model.batching.collate import collate
+from reward_model.batching.layout import Layout
 from reward_model.batching.planner import Planner
-from reward_model.common.distributed import DistributedContext
-from reward_model.common.errors import UserError
+from reward_model.common.distributed import DistributedContext, by_itself
+from reward_model.common.errors import UserError, first_line
 from reward_model.common.logging import logger
 from reward_model.common.remote_code import never_asking
+from reward_model.config.evaluation import LONGEST
 from reward_model.config.groups import BatchConfig, DataConfig
 from reward_model.config.model_folder import require_plausible_folder
+from reward_model.config.options import read_run
+from reward_model.config.scoring import TOKENS
+from reward_model.data.chat_template import give_template, settle_template
 from reward_model.data.chats import half_character, in_plain, is_chat, write
 from reward_model.data.comparisons import BadRow, Comparison, Comparisons
 from reward_model.data.encoding import Encoding
+from reward_model.data.preprocessing import compare
+from reward_model.data.rows import Texts, texts_to_score
 from reward_model.data.tokenizer import choose_special_tokens, load_tokenizer
-from reward_model.evaluation.judged import Judged, judge
+from reward_model.evaluation.judged import Judged, judge, scored_at
 from reward_model.models.adapters import is_adapter, merged, merged_before
-from reward_model.models.attention import SEPARATE
+from reward_model.models.attention import SEPARATE, AttentionBackend, window
 from reward_model.models.forward import ForwardPass
 from reward_model.models.loading import DTYPES, load_for_training
 from reward_model.models.pair_encoding import for_scoring, told
@@ -41,6 +50,13 @@ from reward_model.models.scorer import SCORE_PAIRS, Scorer, embedding_rows
 from reward_model.objectives.losses import likeliest_grade
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # owner/name
+
+
+class Encoded(NamedTuple):
+    """A row to score, and whether it lost the left of its prompt."""
+
+    row: Comparison
+    cut: bool
 
 
 class RewardScorer:
@@ -77,6 +93,8 @@ class RewardScorer:
         self.thresholds = [value - self.mean for value in getattr(scorer.config, "score_thresholds", [])]
         self.lowest_grade = getattr(scorer.config, "lowest_grade", 0)
         self.temperature = getattr(scorer.config, "score_temperature", None) or 1.0  # of a probability, not of scores
+        self.sharing: AttentionBackend | None = None  # of score_rows, once it is chosen
+        self.longest = 0  # tokens of the longest text for which it was chosen
 
     def judge(
         self,
@@ -202,6 +220,211 @@ class RewardScorer:
             scores[chosen] = self.forward(batch, batch.tokens.ends - beyond).float().cpu()
         return (scores - self.mean).tolist()
 
+    # --- rows: a prompt and its responses, encoded together ---
+
+    def rows(
+        self,
+        prompts: Sequence[str | list[dict]],
+        responses: Sequence[Sequence[str | dict | list[dict]]],
+        max_seq_len: int | None = None,
+        chat: bool = False,
+    ) -> list[Comparison]:
+        """Each prompt with its responses as token ids, made as training makes them. Equal and empty responses are fine.
+
+        Args:
+            prompts: text, which is joined with each response as it is, or a list of messages.
+            responses: some of each prompt: text, a message, or a list of messages.
+            max_seq_len: the longest text in tokens, beyond which the left of its prompt is cut; None: nothing is cut.
+            chat: prompts and responses of text go through the chat template, as ``--chat`` trains.
+
+        Raises:
+            UserError: not as many lists of responses as prompts, or a row that cannot be scored; says which.
+        """
+        if isinstance(prompts, str) or len(prompts) != len(responses):
+            raise UserError("give a list of prompts, and of each prompt a list of its responses")
+        texts = []
+        for number, (prompt, found) in enumerate(zip(prompts, responses), 1):
+            if isinstance(found, (str, dict)):
+                raise UserError(f"row {number}: give a list of responses, not one")
+            try:
+                texts.append(texts_to_score(prompt, found, self.tokenizer, chat))
+            except BadRow as error:
+                raise UserError(f"row {number}: {error}") from error
+        rows = []
+        for number, each in enumerate(self.encoded(texts, max_seq_len), 1):
+            if isinstance(each, BadRow):
+                raise UserError(f"row {number}: {each}")
+            rows.append(each.row)
+        return rows
+
+    def encoded(self, texts: Sequence[Texts], max_seq_len: int | None = None) -> list[Encoded | BadRow]:
+        """Rows that are written as text → what they are in token ids, or why they cannot be scored.
+
+        Args:
+            max_seq_len: as in :meth:`rows`.
+        """
+        most = max_seq_len or sys.maxsize
+        found: list[Encoded | BadRow] = []
+        for text, each in zip(texts, self.encoding.encoded(texts)):
+            if isinstance(each, BadRow):
+                found.append(each)
+                continue
+            different = {tuple(ids): None for ids in each.whole}  # equal answers are compared with none
+            try:
+                made = compare(
+                    each.prompt, [list(ids) for ids in different], self.special, most, text.names, each.fixed
+                )
+            except BadRow as problem:
+                found.append(problem)
+                continue
+            answers = dict(zip(different, made["responses"]))
+            row = Comparison(
+                made["prompt"],
+                [answers[tuple(ids)] for ids in each.whole],
+                prompt_hash=hash(text.prompt) or None,
+                prompt_tokens=made["prompt_tokens"],
+                two_segments=each.two_segments,
+            )
+            found.append(Encoded(row, made["cut"]))
+        return found
+
+    def choose_attention(self, longest: int, wanted: str = "auto") -> str:
+        """Choose once how :meth:`score_rows` lets texts stand in rows. It does so by itself if nobody has.
+
+        Args:
+            longest: tokens of the longest text that will come.
+            wanted: as ``--attention`` of main.py.
+
+        Returns:
+            A line that says which, and why.
+
+        Raises:
+            UserError: the attention that is wanted is not right for this model.
+        """
+        with by_itself():
+            said = self.forward.choose_attention(longest, wanted)
+        self.sharing, self.longest = self.forward.attention, longest
+        self.forward.use(SEPARATE)
+        self.scorer.eval()  # trying backends out has trained, too
+        return said
+
+    @torch.no_grad()
+    def score_rows(self, rows: Sequence[Comparison], tokens_per_batch: int = TOKENS) -> list[list[float]]:
+        """The scores of each row's responses, in the order given; a prompt is encoded once where the model allows it.
+
+        Args:
+            rows: as :meth:`rows` makes them. Those of one prompt share it, too, where they come into one batch.
+            tokens_per_batch: the most tokens of a forward pass, pads included; a single longer text stays whole.
+        """
+        if self.pad is None and self.scorer.pooling == "classifier":  # takes no pads, see score_ids
+            flat = iter(self._score_texts([row.text(k) for row in rows for k in range(len(row.responses))]))
+            return [[next(flat) for _ in row.responses] for row in rows]
+        found: list[list[float]] = [[0.0] * len(row.responses) for row in rows]
+        longest = max((len(row.prompt) + len(response) for row in rows for response in row.responses), default=0)
+        if self.sharing is None or longest > max(self.longest, window(self.scorer.config)):
+            logger.info(self.choose_attention(longest))
+        assert self.sharing is not None  # it was chosen
+        pad = self.pad if self.scorer.pooling == "last" else None
+        self.forward.use(self.sharing)
+        try:
+            layout = self.forward.layout
+            pieces = [piece for i, row in enumerate(rows) for piece in _pieces(i, row, layout, tokens_per_batch)]
+            for part in _batches(pieces, layout, tokens_per_batch):
+                batch = collate([piece.row for piece in part], layout).to(self.forward.device)
+                scores = self.forward(batch, scored_at(batch, pad)).float()
+                places = batch.points.row_indices[batch.points.rows].tolist()
+                filled = [piece.first for piece in part]
+                for place, score in zip(places, scores[batch.points.responses].tolist()):
+                    found[part[place].of][filled[place]] = score - self.mean
+                    filled[place] += 1
+        finally:
+            self.forward.use(SEPARATE)
+        return found
+
+
+class _Piece(NamedTuple):
+    """Some responses of a row: which row, the first of them, the row with these alone, and its size."""
+
+    of: int
+    first: int
+    row: Comparison
+    size: _Size
+
+
+class _Size(NamedTuple):
+    """What texts take in a batch.
+
+    rows: of them. texts: their responses. tokens: of all, a prompt counted once a row. widest: of these, of one row.
+    apart: tokens, a prompt counted once a response. longest: of these, of one text.
+    """
+
+    rows: int = 0
+    texts: int = 0
+    tokens: int = 0
+    widest: int = 0
+    apart: int = 0
+    longest: int = 0
+
+    def beside(self, other: _Size) -> _Size:
+        return _Size(
+            self.rows + other.rows,
+            self.texts + other.texts,
+            self.tokens + other.tokens,
+            max(self.widest, other.widest),
+            self.apart + other.apart,
+            max(self.longest, other.longest),
+        )
+
+    def with_response(self, prompt: int, response: int) -> _Size:
+        """Of a row that has one more response, of so many tokens."""
+        tokens = (self.tokens or prompt) + response
+        text = prompt + response
+        return _Size(1, self.texts + 1, tokens, tokens, self.apart + text, max(self.longest, text))
+
+    def cost(self, layout: Layout) -> int:
+        """Tokens of a batch, pads included."""
+        if layout.kind == "packed":
+            return self.tokens
+        if layout.kind == "shared":
+            return self.rows * self.widest
+        return self.apart if layout.kind == "unpadded" else self.texts * self.longest
+
+
+def _pieces(number: int, row: Comparison, layout: Layout, most: int) -> Iterator[_Piece]:
+    """A row, in pieces that keep to a number of tokens; one response at least in each."""
+    first, size, prompt = 0, _Size(), len(row.prompt)
+    for at, response in enumerate(row.responses):
+        grown = size.with_response(prompt, len(response))
+        # a mask of every token by every other grows with the square of a row
+        is_full = layout.kind == "shared" and grown.texts > layout.most_responses
+        if at > first and (is_full or grown.cost(layout) > most):
+            yield _Piece(number, first, replace(row, responses=row.responses[first:at]), size)
+            first, grown = at, _Size().with_response(prompt, len(response))
+        size = grown
+    if row.responses:
+        yield _Piece(number, first, replace(row, responses=row.responses[first:]) if first else row, size)
+
+
+def _batches(pieces: list[_Piece], layout: Layout, most: int) -> Iterator[list[_Piece]]:
+    """Pieces packed up to a number of tokens: by length where rows are padded, else those of one prompt together."""
+    if layout.kind in ("shared", "separate"):
+        pieces = sorted(pieces, key=lambda piece: piece.size.longest)
+    else:
+        places: dict[int | None, int] = {}
+        for place, piece in enumerate(pieces):
+            places.setdefault(piece.row.prompt_hash, place)
+        pieces = sorted(pieces, key=lambda piece: places[piece.row.prompt_hash])
+    part: list[_Piece] = []
+    size = _Size()
+    for piece in pieces:
+        if part and size.beside(piece.size).cost(layout) > most:
+            yield part
+            part, size = [], _Size()
+        part.append(piece)
+        size = size.beside(piece.size)
+    if part:
+        yield part
+
 
 def pads_at_end(ids: Sequence[int], pad: int | None) -> int:
     """How far before its last token a text is scored: Transformers' classes take the last token that is no pad.
@@ -293,3 +516,64 @@ def load(
         return RewardScorer(scorer, tokenizer, device, pad, told(folder, scorer.config))
     except UserError as error:  # of the tokenizer
         raise UserError(f"{folder}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a model reads rows: whether text goes through the chat template, and the tokens of the longest text."""
+
+    chat: bool
+    max_seq_len: int
+
+
+def load_to_read(
+    name: str,
+    dtype: str = "auto",
+    device: torch.device | str = "auto",
+    chat: bool | None = None,
+    chat_template: str | None = None,
+    max_seq_len: int | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[RewardScorer, Reading]:
+    """A model, and how it reads rows: as the run that trained it did, where nothing else is said.
+
+    Args:
+        name: a folder or a hub name.
+        dtype: of the weights; ``auto``: as saved, and float32 on a CPU for float16.
+        device: ``auto``: a GPU if there is one.
+
+    Raises:
+        UserError: no such model or device, weights missing, or no chat template where one is needed.
+    """
+    run = read_run(Path(name) / "run.json")  # {} where no run of ours has left it
+    device = _device(device)
+    wanted = None if dtype == "auto" else dtype
+    scorer = load(name, wanted, device, trust_remote_code=trust_remote_code)
+    if wanted is None and device.type == "cpu" and scorer.forward.dtype == torch.float16:
+        logger.info(f"{name} is saved in float16, which CPUs hardly compute in: taken as float32")
+        scorer = load(name, "fp32", device, trust_remote_code=trust_remote_code)
+    tokenizer = scorer.tokenizer
+    if chat_template:
+        give_template(tokenizer, chat_template)
+    chat = bool(run.get("chat")) if chat is None else chat
+    if chat and not tokenizer.chat_template:
+        raise UserError(f"--chat: the tokenizer of {name} has no chat template; --chat_template gives it one")
+    settle_template(tokenizer, datetime.datetime.now(), is_trained=True)
+    return scorer, Reading(chat, max_seq_len or run.get("max_seq_len") or _longest(scorer))
+
+
+def _device(name: torch.device | str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {first_line(error)}") from error
+    return device
+
+
+def _longest(scorer: RewardScorer) -> int:
+    """Tokens of the longest text that a model takes, within ``LONGEST``."""
+    positions = getattr(scorer.scorer.config.get_text_config(), "max_position_embeddings", None) or LONGEST
+    return int(min(LONGEST, positions if positions > 0 else LONGEST, scorer.tokenizer.model_max_length))

@@ -5,43 +5,20 @@ import json
 import subprocess
 import sys
 
-import models
 import numpy as np
 import pytest
 import runs
-import torch
+from saved import save
 
 from reward_model.__main__ import main
 from reward_model.commands.evaluate import models_of
 from reward_model.config.evaluation import EvaluateConfig
 from reward_model.inference import load
 from reward_model.judging.api import evaluate
-from reward_model.models import saving
-from reward_model.models.loading import load_for_training
-from reward_model.models.lora import add_lora
-from reward_model.models.scorer import head_layer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 WORDS = ["cat", "mat", "fish", "there", "sat", "other", "eats", "where"]
-
-
-def save(folder, family="llama", seed=5, save_format="hf", lora=False, **options):
-    """A reward model with random weights."""
-    tokenizer = models.write(family, folder / "base")
-    scorer = load_for_training(str(folder / "base"), torch.float32, seed=3, **options)
-    if lora:
-        add_lora(scorer, 4, 4.0, None)
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in scorer.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn_like(parameter))
-        head_layer(scorer).weight.add_(0.3 * torch.randn_like(head_layer(scorer).weight))
-    for config in (scorer.config, scorer.config.get_text_config()):
-        config.pad_token_id = tokenizer.pad_token_id
-    saving.save(scorer.eval(), tokenizer, folder / "out", save_format)
-    return folder / "out"
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,9 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -427,8 +428,26 @@ def largest(value: float) -> float:
     return max(gather_objects(value))
 
 
+_by_itself: ContextVar[bool] = ContextVar("by_itself", default=False)
+
+
+@contextmanager
+def by_itself() -> Iterator[None]:
+    """What this process decides meanwhile it decides without other ranks, whether there are any or not.
+
+    For a saved model that scores inside of somebody's program, of which perhaps one rank asks for scores.
+    """
+    token = _by_itself.set(True)
+    try:
+        yield
+    finally:
+        _by_itself.reset(token)
+
+
 def gather_objects(value: Any) -> list[Any]:
     """What every rank gives, in the order of the ranks, on every rank. Only plain objects: they are pickled."""
+    if _by_itself.get():
+        return [value]
     values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values

@@ -195,12 +195,12 @@ def template_arguments(row: dict) -> dict:
     return ({"tools": given["tools"]} if "tools" in given else {}) | given.get("chat_template_kwargs", {})
 
 
-def require_answer(name: str, message: Message) -> None:
-    """Raise BadRow unless a chat ends with a message of the assistant that says or calls something."""
+def require_answer(name: str, message: Message, may_be_empty: bool = False) -> None:
+    """Raise BadRow unless a chat ends with a message of the assistant, and it says or calls something if it has to."""
     if message["role"] != "assistant":
         raise BadRow(f"{name} ends with a message of role {message['role']}, not assistant")
     content = message["content"]
-    if not message.get("tool_calls") and (content is None or not str(content).strip()):
+    if not may_be_empty and not message.get("tool_calls") and (content is None or not str(content).strip()):
         raise BadRow(f"{name} is empty")
 
 

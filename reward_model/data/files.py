@@ -169,12 +169,12 @@ def _parquet(path: Path, first: int | None) -> datasets.Dataset:
 def _lines(path: Path, first: int | None) -> datasets.Dataset:
     features = datasets.Features({"json": datasets.Value("string"), "number": datasets.Value("int64")})
     if first is not None:
-        found = list(islice(_text_rows(str(path), ""), first))
+        found = list(islice(text_rows(str(path), ""), first))
         if not found:
             raise UserError("it holds no rows")
         return datasets.Dataset.from_list(found, features=features)
     return datasets.Dataset.from_generator(
-        _text_rows, features=features, gen_kwargs={"path": str(path), "content": _digest(path)}
+        text_rows, features=features, gen_kwargs={"path": str(path), "content": _digest(path)}
     )
 
 
@@ -187,7 +187,7 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _text_rows(path: str, content: str) -> Iterator[dict]:
+def text_rows(path: str, content: str) -> Iterator[dict]:
     """The rows of a .json, .jsonl or .csv file as JSON text, each with its number; ``content`` names the version read.
 
     One that cannot be read comes with the reason why, so that it is counted among the others.
@@ -210,13 +210,13 @@ def _text_rows(path: str, content: str) -> Iterator[dict]:
             yield from _array_rows(text)
         elif _is_row(next((line for line in file if line.strip()), "{}")):
             file.seek(0)
-            yield from _line_rows(file)
+            yield from line_rows(file)
         else:
             file.seek(0)
             yield from _rows_of_either(file.read())
 
 
-def _line_rows(lines: Iterable[str]) -> Iterator[dict]:
+def line_rows(lines: Iterable[str]) -> Iterator[dict]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             yield _row(line, number)
@@ -227,7 +227,7 @@ def _rows_of_either(text: str) -> Iterator[dict]:
     try:
         found = list(_document_rows(text))
     except UserError as error:
-        found = list(_line_rows(text.splitlines(keepends=True)))
+        found = list(line_rows(text.splitlines(keepends=True)))
         if 2 * sum(UNREADABLE in json.loads(row["json"]) for row in found) >= len(found):
             raise UserError(_undecoded(text) or str(error)) from error
     yield from found

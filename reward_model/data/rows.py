@@ -43,6 +43,7 @@ FIELDS = (  # that a row may have; everything else is not read
     *("chosen_score", "rejected_score", "score_chosen", "score_rejected", "tools", "chat_template_kwargs", "subset"),
 )
 OTHER_ROWS = "responses with scores or ranks, or response with a score or label"
+JUDGMENTS = frozenset(FIELDS) - {"prompt", *PAIR, "responses", "response", "tools", "chat_template_kwargs", "subset"}
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,14 @@ class Texts:
     has_prompt: bool = True
 
 
-def read_row(row: dict, tokenizer: PreTrainedTokenizerBase, chat: bool = False) -> Texts:
+def read_row(row: dict, tokenizer: PreTrainedTokenizerBase, chat: bool = False, to_score: bool = False) -> Texts:
     """Check a row and write it as text.
 
     Args:
         tokenizer: Its chat template writes rows of chat messages. Rows of text do not need it.
         chat: Whether rows of text go through the template, too, the prompt as the user's turn.
+        to_score: Whether the row is only to be scored: what it judges is not read, and its responses may be equal or
+            empty, as those of a policy are at times.
 
     Raises:
         BadRow: A field is missing, empty or of the wrong type, a value is not a number, or two responses are equal.
@@ -86,6 +89,7 @@ def read_row(row: dict, tokenizer: PreTrainedTokenizerBase, chat: bool = False) 
     ([0], [1], [2.0])
     """
     names: Sequence[str]
+    row = {name: value for name, value in row.items() if name not in JUDGMENTS} if to_score else row
     is_pair = all(row.get(name) not in (None, "") for name in PAIR)  # a CSV file has "" for nothing
     if row.get("responses") is not None and not is_pair:
         found, names, judged = _list(row)
@@ -99,14 +103,17 @@ def read_row(row: dict, tokenizer: PreTrainedTokenizerBase, chat: bool = False) 
     if prompt == []:
         prompt = None  # no turns before the response
     _require_types(row, prompt, found, names)
-    require_different(found, names)
+    if not to_score:
+        require_different(found, names)
     for name, value in (("prompt", prompt), *zip(names, found)):
         require_characters(name, value)
     if not all(isinstance(value, str) for value in (*found, prompt or "")):
-        return _read_chat(prompt, found, names, judged, tokenizer, template_arguments(row))
+        return _read_chat(prompt, found, names, judged, tokenizer, template_arguments(row), to_score)
     if chat:
-        _require_content(found, names)
-        return _read_chat(*as_chats(prompt, found, names), names, judged, tokenizer, template_arguments(row))
+        if not to_score:
+            _require_content(found, names)
+        chats = as_chats(prompt, found, names)
+        return _read_chat(*chats, names, judged, tokenizer, template_arguments(row), to_score)
     if row.get("tools"):
         raise BadRow("tools go through a chat template, and the row is text: --chat makes messages of it")
     has_prompt = prompt is not None
@@ -115,7 +122,8 @@ def read_row(row: dict, tokenizer: PreTrainedTokenizerBase, chat: bool = False) 
         prompt = _common_prompt(found)
         has_prompt = prompt.endswith(ASSISTANT)
         found = [text[len(prompt) :] for text in found]
-    _require_content(found, names)
+    if not to_score:
+        _require_content(found, names)
     return Texts(prompt, [prompt + text for text in found], names, judged, templated=False, has_prompt=has_prompt)
 
 
@@ -302,12 +310,48 @@ def _common_prompt(texts: list[str]) -> str:
     return shared[: max(shared.rfind(" "), shared.rfind("\n")) + 1]
 
 
-def _read_chat(prompt, found: list, names: Sequence[str], judged: dict, tokenizer, arguments: dict) -> Texts:
+def texts_to_score(
+    prompt: str | list[dict],
+    responses: Sequence[str | dict | list[dict]],
+    tokenizer: PreTrainedTokenizerBase,
+    chat: bool = False,
+    arguments: dict | None = None,
+) -> Texts:
+    """Write a prompt and responses that a program gives as text. A text stays a text, whatever it looks like.
+
+    Args:
+        chat: As in :func:`read_row`.
+        arguments: Those of the chat template, such as ``tools``.
+
+    Raises:
+        BadRow: A value is neither text nor chat messages, or has half a character, or the template refuses a chat.
+    """
+    names = [f"response {i}" for i in range(1, len(responses) + 1)] if len(responses) != 1 else ["response"]
+    asked = prompt if isinstance(prompt, str) else in_plain("prompt", prompt)
+    found = [each if isinstance(each, str) else in_plain(name, each) for name, each in zip(names, responses)]
+    if not found:
+        raise BadRow("there are no responses")
+    _require_types({}, None if asked == [] else asked, found, names)
+    for name, value in (("prompt", asked), *zip(names, found)):
+        require_characters(name, value)
+    if not all(isinstance(value, str) for value in (asked, *found)):
+        return _read_chat(asked, found, names, {}, tokenizer, arguments or {}, to_score=True)
+    if chat:
+        return _read_chat(*as_chats(asked, found, names), names, {}, tokenizer, arguments or {}, to_score=True)
+    if arguments:
+        raise BadRow("tools and arguments of a chat template need chat messages, and the prompt and responses are text")
+    return Texts(asked, [asked + text for text in found], names, {}, templated=False)
+
+
+def _read_chat(
+    prompt, found: list, names: Sequence[str], judged: dict, tokenizer, arguments: dict, to_score: bool
+) -> Texts:
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     chats = joined(as_messages(prompt or []), [as_messages(value) for value in found])
     for name, messages in zip(names, chats):
-        require_answer(name, messages[-1])
+        require_answer(name, messages[-1], may_be_empty=to_score)
     written = write(tokenizer, chats, arguments)
-    require_different(written, names)
+    if not to_score:
+        require_different(written, names)
     return Texts(shared_text(tokenizer, chats, written, arguments), written, names, judged, templated=True)

@@ -78,7 +78,7 @@ def read_sources(
     for source in train + evaluation:
         if len(source.rows) == 0:
             raise UserError(f"{source.name} holds no rows")
-        source.names = _names_in(source, names or {})
+        source.names = names_in(source, names or {})
         source.layout = BY_NAME[known] if known else _layout(source, chat)
     _say_layouts(path, train + evaluation)
     if known and not evaluation and hold_out:
@@ -160,7 +160,7 @@ def take(sources: list[Source], amount: float | None, seed: int, name: str) -> l
     return [source.select(part - start) for source, part, start in zip(sources, parts, starts) if len(part)]
 
 
-def _names_in(source: Source, names: dict[str, str]) -> dict[str, str]:
+def names_in(source: Source, names: dict[str, str]) -> dict[str, str]:
     """Those of ``names`` whose column a source has.
 
     Raises:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +10,13 @@ from typing import Any
 
 import datasets
 import numpy as np
-import torch
 
 from reward_model.common.distributed import DistributedContext
 from reward_model.common.errors import UserError
 from reward_model.common.logging import logger
 from reward_model.common.words import counted
-from reward_model.config.evaluation import LONGEST, EvaluateConfig
+from reward_model.config.evaluation import EvaluateConfig
 from reward_model.config.groups import DataConfig
-from reward_model.config.options import read_run
-from reward_model.data.chat_template import give_template, settle_template
 from reward_model.data.comparisons import BadRow, Comparisons
 from reward_model.data.files import Source
 from reward_model.data.preprocessing import PreprocessingConfig, load_evaluation, tokenize
@@ -28,7 +24,7 @@ from reward_model.data.sources import Splits, amount_of, raw_sources
 from reward_model.evaluation.assessment import Responses, assess, mistakes
 from reward_model.evaluation.benchmarks import Benchmark, Question, measure, recognize, write_results
 from reward_model.evaluation.judged import Judged
-from reward_model.inference import RewardScorer, load
+from reward_model.inference import RewardScorer, load_to_read
 from reward_model.judging.evaluations import Evaluations, Scored
 
 
@@ -52,28 +48,23 @@ class Subject:
         Raises:
             UserError: it does not load, or has no score head.
         """
-        run = read_run(Path(name) / "run.json")  # {} where no run of ours has left it
-        dtype = None if config.dtype == "auto" else config.dtype
-        scorer = load(name, dtype, context.device, trust_remote_code=config.trust_remote_code)
-        if dtype is None and context.device.type == "cpu" and scorer.forward.dtype == torch.float16:
-            logger.info(f"{name} is saved in float16, which CPUs hardly compute in: taken as float32")
-            scorer = load(name, "fp32", context.device, trust_remote_code=config.trust_remote_code)
-        tokenizer = scorer.tokenizer
-        if config.chat_template:
-            give_template(tokenizer, config.chat_template)
-        chat = bool(run.get("chat")) if config.chat is None else config.chat
-        if chat and not tokenizer.chat_template:
-            raise UserError(f"--chat: the tokenizer of {name} has no chat template; --chat_template gives it one")
-        settle_template(tokenizer, datetime.datetime.now(), is_trained=True)
-        longest = config.max_seq_len or run.get("max_seq_len") or _longest(scorer)
+        scorer, reading = load_to_read(
+            name,
+            config.dtype,
+            context.device,
+            config.chat,
+            config.chat_template,
+            config.max_seq_len,
+            config.trust_remote_code,
+        )
         preprocessing = PreprocessingConfig(
-            max_seq_len=longest,
+            max_seq_len=reading.max_seq_len,
             on_bad_row=config.on_bad_row,
             cache=DataConfig(data_output_path=config.data_output_path).cache_folder,
             processes=config.num_proc,
             names=DataConfig(columns=config.columns).names,
             splits=Splits(None, config.split),
-            chat=chat,
+            chat=reading.chat,
             pairs=scorer.encoding.pairs,
         )
         return cls(name, scorer, preprocessing, config, context)
@@ -205,9 +196,3 @@ def _questions(benchmark: Benchmark, source: Source) -> Iterator[Question]:
             yield from benchmark.questions(source.named(row), source.name)
         except BadRow as problem:
             raise UserError(f"{source.name}, row {number}: {problem}; read as {benchmark.name}") from problem
-
-
-def _longest(scorer: RewardScorer) -> int:
-    """Tokens of the longest text that a model takes, within ``LONGEST``."""
-    positions = getattr(scorer.scorer.config.get_text_config(), "max_position_embeddings", None) or LONGEST
-    return int(min(LONGEST, positions if positions > 0 else LONGEST, scorer.tokenizer.model_max_length))

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``reward-model serve``: a model that answers requests for scores over HTTP.
+
+reward-model serve output
+curl -s localhost:8000/score -H 'content-type: application/json' -d '{"prompt": "2 + 2?", "responses": [" 4", " 5"]}'
+"""
+
+from __future__ import annotations
+
+from reward_model.common.errors import UserError
+from reward_model.common.logging import show_messages
+from reward_model.config.parser import build_parser, read_words
+from reward_model.config.scoring import ServeConfig
+from reward_model.serving.api import serve
+
+
+def main(arguments: list[str]) -> int:
+    """Serve until a signal comes.
+
+    Raises:
+        UserError: a model or an address that cannot be used.
+    """
+    parser = build_parser(
+        [ServeConfig],
+        prog="reward-model serve",
+        usage="%(prog)s MODEL [FLAG [VALUE …] …]",
+        description="Scores over HTTP: POST /score, /get_reward (OpenRLHF), /classify and /pooling (vLLM's form), "
+        "/v1/embeddings (verl with SGLang); GET /v1/models, /health, /ready, /metrics (Prometheus), /docs.",
+        epilog="It listens on loopback unless --host says otherwise, and needs pip install 'dschat-reward[serve]'.\n"
+        "example: reward-model serve output --port 5000",
+    )
+    named = [word for word in arguments[:1] if not word.startswith("-")]
+    (config,) = read_words(parser, arguments[len(named) :])[:1]
+    if not named:
+        raise UserError("name a model before the flags: a folder or a hub name")
+    show_messages()
+    serve(named[0], config)
+    return 0
