@@ -288,15 +288,18 @@ def test_a_model_that_stores_a_mean_and_a_temperature(folder, tmp_path, capsys):
     assert found[0]["probability"] == pytest.approx(1 / (1 + math.exp(-gap / 2)))
 
 
-def test_lines_are_refused_where_pairs_are_read(folder, tmp_path, capsys):
-    other = tmp_path / "other"
-    other.mkdir()
-    for file in folder.iterdir():
-        (other / file.name).write_bytes(file.read_bytes())
-    config = json.loads((folder / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(config | {"score_pairs": True}))
-    status, found, error = run(other, capsys, write(tmp_path / "texts", ["the cat"]), "--lines")
+def test_an_encoder_reads_pairs_and_refuses_lines(tmp_path, capsys):
+    encoder = save(tmp_path, "bert")
+    capsys.readouterr()  # what DeepSpeed's import says
+    status, found, error = run(encoder, capsys, write(tmp_path / "texts", ["the cat"]), "--lines")
     assert (status, found) == (1, []) and "reads pairs" in error
+    rows = [{"prompt": "where is the cat", "responses": [" there", " on the mat", " there"]}, {"response": " a fish"}]
+    status, found, _ = run(encoder, capsys, write(tmp_path / "rows.jsonl", rows))
+    reward = load(encoder)
+    assert status == 0 and reward.encoding.pairs
+    expected = reward.score(["where is the cat"] * 3, rows[0]["responses"])
+    assert found[0]["scores"] == pytest.approx(expected, abs=1e-5) and expected[0] != expected[1]
+    assert found[1]["score"] == pytest.approx(reward.score([""], [" a fish"])[0], abs=1e-5)
 
 
 def test_what_was_cut_is_counted_and_said(folder, tmp_path, capsys):
