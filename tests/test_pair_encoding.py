@@ -143,6 +143,15 @@ def test_scores_are_those_of_transformers_on_pairs(family, saved):
         assert reward.score(prompts, responses, batch_size=size) == pytest.approx(expected, abs=1e-5)
 
 
+def test_the_pipeline_of_transformers_gives_the_same_score(saved):
+    from transformers import pipeline
+
+    folder, (prompts, responses) = saved("bert"), texts_of(0, 5)
+    asked = [{"text": prompt, "text_pair": response} for prompt, response in zip(prompts, responses)]
+    found = [each["score"] for each in pipeline("text-classification", model=str(folder))(asked)]
+    assert load(folder).score(prompts, responses) == pytest.approx(found, abs=1e-5)
+
+
 @pytest.mark.parametrize("family", TOLD)
 def test_segment_ids_and_the_separator_change_scores(family, saved):
     """Otherwise the test above would pass without them."""
