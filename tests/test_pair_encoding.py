@@ -14,8 +14,10 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from reward_model.batching.batch import Tokens
+from reward_model.commands import check, export
 from reward_model.common.errors import UserError
 from reward_model.config.evaluation import EvaluateConfig
+from reward_model.config.options import RunConfig
 from reward_model.data.encoding import Encoding
 from reward_model.inference import load
 from reward_model.judging.api import evaluate
@@ -24,7 +26,7 @@ from reward_model.models.forward import ForwardPass
 from reward_model.models.loading import load_for_training
 from reward_model.models.lora import add_lora
 from reward_model.models.scorer import head_layer
-from reward_model.training import fresh_load, resume, verify
+from reward_model.training import fresh_load, model_card, resume, verify
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -223,6 +225,22 @@ def test_gradients_reach_the_embedding_of_both_segments(tmp_path, one_rank):
     assert (gradient.abs().amax(1) > 0).tolist() == [True, True]
 
 
+@pytest.mark.parametrize("pairs", [True, False])
+def test_what_the_card_shows_gives_the_score(pairs, tmp_path):
+    """Also of joined texts, which BERT's tokenizer closes by itself."""
+    trained = Trained("bert", tmp_path, pairs=pairs)
+    folder, special = trained.save(), trained.encoding.special
+    run = {"pair_encoding": pairs, "special": {"end": special.end}}
+    told = model_card.Trained(run, {}, 1, 1, {"bad_steps": {"count": 0}, "alarms": []}, {})
+    card = model_card.card_of(str(folder), trained.names, trained.encoding.tokenizer, told)
+    by_transformers, by_ours = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert ('2 + 2 =", "4"' in by_transformers) is pairs
+    found: dict = {}
+    exec(by_transformers, found)
+    exec(by_ours.replace("reward.score(", "scores = reward.score("), found)
+    assert found["scores"] == pytest.approx([found["score"].item()], abs=1e-5)
+
+
 # --- how it is decided ---
 
 
@@ -312,6 +330,27 @@ def test_a_run_that_encodes_otherwise_is_another_run():
     assert resume.differences(runs_of[True], runs_of[False]) == ["--pair_encoding (True there, False here)"]
     assert resume.differences({"seed": 1}, runs_of[False]) == []  # before there were pairs
     assert resume.differences({"seed": 1}, runs_of[True]) == ["--pair_encoding (False there, True here)"]
+
+
+def test_a_template_that_writes_every_row_leaves_no_pairs():
+    with pytest.raises(UserError, match="--pair_encoding and --chat: the chat template writes each row as one text"):
+        RunConfig.of(model_name_or_path="x", pair_encoding=True, chat=True)
+    assert RunConfig.of(model_name_or_path="x").data.pair_encoding is None
+    assert RunConfig.of(model_name_or_path="x", pair_encoding=False, chat=True).data.pair_encoding is False
+
+
+def test_check_knows_pairs(tmp_path, capsys):
+    """Nothing is joined, so that nothing is doubtful; and a decoder refuses before a process starts."""
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "the cat?", "chosen": "sat", "rejected": "mat"}) + "\n")
+    flags = ["--data_path", str(tmp_path / "rows.jsonl"), "--model_name_or_path", str(tmp_path / "model")]
+    models.write("bert", tmp_path / "model")
+    assert check.main(flags) == 0
+    assert "joined with nothing between" not in capsys.readouterr().out
+    assert check.main([*flags, "--pair_encoding", "false"]) == 0
+    assert "joined with nothing between" in capsys.readouterr().out
+    models.write("llama", tmp_path / "model")
+    with pytest.raises(UserError, match="--pair_encoding: this model is a decoder"):
+        check.main([*flags, "--pair_encoding"])
 
 
 def test_an_adapter_alone_keeps_how_it_was_trained(tmp_path, monkeypatch):
@@ -437,6 +476,18 @@ def test_a_trained_encoder_scores_in_transformers_as_it_was_evaluated(family, de
     assert "model_input_names" in json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert json.loads((tmp_path / "out" / "run.json").read_text())["pair_encoding"] is True
     assert json.loads((tmp_path / "out" / "config.json").read_text())["score_pairs"] is True
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_exported_as_it_was_trained(demo, data, tmp_path, capsys):
+    flags = [*flags_of("bert", tmp_path / "base", data), "--save_interval", 4, "--max_steps", 4]
+    runs.train(demo, tmp_path / "out", *flags)
+    assert export.main([str(tmp_path / "out"), str(tmp_path / "model")]) == 0
+    assert "verified: loaded afresh" in capsys.readouterr().out
+    (tmp_path / "model" / "run.json").unlink(missing_ok=True)
+    one, other = (load(tmp_path / name) for name in ("out", "model"))
+    assert other.encoding.pairs is True
+    assert other.score(*texts_of(0, 5)) == pytest.approx(one.score(*texts_of(0, 5)), abs=1e-6)
 
 
 @pytest.mark.slow

@@ -71,14 +71,18 @@ def build_parser(groups: Sequence[type], **kwargs: Any):
 
     A function, since importing Transformers takes most of a second that ``import reward_model`` need not take.
     """
-    from transformers.hf_argparser import HfArgumentParser
+    from transformers.hf_argparser import HfArgumentParser, string_to_bool
 
     class Parser(HfArgumentParser):
         def error(self, message: str):
             message = re.sub(r"(--\w+)(/--[\w-]+)+", r"\1", " ".join(message.split()))
             raise UserError(message + HINT)
 
-    return Parser(list(groups), allow_abbrev=False, formatter_class=Help, **kwargs)
+    parser = Parser(list(groups), allow_abbrev=False, formatter_class=Help, **kwargs)
+    for action in parser._actions:
+        if action.type is string_to_bool:  # a flag that may be left open, too, is true without a value
+            action.nargs, action.const = "?", True
+    return parser
 
 
 def run_parser():

@@ -68,7 +68,7 @@ def serve(model: str, config: ServeConfig | None = None) -> None:
         finally:
             for each, handler in before.items():
                 signal.signal(each, handler)
-        logger.info("ended: every request that came was answered")
+        logger.info("ended")
     finally:
         listening.close()
 

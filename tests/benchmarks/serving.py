@@ -53,12 +53,17 @@ class Asked(NamedTuple):
 
 
 class Load(NamedTuple):
-    """What came of it. lost: answers that have no reward; wrong: whose reward is another. memory: MB, as it went."""
+    """What came of it.
+
+    lost: answers that have no reward. wrong: whose reward is another. cpu: seconds of the server, all threads;
+    seconds: by the clock, in which other work of the machine counts. memory: MB, as it went.
+    """
 
     answers: int
     lost: int
     wrong: int
     seconds: float
+    cpu: float
     median: float  # of a request
     slowest: float
     memory: list[float]
@@ -68,7 +73,8 @@ class Load(NamedTuple):
             f"{each:.0f}" for each in (self.memory[0], self.memory[len(self.memory) // 2], self.memory[-1])
         )
         return (
-            f"{self.answers} answers in {self.seconds:.1f} s, {self.answers / self.seconds:.0f} a second; a request "
+            f"{self.answers} answers in {self.seconds:.1f} s, {self.answers / self.seconds:.0f} a second, "
+            f"{self.answers / self.cpu:.0f} a CPU second; a request "
             f"{1e3 * self.median:.1f} ms (median), {1e3 * self.slowest:.0f} ms (slowest); {self.lost} lost, "
             f"{self.wrong} wrong; memory {memory} MB"
         )
@@ -118,12 +124,12 @@ def _repeated(asked: list[Asked], count: int) -> list[Asked]:
     return (asked * (count // len(asked) + 1))[:count]
 
 
-def load_on(port: int, asked: list[Asked], clients: int, memory_of: int) -> Load:
+def load_on(port: int, asked: list[Asked], clients: int, process: int) -> Load:
     """Ask all of it, and compare."""
     todo: queue.SimpleQueue[Asked] = queue.SimpleQueue()
     for each in asked:
         todo.put(each)
-    lost, wrong, seconds, memory = [], [], [], [resident(memory_of)]
+    lost, wrong, seconds, memory = [], [], [], [resident(process)]
 
     def client() -> None:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=180)
@@ -145,17 +151,25 @@ def load_on(port: int, asked: list[Asked], clients: int, memory_of: int) -> Load
                     continue
                 wrong.append(sum(abs(a - b) > TOLERANCE for a, b in zip(found, each.expected)))
 
-    begun = time.perf_counter()
+    begun, used = time.perf_counter(), cpu_seconds(process)
     threads = [threading.Thread(target=client) for _ in range(clients)]
     for thread in threads:
         thread.start()
     while any(thread.is_alive() for thread in threads):
         time.sleep(0.5)
-        memory.append(resident(memory_of))
-    took = time.perf_counter() - begun
+        memory.append(resident(process))
+    took, used = time.perf_counter() - begun, cpu_seconds(process) - used
     seconds.sort()
     answers = sum(len(each.expected) for each in asked)
-    return Load(answers, sum(lost), sum(wrong), took, seconds[len(seconds) // 2], seconds[-1], memory)
+    return Load(answers, sum(lost), sum(wrong), took, used, seconds[len(seconds) // 2], seconds[-1], memory)
+
+
+def cpu_seconds(process: int) -> float:
+    """What a process has computed so far, on all cores together; 0: it is gone."""
+    with contextlib.suppress(OSError):
+        after_name = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        return (int(after_name[11]) + int(after_name[12])) / os.sysconf("SC_CLK_TCK")
+    return 0.0
 
 
 def resident(process: int) -> float:
