@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stable reward-model training for DeepSpeed-Chat.
 
-``train`` runs a :class:`RunConfig`; ``load`` reads a model that a run saved; ``report`` writes the page of a run;
-``UserError`` is what they raise for everything that the caller can mend. Nothing heavy is imported before one of them
-is used.
+``train`` runs a :class:`RunConfig`; ``load`` reads a model that a run saved; ``verify`` compares the ways in which
+others score with it; ``report`` writes the page of a run; ``UserError`` is what they raise for everything that the
+caller can mend. Nothing heavy is imported before one of them is used.
 """
 
 from __future__ import annotations
@@ -15,16 +15,19 @@ if TYPE_CHECKING:
     from reward_model.common.errors import UserError
     from reward_model.config.evaluation import EvaluateConfig
     from reward_model.config.options import RunConfig
+    from reward_model.config.verification import VerifyConfig
     from reward_model.inference import load
     from reward_model.judging.api import evaluate
     from reward_model.reporting.report import report
     from reward_model.training.api import train
     from reward_model.training.run import TrainResult
     from reward_model.training.stopping import Interrupted
+    from reward_model.training.verification import verify
 
 __version__ = "0.1.0"
 __all__ = [
-    "EvaluateConfig", "Interrupted", "RunConfig", "TrainResult", "UserError", "evaluate", "load", "report", "train",
+    "EvaluateConfig", "Interrupted", "RunConfig", "TrainResult", "UserError", "VerifyConfig", "evaluate", "load",
+    "report", "train", "verify",
 ]  # fmt: skip
 
 _MODULES = {
@@ -33,10 +36,12 @@ _MODULES = {
     "TrainResult": "reward_model.training.run",
     "UserError": "reward_model.common.errors",
     "EvaluateConfig": "reward_model.config.evaluation",
+    "VerifyConfig": "reward_model.config.verification",
     "evaluate": "reward_model.judging.api",
     "load": "reward_model.inference",
     "report": "reward_model.reporting.report",
     "train": "reward_model.training.api",
+    "verify": "reward_model.training.verification",
 }
 
 

@@ -11,7 +11,11 @@ from reward_model.common.logging import quieten
 
 COMMANDS = {
     "train": ("reward_model.commands.train", "train a reward model: what training_scripts/main.py does"),
-    "export": ("reward_model.commands.export", "a model of a checkpoint, of a run that did not end"),
+    "export": ("reward_model.commands.export", "a model, adapter or checkpoint in the form that another program reads"),
+    "verify": (
+        "reward_model.commands.verify",
+        "does a saved model score the same everywhere, each way a line",
+    ),
     "evaluate": ("reward_model.commands.evaluate", "how right models are on some data, how sure, and what scores mean"),
     "report": ("reward_model.commands.report", "a page of charts, mistakes and settings, of a run or of several"),
     "plan": ("reward_model.commands.plan", "memory and communication of a run, and the line that launches it"),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -149,6 +150,9 @@ def _dimensions(parameter: nn.Parameter) -> int:
     return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
+# fields of config.json that say what scores mean, and what the model is; an adapter has no config.json for them
+OF_SCORES = ("score_mean", "score_std", "score_temperature", "score_thresholds", "lowest_grade", "reward_model")
+SCORES = "scores.json"  # has them beside an adapter
 CARD = """\
 ---
 base_model: {base}
@@ -199,6 +203,8 @@ def save_adapter(scorer: Scorer, tokenizer, folder: Path, state: dict[str, torch
         return
     scorer.model.save_pretrained(folder, state_dict=state)
     tokenizer.save_pretrained(folder)  # with its template and its pad, so that a run can start from the adapter alone
+    scale = {name: getattr(scorer.config, name) for name in OF_SCORES if hasattr(scorer.config, name)}
+    (folder / SCORES).write_text(json.dumps(scale, indent=2) + "\n", encoding="utf-8")
     write_card(scorer, folder)
 
 

@@ -55,9 +55,9 @@ def encode(written: list[dict[str, Any]], tokenizer) -> tuple[list[str], list[li
 
 
 def _scores(folder: Path, form: str, ids: list[list[int]], tokenizer, trust: bool) -> list[float]:
-    from reward_model.models.saving import OWN_CONFIG
+    from reward_model.models.saved_forms import form_of
 
-    if form == "hf" and not (folder / OWN_CONFIG).is_file():
+    if form == "hf" and form_of(folder, "hf") is None:
         return _by_transformers(folder, ids, tokenizer, trust)
     from reward_model.inference import load
 
