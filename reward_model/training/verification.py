@@ -37,9 +37,9 @@ Status = Literal["reference", "same", "differs", "told", "not for it", "not veri
 class Line:
     """What came of one way.
 
-    way: in which others score. status: ``told`` is something to know that is no fault; ``not for it``, a way that does not
-    lead to such a model. note: for people. largest: the
-    largest difference from our evaluation. explained: what rounding explains of that text's. texts: that were compared.
+    way: in which others score. status: ``told`` is something to know that is no fault; ``not for it``, a way that does
+    not lead to such a model. note: for people. largest: the largest difference from our evaluation. explained: what
+    rounding explains of that text's. texts: that were compared.
     """
 
     way: str

@@ -260,6 +260,8 @@ def padded_left(saved: Saved) -> dict[str, Any]:
     else:
         model = saved.classifier()
         answer = {}
+        if not hasattr(model, "score") and saved.tokenizer.padding_side != "left":
+            raise NotItsWay("its head reads the first token of a row: pad on the right, as its tokenizer does")
 
         def score(batch: dict[str, torch.Tensor]) -> torch.Tensor:
             return model(**batch).logits

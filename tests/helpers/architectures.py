@@ -152,7 +152,7 @@ def try_out(folder: Path, out: Path, lora: int) -> tuple[str, str]:
     again = torch.tensor(load(out).score_ids(texts, batch_size=1 if pads else 16))
     trained = single.detach() if pads else trained
     assert torch.allclose(trained, again, atol=1e-4), f"saved scores differ by {(trained - again).abs().max():.2g}"
-    form = "own" if (out / saving.OWN_CONFIG).is_file() else "Transformers'"
+    form = "modules" if (out / "modules.json").is_file() else "Transformers'"
     return form + pads, taken
 
 
