@@ -34,7 +34,7 @@ from reward_model.models.scorer import Scorer, resize_embedding
 from reward_model.objectives.losses import Thresholds
 from reward_model.training import verify
 from reward_model.training.best import read_weights
-from reward_model.training.checkpoint import BEST, TOKENIZER, Checkpoint, listed
+from reward_model.training.checkpoint import BEST, MANIFEST, TOKENIZER, Checkpoint, listed
 from reward_model.training.model_card import Trained, card_of, write_card
 from reward_model.training.naming import name_model
 from reward_model.training.resume import FINISHED
@@ -114,7 +114,8 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 def is_saved(folder: Path) -> bool:
     """Whether a folder holds a model or an adapter, and is no checkpoint."""
-    return (folder / "config.json").is_file() or adapters.is_adapter(str(folder))
+    has_model = (folder / "config.json").is_file() and not (folder / MANIFEST).is_file()
+    return has_model or adapters.is_adapter(str(folder))
 
 
 def first_whole(path: Path) -> Checkpoint:

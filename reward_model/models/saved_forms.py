@@ -18,12 +18,12 @@ from typing import Literal
 import torch
 from huggingface_hub import load_torch_model
 from torch import nn
-from transformers import AutoConfig, AutoModel, PretrainedConfig
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PretrainedConfig
 
 from reward_model.common.errors import UserError, why_not
 from reward_model.models.heads import read_pickled, say_bias
 from reward_model.models.saving import DSCHAT_WEIGHTS
-from reward_model.models.scorer import Scorer, embedding_name, embedding_rows, head_layer
+from reward_model.models.scorer import Scorer, embedding_name, embedding_rows, head_layer, multiply_in_float32
 from reward_model.models.size import require_its_size
 from reward_model.models.st_modules import pooling_in, read_dense
 from reward_model.reward_model import RewardModel
@@ -81,7 +81,7 @@ def load_form(
         scorer = on_drop_in(AutoModel.from_config(config, **options), pooling_of(folder, form))
         if form == "own":
             load_torch_model(scorer.model, folder, strict=True, filename_pattern=OWN_WEIGHTS)
-            return scorer
+            return as_classifier(scorer)
         state = _dschat_state(folder)
         embedding = state.get(f"{BACKBONE}{embedding_name(scorer)}")
         rows = embedding_rows(scorer) if embedding is None else len(embedding)
@@ -93,7 +93,28 @@ def load_form(
         raise UserError(
             f"{folder / DSCHAT_WEIGHTS} does not fit its config.json: {' '.join(str(error).split())}"
         ) from error
-    return scorer
+    return as_classifier(scorer)
+
+
+def as_classifier(scorer: Scorer) -> Scorer:
+    """The same weights under Transformers' class, where it has one that scores the last token; else as it is."""
+    model = scorer.unwrapped
+    kind = AutoModelForSequenceClassification._model_mapping.get(type(scorer.config), None)
+    if not isinstance(model, RewardModel) or scorer.pooling != "last" or kind is None:
+        return scorer
+    scorer.config.num_labels = 1
+    with torch.device("meta"):  # its weights are replaced
+        classed = kind(scorer.config)
+    if type(classed.base_model) is not type(scorer.backbone) or not isinstance(
+        getattr(classed, "score", None), nn.Linear
+    ):
+        return scorer
+    setattr(classed, classed.base_model_prefix, scorer.backbone)
+    classed.score = nn.Linear(model.v_head.in_features, 1, bias=False, dtype=model.v_head.weight.dtype)
+    with torch.no_grad():
+        classed.score.weight.copy_(model.v_head.weight)
+    multiply_in_float32(classed)
+    return Scorer(classed, "last")
 
 
 def _dschat_state(folder: Path) -> dict[str, torch.Tensor]:
@@ -150,7 +171,7 @@ def _load_modules(folder: Path, config: PretrainedConfig, options: dict) -> Scor
     mean = getattr(config, "score_mean", None)
     if bias is not None and (mean is None or not math.isclose(bias, -mean, rel_tol=1e-4)):
         say_bias({"the bias of the dense layer": torch.tensor([bias])})
-    return scorer
+    return as_classifier(scorer)
 
 
 def on_drop_in(backbone: nn.Module, pooling: str) -> Scorer:

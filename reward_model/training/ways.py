@@ -34,6 +34,7 @@ from reward_model.common.logging import quieten
 from reward_model.inference import RewardScorer, load
 from reward_model.models import saving
 from reward_model.models.saved_forms import Form, form_of
+from reward_model.models.scorer import head_layer
 from reward_model.models.st_modules import pooling_in, read_dense
 from reward_model.reward_model import RewardModel
 from reward_model.training import verify
@@ -385,7 +386,7 @@ def deepspeed_chat(saved: Saved) -> dict[str, Any]:
     pad = reward.tokenizer.pad_token_id
     model = RewardModel(reward.scorer.backbone, reward.tokenizer).eval()
     with torch.no_grad():
-        model.v_head.weight.copy_(reward.scorer.unwrapped.v_head.weight)
+        model.v_head.weight.copy_(head_layer(reward.scorer).weight)
     scores = []
     for text in saved.texts:
         ids = ids_of(text, reward.tokenizer, reward.special)
