@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 BATCH = 8  # texts of unlike lengths, so that there are pads
+PIPED = 2  # texts of the pipeline: whether it puts a function on the score shows in one
 
 
 def answer(question: dict[str, Any]) -> dict[str, Any]:
@@ -23,7 +24,8 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
             with ``text``, ``templated`` and ``messages``; ``settings``, names of values in ``config.json``.
 
     Returns:
-        ``scores`` of each form; for each of ``written`` its ``texts``, as the chat template writes its messages, and
+        ``scores`` of each form; ``piped``, what Transformers' pipeline gives for a few of the ids, where it takes the
+        form; for each of ``written`` its ``texts``, as the chat template writes its messages, and
         its ``ids``; ``settings`` as found.
     """
     from transformers import AutoTokenizer
@@ -33,8 +35,13 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     texts, ids = encode(question["written"], tokenizer)
+    scores, piped = {}, []
+    for form in question["forms"]:
+        scores[form], more = _scores(folder, form, question["ids"], tokenizer, trust)
+        piped += more
     return {
-        "scores": {form: _scores(folder, form, question["ids"], tokenizer, trust) for form in question["forms"]},
+        "scores": scores,
+        "piped": piped,
         "texts": texts,
         "ids": ids,
         "settings": {name: config.get(name) for name in question["settings"]},
@@ -54,7 +61,8 @@ def encode(written: list[dict[str, Any]], tokenizer) -> tuple[list[str], list[li
     return texts, ids
 
 
-def _scores(folder: Path, form: str, ids: list[list[int]], tokenizer, trust: bool) -> list[float]:
+def _scores(folder: Path, form: str, ids: list[list[int]], tokenizer, trust: bool) -> tuple[list[float], list[float]]:
+    """The scores of texts, and those of the first few by the pipeline."""
     from reward_model.models.saved_forms import form_of
 
     if form == "hf" and form_of(folder, "hf") is None:
@@ -62,12 +70,12 @@ def _scores(folder: Path, form: str, ids: list[list[int]], tokenizer, trust: boo
     from reward_model.inference import load
 
     reward = load(folder, form="dschat" if form == "dschat" else "hf", trust_remote_code=trust)
-    return [score + reward.mean for score in reward.score_ids(ids, BATCH)]
+    return [score + reward.mean for score in reward.score_ids(ids, BATCH)], []
 
 
-def _by_transformers(folder: Path, ids: list[list[int]], tokenizer, trust: bool) -> list[float]:
+def _by_transformers(folder: Path, ids: list[list[int]], tokenizer, trust: bool) -> tuple[list[float], list[float]]:
     import torch
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification, TextClassificationPipeline
 
     model, info = AutoModelForSequenceClassification.from_pretrained(
         folder, dtype="auto", output_loading_info=True, trust_remote_code=trust
@@ -84,7 +92,13 @@ def _by_transformers(folder: Path, ids: list[list[int]], tokenizer, trust: bool)
         with torch.no_grad():
             logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         scores += logits.float().squeeze(-1).tolist()
-    return scores
+    pipe = TextClassificationPipeline(model=model, tokenizer=tokenizer, device="cpu")
+    piped = []
+    for text in ids[:PIPED]:  # ids, since no text need have these
+        with torch.no_grad():
+            output = pipe.forward({"input_ids": torch.tensor([text]), "attention_mask": torch.ones(1, len(text))})
+        piped.append(float(pipe.postprocess(output)["score"]))
+    return scores, piped
 
 
 def main(question_file: str, answer_file: str) -> None:

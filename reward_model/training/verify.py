@@ -324,6 +324,12 @@ def difference(
                 f"form {form} gives held-out text {worst + 1} of {len(scores)} the score {scores[worst]:.5g}, and the "
                 f"trained model {expected.scores[worst]:.5g} (rounding explains {expected.tolerances[worst]:.2g})"
             )
+    for i, score in enumerate(answer.get("piped", [])):
+        if not abs(score - expected.scores[i]) <= expected.tolerances[i]:
+            return (
+                f"Transformers' pipeline gives held-out text {i + 1} {score:.5g}, and the trained model "
+                f"{expected.scores[i]:.5g}: it does not take the score as it is"
+            )
     return ""
 
 

@@ -458,11 +458,23 @@ def cross_encoder(saved: Saved) -> dict[str, Any]:
     given = [i for i, text in enumerate(saved.texts) if not (text.templated or text.messages)]
     scores: list[float | None] = [None] * len(saved.texts)
     chosen = [saved.texts[i] for i in given]
-    pairs = [[t.prompt, t.response] for t in chosen] if saved.is_pairs else [[s] for s in saved.strings(chosen)]
-    for i, score in zip(given, model.predict(pairs, show_progress_bar=False)):
+    if saved.is_pairs:
+        found = list(model.predict([[t.prompt, t.response] for t in chosen], show_progress_bar=False))
+    else:
+        found = [_score_of_one(model, text) for text in saved.strings(chosen)]
+    for i, score in zip(given, found):
         scores[i] = float(score)
-    note = f"sentence-transformers {version}" + ("" if saved.is_pairs else ", the joined text in place of a pair")
+    joined = "" if saved.is_pairs else ", given the joined text: a pair gets a separator, and another score"
+    note = f"sentence-transformers {version}{joined}"
     return {"scores": scores, "note": note}
+
+
+def _score_of_one(model, text: str) -> float:
+    """What a CrossEncoder gives for a text alone, which versions before 6 take as a row of one."""
+    try:
+        return model.predict([[text]], show_progress_bar=False)[0]
+    except ValueError:
+        return model.predict(text, show_progress_bar=False)
 
 
 def sentence_transformer(saved: Saved) -> dict[str, Any]:
