@@ -455,17 +455,24 @@ def cross_encoder(saved: Saved) -> dict[str, Any]:
     from sentence_transformers import CrossEncoder
 
     model = CrossEncoder(str(saved.folder), device="cpu", trust_remote_code=saved.trust)
-    given = [i for i, text in enumerate(saved.texts) if not (text.templated or text.messages)]
+    takes_chats = bool(saved.tokenizer.chat_template) and not saved.is_pairs
+    given = [i for i, text in enumerate(saved.texts) if bool(text.messages) is takes_chats and not text.templated]
+    if not given:
+        raise NotItsWay("it puts a text through the chat template, and no text here is a chat")
     scores: list[float | None] = [None] * len(saved.texts)
     chosen = [saved.texts[i] for i in given]
     if saved.is_pairs:
         found = list(model.predict([[t.prompt, t.response] for t in chosen], show_progress_bar=False))
+        note = ""
+    elif takes_chats:
+        found = list(model.predict([text.messages for text in chosen], show_progress_bar=False))
+        note = ", given messages: it puts a plain text through the chat template, too"
     else:
         found = [_score_of_one(model, text) for text in saved.strings(chosen)]
+        note = ", given the joined text: a pair gets a separator, and another score"
     for i, score in zip(given, found):
         scores[i] = float(score)
-    joined = "" if saved.is_pairs else ", given the joined text: a pair gets a separator, and another score"
-    note = f"sentence-transformers {version}{joined}"
+    note = f"sentence-transformers {version}{note}"
     return {"scores": scores, "note": note}
 
 

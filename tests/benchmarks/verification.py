@@ -33,7 +33,7 @@ MODELS = (  # family, what is saved, how
     ("llama", "hf and dschat", {"form": "both"}),
     ("llama", "dschat", {"form": "dschat"}),
     ("llama", "openrlhf", {"form": "openrlhf", "mean": 0.25}),
-    ("llama", "modules", {"form": "sentence-transformers", "mean": 0.25}),
+    ("llama", "modules", {"form": "sentence-transformers", "mean": 0.25, "tokenizer": tiny.chatml}),
     ("llama", "mean pooling", {"pooling": "mean", "mean": 0.25}),
     ("gpt2", "float32", {}),
     ("opt", "float32", {}),

@@ -191,7 +191,8 @@ random weights, trained for a step on two texts of different lengths, saved, loa
 {works} of them work, with LoRA, too. A few of the others are refused for sizes that the small configuration gave them.
 `python tests/helpers/architectures.py --write` made this table; torch {torch}, on a CPU.
 
-- form: `Transformers'`, which `AutoModelForSequenceClassification` loads, or our `own` where Transformers has no class.
+- form: `Transformers'`, which `AutoModelForSequenceClassification` loads, or `modules` of Sentence-Transformers where
+  Transformers has no class.
 - attention: which of the [ways to stand in rows](../reward_model/README.md#batches-and-speed) a CPU takes: `slices` and
   `dense` share prompts, `varlen` writes texts into one row without pads, `separate` pads them.
 - Otherwise the line that a user is told.
