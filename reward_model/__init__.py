@@ -2,8 +2,9 @@
 """Stable reward-model training for DeepSpeed-Chat.
 
 ``train`` runs a :class:`RunConfig`; ``load`` reads a model that a run saved; ``score`` gives the scores of rows, and
-``serve`` answers requests for them; ``report`` writes the page of a run; ``UserError`` is what they raise for whatever
-the caller can mend. Nothing heavy is imported before one of them is used.
+``serve`` answers requests for them; ``verify`` compares the ways in which others score with a model; ``report`` writes
+the page of a run; ``UserError`` is what they raise for whatever the caller can mend. Nothing heavy is imported before
+one of them is used.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from reward_model.config.evaluation import EvaluateConfig
     from reward_model.config.options import RunConfig
     from reward_model.config.scoring import ScoreConfig, ServeConfig
+    from reward_model.config.verification import VerifyConfig
     from reward_model.inference import load
     from reward_model.judging.api import evaluate
     from reward_model.reporting.report import report
@@ -24,11 +26,12 @@ if TYPE_CHECKING:
     from reward_model.training.api import train
     from reward_model.training.run import TrainResult
     from reward_model.training.stopping import Interrupted
+    from reward_model.training.verification import verify
 
 __version__ = "0.1.0"
 __all__ = [
     "EvaluateConfig", "Interrupted", "RunConfig", "ScoreConfig", "ServeConfig", "TrainResult", "UserError",
-    "evaluate", "load", "report", "score", "serve", "train",
+    "VerifyConfig", "evaluate", "load", "report", "score", "serve", "train", "verify",
 ]  # fmt: skip
 
 _MODULES = {
@@ -39,12 +42,14 @@ _MODULES = {
     "EvaluateConfig": "reward_model.config.evaluation",
     "ScoreConfig": "reward_model.config.scoring",
     "ServeConfig": "reward_model.config.scoring",
+    "VerifyConfig": "reward_model.config.verification",
     "evaluate": "reward_model.judging.api",
     "load": "reward_model.inference",
     "report": "reward_model.reporting.report",
     "score": "reward_model.serving.stream",
     "serve": "reward_model.serving.api",
     "train": "reward_model.training.api",
+    "verify": "reward_model.training.verification",
 }
 
 

@@ -12,7 +12,11 @@ from reward_model.common.logging import quieten
 
 COMMANDS = {
     "train": ("reward_model.commands.train", "train a reward model: what training_scripts/main.py does"),
-    "export": ("reward_model.commands.export", "a model of a checkpoint, of a run that did not end"),
+    "export": ("reward_model.commands.export", "a model, adapter or checkpoint in the form that another program reads"),
+    "verify": (
+        "reward_model.commands.verify",
+        "does a saved model score the same everywhere, each way a line",
+    ),
     "evaluate": ("reward_model.commands.evaluate", "how right models are on some data, how sure, and what scores mean"),
     "score": ("reward_model.commands.score", "scores of a file or of standard input, one line of JSON a row"),
     "serve": (

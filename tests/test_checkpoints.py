@@ -392,19 +392,20 @@ def test_a_checkpoint_becomes_the_model_that_the_run_would_have_saved(processes,
     from reward_model.commands.export import main
 
     ran(demo, tmp_path / "out", "--save_interval", 1, *flags.split(), processes=processes)
-    assert main([str(tmp_path / "out"), str(tmp_path / "model")]) == 0
+    newest = max((tmp_path / "out" / "checkpoints").iterdir())
+    assert main([str(newest), str(tmp_path / "model")]) == 0
     saved, exported = (what_is_left_of_model(tmp_path / name) for name in ("out", "model"))
     assert saved.keys() == exported.keys()
     for name, weight in saved.items():
         assert torch.equal(weight, exported[name]), name
     with pytest.raises(UserError, match="in use"):
-        main([str(tmp_path / "out"), str(tmp_path / "model")])
+        main([str(newest), str(tmp_path / "model")])
 
 
 def what_is_left_of_model(folder):
     from safetensors.torch import load_file
 
-    return {name: weight for path in folder.glob("*model*.safetensors") for name, weight in load_file(path).items()}
+    return {name: weight for path in folder.rglob("*model*.safetensors") for name, weight in load_file(path).items()}
 
 
 def test_the_best_weights_are_saved_and_training_ends_early(demo, tmp_path):

@@ -74,13 +74,31 @@ def test_metrics_data_settings_versions_and_warnings_are_told():
 
 def test_how_to_score_fits_the_form():
     assert "AutoModelForSequenceClassification" in blocks(card())[0]
-    for files in (("reward_model.json", "reward_model.safetensors"), ("config.json", "pytorch_model.bin")):
-        (only,) = blocks(card(files=files))
-        assert "from reward_model.inference import load" in only
+    (only,) = blocks(card(files=("config.json", "pytorch_model.bin")))
+    assert "from reward_model.inference import load" in only
+    files = ("1_Pooling", "2_Dense", "config.json", "model.safetensors", "modules.json")
+    assert "SentenceTransformer('model')" in blocks(card(files=files))[0]
+    assert ModelCard(card(files=files)).data.library_name == "sentence-transformers"
     assert "score_chats" not in card()
     assert "score_chats" in blocks(card(tokenizer=tiny.chatml()))[1]
     assert "apply_chat_template" in blocks(card(tokenizer=tiny.chatml()))[0]
-    assert "0.2500" in card(scale={"score_mean": 0.25})
+    text = card(scale={"score_mean": 0.25})
+    assert "0.2500" in text and "--pooler-config '{\"logit_mean\": 0.25}'" in text
+    assert "vLLM's `embed`, by a bias" in card(scale={"score_mean": 0.25}, files=files)
+
+
+def test_a_text_is_closed_by_whoever_has_to():
+    """A tokenizer that closes a text itself would close it twice."""
+    assert 'text = "2 + 2 =" + " 4" + tokenizer.eos_token' in blocks(card())[0]
+    assert 'text = "2 + 2 =" + " 4"  # a prompt and its answer\n' in blocks(card(tokenizer=tiny.bert()))[0]
+    pairs = blocks(card(tokenizer=tiny.bert(), naming={"pair_encoding": True}))[0]
+    assert 'tokenizer("2 + 2 =", " 4", return_tensors="pt")' in pairs
+
+
+def test_what_the_model_is_stands_in_the_card():
+    assert "| objective | logistic |" in card(naming={"objective": "logistic"})
+    assert "| function_to_apply | none |" in card(naming={"objective": "logistic"})
+    assert "What it is" not in card()
 
 
 # --- whose README.md ---
@@ -145,7 +163,8 @@ def test_an_exported_model_has_a_card_too(trained, tmp_path):
     from reward_model.commands.export import main
 
     metrics, out = trained
-    assert main([str(out), str(tmp_path / "exported")]) == 0
+    (newest,) = (out / "checkpoints").iterdir()
+    assert main([str(newest), str(tmp_path / "exported")]) == 0
     text = (tmp_path / "exported" / NAME).read_text()
     assert "# exported" in text
     first = metrics.evaluations[0]  # a checkpoint is written before the evaluation of its step

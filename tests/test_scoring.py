@@ -293,7 +293,10 @@ def test_an_encoder_reads_pairs_and_refuses_lines(tmp_path, capsys):
     capsys.readouterr()  # what DeepSpeed's import says
     status, found, error = run(encoder, capsys, write(tmp_path / "texts", ["the cat"]), "--lines")
     assert (status, found) == (1, []) and "reads pairs" in error
-    rows = [{"prompt": "where is the cat", "responses": [" there", " on the mat", " there"]}, {"prompt": "", "response": " a fish"}]
+    rows = [
+        {"prompt": "where is the cat", "responses": [" there", " on the mat", " there"]},
+        {"prompt": "", "response": " a fish"},
+    ]
     status, found, _ = run(encoder, capsys, write(tmp_path / "rows.jsonl", rows))
     reward = load(encoder)
     assert status == 0 and reward.encoding.pairs

@@ -158,6 +158,15 @@ def test_another_pad_is_found(pad, tmp_path):
     assert saved.problem()
 
 
+def test_a_sigmoid_of_the_pipeline_is_found(tmp_path):
+    saved = Saved(tmp_path)
+    assert saved.problem() == ""
+    values = json.loads((saved.folder / "config.json").read_text())
+    del values["problem_type"]
+    (saved.folder / "config.json").write_text(json.dumps(values))
+    assert "Transformers' pipeline gives held-out text 1 0." in saved.problem()
+
+
 def test_another_tokenizer_is_found(tmp_path):
     saved = Saved(tmp_path, tokenizer=tiny.llama())
     assert saved.problem() == ""

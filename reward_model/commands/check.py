@@ -134,7 +134,9 @@ def _reads_pairs(config: RunConfig, tokenizer) -> bool:
     name, trust = model.model_name_or_path, model.trust_remote_code
     found = read_config(name, trust)
     is_trained = is_reward_model(name, found) and not model.new_head
-    return for_training(config.data.pair_encoding, name, found, tokenizer, config.data.chat, is_trained, trust)
+    return for_training(
+        config.data.pair_encoding, name, found, tokenizer, config.data.chat, is_trained, model.pooling, trust
+    )
 
 
 def _tokenizer(config: RunConfig):

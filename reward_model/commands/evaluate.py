@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
     if not models:
         raise UserError("name a model before the flags: a folder or a hub name")
     show_messages()
-    with _messages_aside(config.json):
+    with messages_aside(config.json):
         found = evaluate(models, config)
     if os.environ["RANK"] == "0":
         _show(found, config.json)
@@ -65,7 +65,7 @@ def models_of(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 @contextlib.contextmanager
-def _messages_aside(is_json: bool) -> Iterator[None]:
+def messages_aside(is_json: bool) -> Iterator[None]:
     """With --json: what is said meanwhile goes to standard error, so that standard output holds the object alone."""
     with contextlib.redirect_stdout(sys.stderr) if is_json else contextlib.nullcontext():
         yield

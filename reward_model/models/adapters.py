@@ -15,8 +15,8 @@ from reward_model.common.logging import logger
 from reward_model.data.tokenizer import load_tokenizer
 from reward_model.models import saving
 from reward_model.models.loading import load_for_training
-from reward_model.models.lora import OF_THE_TEXTS
-from reward_model.models.scorer import SCORE_PAIRS
+from reward_model.models.lora import OF_SCORES, SCORES
+from reward_model.models.scorer import Scorer
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -46,9 +46,8 @@ def merged(name_or_path: str, cache: Path, trust_remote_code: bool = False) -> s
     """
     folder = Path(name_or_path)
     base, digest = _base_of(folder), hashlib.sha256()
-    for name in (CONFIG, WEIGHTS, OF_THE_TEXTS):
-        if name != OF_THE_TEXTS or (folder / name).is_file():
-            digest.update(sha256_of(folder / name).encode())
+    for name in (CONFIG, WEIGHTS, *([SCORES] if (folder / SCORES).is_file() else [])):
+        digest.update(sha256_of(folder / name).encode())
     place = cache / "adapters" / digest.hexdigest()[:32]
     if not (place / "config.json").is_file():
         _merge(folder, base, place, trust_remote_code)
@@ -80,11 +79,10 @@ def _merge(folder: Path, base: str, place: Path, trust_remote_code: bool) -> Non
         scorer.model = PeftModel.from_pretrained(scorer.unwrapped, folder).merge_and_unload()
     except (ValueError, RuntimeError, KeyError, TypeError) as error:  # PEFT's, for layers that are not there
         raise UserError(f"{folder} does not fit {base}: {first_line(error)}") from error
-    if (folder / OF_THE_TEXTS).is_file():
-        setattr(scorer.config, SCORE_PAIRS, json.loads((folder / OF_THE_TEXTS).read_text())[SCORE_PAIRS])
     tokenizer = load_tokenizer(
         str(folder) if (folder / "tokenizer_config.json").is_file() else base, trust_remote_code=trust_remote_code
     )
+    tell_scores(scorer, folder)
     staging = place.with_name(f".{place.name}.{os.getpid()}.partial")
     try:
         saving.save(scorer, tokenizer, staging)
@@ -94,3 +92,21 @@ def _merge(folder: Path, base: str, place: Path, trust_remote_code: bool) -> Non
             raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def tell_scores(scorer: Scorer, folder: Path) -> None:
+    """Write what an adapter's scores mean to the config, in place of what those of its base meant.
+
+    Raises:
+        UserError: the adapter's file of that cannot be read.
+    """
+    saving.forget_scale(scorer.config)
+    if not (folder / SCORES).is_file():  # of another trainer
+        return
+    try:
+        values = json.loads((folder / SCORES).read_text(encoding="utf-8"))
+        for name in OF_SCORES:
+            if name in values:
+                setattr(scorer.config, name, values[name])
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{folder / SCORES} cannot be read: {first_line(error)}") from error

@@ -20,8 +20,6 @@ from reward_model.models.quantization import READ_ELSEWHERE, bits_of, how_quanti
 from reward_model.models.scorer import SCORE_PAIRS, Scorer, count, gathered, head_layer
 from reward_model.reward_model import RewardModel
 
-OF_THE_TEXTS = "score_pairs.json"  # beside an encoder's adapter: what config.json of the whole model says of its texts
-
 
 def add_lora(scorer: Scorer, dim: int, alpha: float, module_name: str | None, dropout: float = 0.0) -> Scorer:
     """Freeze the backbone and put LoRA adapters (PEFT) beside its linear layers; the head stays trainable.
@@ -152,6 +150,17 @@ def _dimensions(parameter: nn.Parameter) -> int:
     return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
+# fields of config.json that say what scores mean, what the model is, and how it is given a text: an adapter has none
+OF_SCORES = (
+    "score_mean",
+    "score_std",
+    "score_temperature",
+    "score_thresholds",
+    "lowest_grade",
+    "reward_model",
+    SCORE_PAIRS,
+)
+SCORES = "scores.json"  # has them beside an adapter
 CARD = """\
 ---
 base_model: {base}
@@ -202,8 +211,8 @@ def save_adapter(scorer: Scorer, tokenizer, folder: Path, state: dict[str, torch
         return
     scorer.model.save_pretrained(folder, state_dict=state)
     tokenizer.save_pretrained(folder)  # with its template and its pad, so that a run can start from the adapter alone
-    if scorer.pooling != "last" and hasattr(scorer.config, SCORE_PAIRS):  # PEFT keeps nothing of the model's config
-        (folder / OF_THE_TEXTS).write_text(json.dumps({SCORE_PAIRS: getattr(scorer.config, SCORE_PAIRS)}) + "\n")
+    scale = {name: getattr(scorer.config, name) for name in OF_SCORES if hasattr(scorer.config, name)}
+    (folder / SCORES).write_text(json.dumps(scale, indent=2) + "\n", encoding="utf-8")
     write_card(scorer, folder)
 
 

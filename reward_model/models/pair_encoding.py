@@ -65,6 +65,7 @@ def for_training(
     tokenizer: PreTrainedTokenizerBase,
     chat: bool,
     is_trained: bool,
+    pooling: str | None = None,
     trust_remote_code: bool = False,
 ) -> bool:
     """Whether a run gives its model pairs; says how an encoder is given texts.
@@ -75,6 +76,8 @@ def for_training(
         model: a folder or a name.
         chat: the chat template writes every row as one text.
         is_trained: it is a reward model already, and keeps its head.
+        pooling: as ``--pooling``. With ``mean`` the texts are joined unless pairs are asked for: what loads such a
+            model, SentenceTransformer and vLLM's ``embed``, takes one text.
 
     Raises:
         UserError: pairs are wanted, and the model is a decoder or its tokenizer makes none.
@@ -89,7 +92,8 @@ def for_training(
     is_possible = frame_of(tokenizer) is not None
     if wanted and not is_possible:
         raise UserError(f"--pair_encoding: {model}: {NO_PAIRS}; leave it out")
-    pairs = wanted if wanted is not None else is_possible and not chat and before is not False
+    its_own = before if before is not None else pooling != "mean"
+    pairs = wanted if wanted is not None else is_possible and not chat and its_own
     if before is not None and pairs != before:
         logger.warning(
             f"{model} was trained on {_described(before)}, and is trained on {_described(pairs)} from here on: its "

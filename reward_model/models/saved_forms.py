@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading the forms of a saved model that are not Transformers' own: ours, and DeepSpeed-Chat's."""
+"""Reading the forms of a saved model that are not Transformers' own.
+
+Sentence-Transformers' modules, DeepSpeed-Chat's, and one of ours in which models were saved until November 2026.
+"""
 
 from __future__ import annotations
 
 import inspect
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,17 +18,20 @@ from typing import Literal
 import torch
 from huggingface_hub import load_torch_model
 from torch import nn
-from transformers import AutoConfig, AutoModel, PretrainedConfig
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PretrainedConfig
 
 from reward_model.common.errors import UserError, why_not
-from reward_model.models.heads import read_pickled
-from reward_model.models.saving import DSCHAT_WEIGHTS, OWN_CONFIG, OWN_WEIGHTS
-from reward_model.models.scorer import Scorer, embedding_name, embedding_rows
+from reward_model.models.heads import read_pickled, say_bias
+from reward_model.models.saving import DSCHAT_WEIGHTS
+from reward_model.models.scorer import Scorer, embedding_name, embedding_rows, head_layer, multiply_in_float32
 from reward_model.models.size import require_its_size
+from reward_model.models.st_modules import pooling_in, read_dense
 from reward_model.reward_model import RewardModel
 
-Form = Literal["own", "dschat"]
+Form = Literal["modules", "own", "dschat"]
 BACKBONE = "rwtransformer."
+OWN_WEIGHTS = "reward_model{suffix}.safetensors"
+OWN_CONFIG = "reward_model.json"
 
 
 def form_of(folder: Path, wanted: str | None = None) -> Form | None:
@@ -37,12 +44,16 @@ def form_of(folder: Path, wanted: str | None = None) -> Form | None:
     has_other = has_own or any(folder.glob("*.safetensors"))
     if (folder / DSCHAT_WEIGHTS).is_file() and (wanted == "dschat" or (wanted is None and not has_other)):
         return "dschat" if any(name.startswith(BACKBONE) for name in _dschat_state(folder)) else None
-    return "own" if has_own else None
+    if has_own:
+        return "own"
+    return "modules" if pooling_in(folder) else None
 
 
 def pooling_of(folder: Path, form: Form) -> str:
     """Where a model in one of these forms scores a text."""
-    return json.loads((folder / OWN_CONFIG).read_text())["pooling"] if form == "own" else "last"
+    if form == "own":
+        return json.loads((folder / OWN_CONFIG).read_text())["pooling"]
+    return (pooling_in(folder) or "last") if form == "modules" else "last"
 
 
 def load_form(
@@ -62,10 +73,15 @@ def load_form(
         UserError: the weights do not fit the config.
     """
     with _whole_weights():
-        scorer = _empty(folder, dtype, pooling_of(folder, form), trust_remote_code, dropout)
+        config = _config(folder, trust_remote_code, dropout)
+        dtype = dtype or getattr(config, "dtype", None) or torch.float32
+        options = {"dtype": dtype, "trust_remote_code": trust_remote_code} | no_pooler(config)
+        if form == "modules":
+            return _load_modules(folder, config, options)
+        scorer = on_drop_in(AutoModel.from_config(config, **options), pooling_of(folder, form))
         if form == "own":
             load_torch_model(scorer.model, folder, strict=True, filename_pattern=OWN_WEIGHTS)
-            return scorer
+            return as_classifier(scorer)
         state = _dschat_state(folder)
         embedding = state.get(f"{BACKBONE}{embedding_name(scorer)}")
         rows = embedding_rows(scorer) if embedding is None else len(embedding)
@@ -77,7 +93,28 @@ def load_form(
         raise UserError(
             f"{folder / DSCHAT_WEIGHTS} does not fit its config.json: {' '.join(str(error).split())}"
         ) from error
-    return scorer
+    return as_classifier(scorer)
+
+
+def as_classifier(scorer: Scorer) -> Scorer:
+    """The same weights under Transformers' class, where it has one that scores the last token; else as it is."""
+    model = scorer.unwrapped
+    kind = AutoModelForSequenceClassification._model_mapping.get(type(scorer.config), None)
+    if not isinstance(model, RewardModel) or scorer.pooling != "last" or kind is None:
+        return scorer
+    scorer.config.num_labels = 1
+    with torch.device("meta"):  # its weights are replaced
+        classed = kind(scorer.config)
+    if type(classed.base_model) is not type(scorer.backbone) or not isinstance(
+        getattr(classed, "score", None), nn.Linear
+    ):
+        return scorer
+    setattr(classed, classed.base_model_prefix, scorer.backbone)
+    classed.score = nn.Linear(model.v_head.in_features, 1, bias=False, dtype=model.v_head.weight.dtype)
+    with torch.no_grad():
+        classed.score.weight.copy_(model.v_head.weight)
+    multiply_in_float32(classed)
+    return Scorer(classed, "last")
 
 
 def _dschat_state(folder: Path) -> dict[str, torch.Tensor]:
@@ -99,7 +136,7 @@ def _whole_weights() -> Iterator[None]:
         deepspeed._hf_deepspeed_config_weak_ref = config
 
 
-def _empty(folder: Path, dtype: torch.dtype | None, pooling: str, trust: bool, dropout: float | None) -> Scorer:
+def _config(folder: Path, trust: bool, dropout: float | None) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
     except Exception as error:  # OSError, ValueError, KeyError
@@ -107,10 +144,34 @@ def _empty(folder: Path, dtype: torch.dtype | None, pooling: str, trust: bool, d
     require_its_size(str(folder), config, trust)
     if dropout is not None:
         set_dropout(config, dropout)
-    dtype = dtype or getattr(config, "dtype", None) or torch.float32
-    options = no_pooler(config)
-    backbone = AutoModel.from_config(config, dtype=dtype, trust_remote_code=trust, **options)
-    return on_drop_in(backbone, pooling)
+    return config
+
+
+def _load_modules(folder: Path, config: PretrainedConfig, options: dict) -> Scorer:
+    """Sentence-Transformers' modules under the drop-in's head.
+
+    Raises:
+        UserError: weights are missing, or the dense layer is not as wide as the model.
+    """
+    try:
+        backbone, info = AutoModel.from_pretrained(folder, config=config, output_loading_info=True, **options)
+    except Exception as error:  # OSError, RuntimeError, safetensors' own
+        raise UserError(f"cannot load the weights of {folder}: {why_not(error)}") from error
+    if lacking := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
+        raise UserError(f"{folder} lacks {len(lacking)} of the model's weights, {lacking[0]} the first of them")
+    scorer = on_drop_in(backbone, pooling_in(folder) or "mean")
+    weight, bias = read_dense(folder)
+    head = head_layer(scorer)
+    if weight.shape != head.weight.shape:
+        raise UserError(
+            f"{folder}: its dense layer takes {weight.shape[1]} numbers, and the model gives {head.in_features}"
+        )
+    with torch.no_grad():
+        head.weight.copy_(weight)
+    mean = getattr(config, "score_mean", None)
+    if bias is not None and (mean is None or not math.isclose(bias, -mean, rel_tol=1e-4)):
+        say_bias({"the bias of the dense layer": torch.tensor([bias])})
+    return as_classifier(scorer)
 
 
 def on_drop_in(backbone: nn.Module, pooling: str) -> Scorer:

@@ -2,9 +2,8 @@
 """Writing a trained model, in one of three forms.
 
 - Transformers' own: ``AutoModelForSequenceClassification`` loads it (safetensors, one label, pad token set).
-- ``reward_model*.safetensors``, for what Transformers has no class for (``--pooling mean``, decoders without a
-  sequence-classification class): ``reward_model.inference.load`` reads it, and Transformers' loaders refuse it, which
-  beats scoring with another pooling in silence.
+- Sentence-Transformers' modules, for what Transformers has no class for (``--pooling mean``, decoders without a
+  sequence-classification class): :mod:`reward_model.models.st_modules`.
 - DeepSpeed-Chat's: ``pytorch_model.bin`` with ``rwtransformer.*`` and ``v_head.weight``, for upstream's step 3.
 
 Files are written beside their place and moved there when all are complete.
@@ -20,10 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from huggingface_hub import save_torch_state_dict
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.dynamic_module_utils import custom_object_save
 
 from reward_model.common.errors import UserError
 from reward_model.common.files import flush_folder, flush_tree, remove_folder
@@ -31,17 +28,18 @@ from reward_model.common.logging import logger
 from reward_model.common.pulse import beat
 from reward_model.common.words import in_bytes
 from reward_model.models.for_transformers_4 import write_old_keys
-from reward_model.models.lora import merge_lora, save_adapter
+from reward_model.models.lora import OF_SCORES, merge_lora, save_adapter
 from reward_model.models.quantization import dequantized, is_quantized
 from reward_model.models.scorer import Scorer, embedding_name, gathered
+from reward_model.models.st_modules import require_modules, write_modules
 from reward_model.reward_model import RewardModel
 
 TAGS = ("reward-model", "reward-trainer")  # of the model, as TRL's trainer has the second
-OWN_WEIGHTS = "reward_model{suffix}.safetensors"
-OWN_CONFIG = "reward_model.json"
 DSCHAT_WEIGHTS = "pytorch_model.bin"
 NOT_FOR_TRANSFORMERS = "none-for-Transformers-since-pytorch_model.bin-is-DeepSpeed-Chats.safetensors"  # in its error
-SCALE = ("score_mean", "score_std", "score_temperature", "score_thresholds", "lowest_grade")  # fields of config.json
+NAMING = "reward_model"  # the field of config.json that says what the model is, for people and other programs
+SCALE = tuple(name for name in OF_SCORES if name != NAMING)  # those that say what its scores mean
+OPENRLHF = ("value_head_prefix", "mean", "std")  # fields that its loader reads; it gives (score - mean) / std
 
 
 def require_dschat(scorer: Scorer, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -79,7 +77,7 @@ def save(
     """Write a model with its tokenizer; LoRA merged, its adapter in ``adapter/``. Called by every rank.
 
     Args:
-        save_format: ``hf``, ``dschat`` or ``both``, in one folder.
+        save_format: ``hf``, ``dschat`` or ``both``, in one folder; or one that :func:`require_form` knows.
         is_writer: this rank writes; the others only give their part of the weights.
         make_room: called when the disk is full; whether it has freed some, so that another try is worth it.
 
@@ -126,11 +124,18 @@ def _write_forms(
         save_adapter(scorer, tokenizer, folder / "adapter", state)
         state = merge_lora(scorer, state)
     tokenizer.save_pretrained(folder)
-    if save_format in ("hf", "both"):
-        _save_for_loading(scorer, state, folder)
+    if save_format == "sentence-transformers":
+        write_modules(scorer, tokenizer, state, folder)
+    if save_format in ("hf", "hf4", "both", "openrlhf"):
+        _save_for_loading(scorer, state, tokenizer, folder)
     if save_format in ("dschat", "both"):
         _save_dschat(scorer, state, tokenizer, folder)
-    if lacking := write_old_keys(folder):
+    if save_format == "openrlhf":
+        _tell_openrlhf(folder)
+    lacking = write_old_keys(folder)
+    if lacking and save_format == "hf4":
+        raise UserError(f"--to hf4: Transformers 4 has no setting for {lacking}")
+    if lacking:
         logger.warning(f"score with Transformers 5 only: Transformers 4 has no setting for {lacking}")
 
 
@@ -159,15 +164,18 @@ def _share(folder: Path) -> None:
 def tell_raw_score(config) -> None:
     """Write into a config that its one label is a score: other programs would put a sigmoid on it.
 
-    ``problem_type`` is for Transformers' pipeline and vLLM's classify, ``sentence_transformers`` for CrossEncoder.
+    ``problem_type`` is for Transformers' pipeline and vLLM's classify, ``function_to_apply`` for whoever asks the
+    pipeline's name for it, ``sentence_transformers`` for CrossEncoder.
     """
     config.problem_type = "regression"
+    config.function_to_apply = "none"
     config.sentence_transformers = {"activation_fn": "torch.nn.modules.linear.Identity"}
 
 
 def forget_scale(config) -> None:
-    """Take out of a config what an earlier training said of its scores."""
-    for name in SCALE:
+    """Take out of a config what an earlier training said of its scores, and what other trainers did."""
+    of_openrlhf = OPENRLHF if hasattr(config, OPENRLHF[0]) else ()
+    for name in (*SCALE, NAMING, *of_openrlhf):
         if hasattr(config, name):
             delattr(config, name)
 
@@ -186,22 +194,51 @@ def whole_state_dict(model: nn.Module, keep: bool = True) -> dict[str, torch.Ten
     return state
 
 
-def _save_for_loading(scorer: Scorer, state: dict[str, torch.Tensor], folder: Path) -> None:
+def _save_for_loading(scorer: Scorer, state: dict[str, torch.Tensor], tokenizer, folder: Path) -> None:
+    """Transformers' form, or where it has no class for the model, Sentence-Transformers'."""
     model = scorer.unwrapped
     if isinstance(model, PreTrainedModel):
         model.add_model_tags(list(TAGS))  # for whoever pushes the model from Python
         model.save_pretrained(folder, state_dict=state)
         return
-    config = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__]
-    if getattr(scorer.backbone, "_auto_class", None):  # it came with code of its own
-        custom_object_save(scorer.backbone, folder, config=config)
-    config.save_pretrained(folder)
-    (folder / OWN_CONFIG).write_text(json.dumps({"pooling": scorer.pooling}) + "\n")
-    save_torch_state_dict(state, folder, filename_pattern=OWN_WEIGHTS)
+    scorer.backbone.add_model_tags(list(TAGS))
+    write_modules(scorer, tokenizer, state, folder)
     logger.info(
-        "saved in our own form, which reward_model.inference.load reads: Transformers has no class that scores this way"
+        "saved as modules of Sentence-Transformers, which SentenceTransformer, vLLM's embed and "
+        "reward_model.inference.load read: Transformers has no class that scores this way, and its "
+        "AutoModelForSequenceClassification would draw a new head"
     )
+
+
+def require_openrlhf(scorer: Scorer) -> None:
+    """Raises UserError if OpenRLHF has no model that scores as this one does."""
+    if scorer.pooling != "last" or not isinstance(scorer.unwrapped, PreTrainedModel):
+        has_no = "has no classification class in Transformers"
+        why = has_no if scorer.pooling == "last" else f"is scored otherwise (pooling {scorer.pooling})"
+        raise UserError(
+            f"--to openrlhf: its reward model is a decoder with a linear layer on the last token, and this one {why}"
+        )
+
+
+def _tell_openrlhf(folder: Path) -> None:
+    """Name the head and the scale in ``config.json`` as OpenRLHF's reward model reads them; the weights are the same.
+
+    Its ``normalize_reward`` gives (score - mean) / std; the head of a normalized model was divided already.
+    """
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config |= dict(zip(OPENRLHF, ("score", config.get("score_mean", 0.0), 1.0)))
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def require_form(scorer: Scorer, tokenizer: PreTrainedTokenizerBase, to: str) -> None:
+    """Raises UserError if a model has no such form (``--to``)."""
+    if to == "dschat":
+        require_dschat(scorer, tokenizer)
+    elif to == "sentence-transformers":
+        require_modules(scorer, f"--to {to}")
+    elif to == "openrlhf":
+        require_openrlhf(scorer)
 
 
 def _save_dschat(scorer: Scorer, state: dict[str, torch.Tensor], tokenizer, folder: Path) -> None:

@@ -75,8 +75,9 @@ def load_data(
     text = config.get_text_config()
     special = choose_special_tokens(tokenizer, text.vocab_size, int(data.add_eot_token), may_grow=True)
     pairs = pair_encoding.for_training(
-        data.pair_encoding, model.model_name_or_path, config, tokenizer, data.chat, is_trained, model.trust_remote_code
-    )
+        data.pair_encoding, model.model_name_or_path, config, tokenizer, data.chat, is_trained, model.pooling,
+        model.trust_remote_code,
+    )  # fmt: skip
     if pairs:  # whether a tokenizer makes segment ids by default differs between Transformers 4 and 5: it is saved
         tokenizer.init_kwargs["model_input_names"] = list(tokenizer.model_input_names)
     preprocessing = PreprocessingConfig(

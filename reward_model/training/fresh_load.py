@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 BATCH = 8  # texts of unlike lengths, so that there are pads
+PIPED = 2  # texts of the pipeline: whether it puts a function on the score shows in one
 
 
 def answer(question: dict[str, Any]) -> dict[str, Any]:
@@ -25,7 +26,8 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
             and, of a pair, ``prompt``; ``settings``, names of values in ``config.json``.
 
     Returns:
-        ``scores`` of each form; for each of ``written`` its ``texts``, as the chat template writes its messages, and
+        ``scores`` of each form; ``piped``, what Transformers' pipeline gives for a few of the ids, where it takes the
+        form; for each of ``written`` its ``texts``, as the chat template writes its messages, and
         its ``ids``; ``settings`` as found.
     """
     from transformers import AutoTokenizer
@@ -36,8 +38,13 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     texts, ids = encode(question["written"], tokenizer)
     asked = question["ids"], question.get("second") or [0] * len(question["ids"])
+    scores, piped = {}, []
+    for form in question["forms"]:
+        scores[form], more = _scores(folder, form, *asked, tokenizer, trust)
+        piped += more
     return {
-        "scores": {form: _scores(folder, form, *asked, tokenizer, trust) for form in question["forms"]},
+        "scores": scores,
+        "piped": piped,
         "texts": texts,
         "ids": ids,
         "settings": {name: config.get(name) for name in question["settings"]},
@@ -59,20 +66,23 @@ def encode(written: list[dict[str, Any]], tokenizer) -> tuple[list[str], list[li
     return texts, ids
 
 
-def _scores(folder: Path, form: str, ids: list[list[int]], second: list[int], tokenizer, trust: bool) -> list[float]:
-    from reward_model.models.saving import OWN_CONFIG
+Scores = tuple[list[float], list[float]]  # of all texts, and of the first few by the pipeline
 
-    if form == "hf" and not (folder / OWN_CONFIG).is_file():
+
+def _scores(folder: Path, form: str, ids: list[list[int]], second: list[int], tokenizer, trust: bool) -> Scores:
+    from reward_model.models.saved_forms import form_of
+
+    if form == "hf" and form_of(folder, "hf") is None:
         return _by_transformers(folder, ids, second, tokenizer, trust)
     from reward_model.inference import load
 
     reward = load(folder, form="dschat" if form == "dschat" else "hf", trust_remote_code=trust)
-    return [score + reward.mean for score in reward.score_ids(ids, BATCH, second)]
+    return [score + reward.mean for score in reward.score_ids(ids, BATCH, second)], []
 
 
-def _by_transformers(folder: Path, ids: list[list[int]], second: list[int], tokenizer, trust: bool) -> list[float]:
+def _by_transformers(folder: Path, ids: list[list[int]], second: list[int], tokenizer, trust: bool) -> Scores:
     import torch
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification, TextClassificationPipeline
 
     model, info = AutoModelForSequenceClassification.from_pretrained(
         folder, dtype="auto", output_loading_info=True, trust_remote_code=trust
@@ -94,7 +104,14 @@ def _by_transformers(folder: Path, ids: list[list[int]], second: list[int], toke
         with torch.no_grad():
             logits = model(**{name: batch[name] for name in names}).logits
         scores += logits.float().squeeze(-1).tolist()
-    return scores
+    pipe = TextClassificationPipeline(model=model, tokenizer=tokenizer, device="cpu")
+    piped = []
+    for i in range(min(PIPED, len(ids))):  # ids, since no text need have these
+        given = {name: torch.tensor([values[i]]) for name, values in texts.items()}
+        with torch.no_grad():
+            output = pipe.forward(given | {"attention_mask": torch.ones_like(given["input_ids"])})
+        piped.append(float(pipe.postprocess(output)["score"]))
+    return scores, piped
 
 
 def main(question_file: str, answer_file: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,11 @@ from reward_model.common.words import counted
 from reward_model.config.settings import Settings
 from reward_model.data.comparisons import Comparisons
 from reward_model.data.sources import amount_of
-from reward_model.models.saving import DSCHAT_WEIGHTS, OWN_CONFIG, TAGS
+from reward_model.models.saving import DSCHAT_WEIGHTS, TAGS
+from reward_model.models.st_modules import MODULES
 from reward_model.training.data import Data
+from reward_model.training.naming import kind_of_texts
+from reward_model.training.texts import end_token
 
 NAME, BESIDE = "README.md", "MODEL_CARD.md"  # the second where the first is the user's own
 MARK = "<!-- written by dschat-reward; a card with another hash than this was changed, and is kept: "
@@ -61,7 +64,7 @@ class Trained:
 
     run: what ``run.json`` says. sets: name of an evaluation set → metrics. step: of the weights. evaluated: the step
     after which the metrics were found. health: what :meth:`reward_model.training.health.Health.state` gives. scale:
-    what ``config.json`` says of the scores.
+    what ``config.json`` says of the scores. naming: what it says of the model, as :mod:`.naming` writes it.
     """
 
     run: dict[str, Any]
@@ -70,6 +73,7 @@ class Trained:
     evaluated: int
     health: dict[str, Any]
     scale: dict[str, Any]
+    naming: dict[str, Any] = field(default_factory=dict)
 
 
 def where_from(settings: Settings, data: Data) -> dict[str, Any]:
@@ -84,6 +88,7 @@ def where_from(settings: Settings, data: Data) -> dict[str, Any]:
         "datasets": ["/".join(entry.split("/")[:2]) for entry in on_hub],
         "train": _rows_of(data.train),
         "evaluation": {name: _rows_of(rows) for name, rows in data.evaluation.items()},
+        "texts": kind_of_texts(data.tokenizer, data.train),
     }
 
 
@@ -120,7 +125,7 @@ def card_of(name: str, files: Sequence[str], tokenizer: PreTrainedTokenizerBase,
         base_model=hub,
         datasets=origin.get("datasets") or None,
         eval_results=_results(name, origin, trained.sets),
-        library_name="transformers",
+        library_name="sentence-transformers" if MODULES in files else "transformers",
         metrics=["accuracy"] if any("accuracy" in each for each in trained.sets.values()) else None,
         model_name=name,
         pipeline_tag="text-classification",
@@ -139,6 +144,7 @@ def card_of(name: str, files: Sequence[str], tokenizer: PreTrainedTokenizerBase,
             else [f"Found after step {trained.evaluated}, not with these weights."]
         ),
         _metrics(trained.sets),
+        *(["## What it is", _table(("field", "value"), _named(trained.naming))] if trained.naming else []),
         "## How to score",
         *_scoring(name, files, tokenizer, trained),
         "## Data",
@@ -185,22 +191,33 @@ def _metrics(sets: dict[str, dict[str, Any]]) -> str:
 
 
 def _scoring(name: str, files: Sequence[str], tokenizer: PreTrainedTokenizerBase, trained: Trained) -> list[str]:
-    """How to score, by Transformers where it loads the form, and by ours; with a template chats, too."""
+    """How to score, by Transformers or Sentence-Transformers where they load the form, and by ours; chats, too."""
     is_dschat = DSCHAT_WEIGHTS in files and not any(each.endswith(".safetensors") for each in files)
-    template = bool(tokenizer.chat_template)
-    asked, answer, made, given = _asking(trained.run, tokenizer)
+    template, is_pairs = bool(tokenizer.chat_template), bool(trained.run.get("pair_encoding"))
+    closes = "" if is_pairs else _closing(tokenizer, trained.run.get("special", {}))
+    asked, answer = '"2 + 2 ="', '"4"' if is_pairs else '" 4"'
     chat = '[{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]'
     parts = []
-    if OWN_CONFIG not in files and not is_dschat:
+    if MODULES in files:
+        lines = [
+            "from sentence_transformers import SentenceTransformer",
+            "",
+            f"model = SentenceTransformer({name!r})",
+            f"score = model.encode({f'({asked}, {answer})' if is_pairs else asked + ' + ' + answer + closes})[0]",
+        ]
+        parts.append(_python(lines))
+    elif not is_dschat:
+        text = f"{asked} + {answer}{closes}  # a prompt and its answer{', closed' if closes else ''}"
+        call = f'tokenizer({f"{asked}, {answer}" if is_pairs else "text"}, return_tensors="pt")'
         lines = [
             "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
             "",
             f"tokenizer = AutoTokenizer.from_pretrained({name!r})",
             f"model = AutoModelForSequenceClassification.from_pretrained({name!r})",
-            *made,
-            f'score = model(**tokenizer({given}, return_tensors="pt")).logits[0, 0]',
+            *([] if is_pairs else [f"text = {text}"]),
+            f"score = model(**{call}).logits[0, 0]",
         ]
-        if template:
+        if template and not is_pairs:
             lines += [
                 "",
                 f"chat = {chat}",
@@ -219,25 +236,40 @@ def _scoring(name: str, files: Sequence[str], tokenizer: PreTrainedTokenizerBase
     if "score_mean" in trained.scale:
         parts.append(
             "The head was scaled to scores of standard deviation 1. `config.json` has their mean, "
-            f"{trained.scale['score_mean']:.4f}, which only `reward_model.inference` subtracts. The metrics above are "
-            "of the scores before."
+            f"{trained.scale['score_mean']:.4f}. {applied_by(trained.scale['score_mean'], MODULES in files)} "
+            "The metrics above are of the scores before."
         )
     if "score_thresholds" in trained.scale:
         parts.append("`reward.grades(scores)` gives the grades that the model was trained on.")
     return parts
 
 
-def _asking(run: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, list[str], str]:
-    """A prompt, its answer, the lines that make of them what the tokenizer is given, and what it is given."""
-    asked, answer = '"2 + 2 ="', '"4"'
-    if run.get("pair_encoding"):
-        return asked, answer, [], f"{asked}, {answer}"
-    end, answer, closes = run.get("special", {}).get("end"), '" 4"', " + tokenizer.eos_token"
-    if end is not None and end != tokenizer.eos_token_id:
-        closes = f" + {tokenizer.convert_ids_to_tokens(end)!r}"
-    if end is not None and list(tokenizer("a")["input_ids"])[-1:] == [end]:  # the tokenizer closes a text itself
-        closes = ""
-    return asked, answer, [f"text = {asked} + {answer}{closes}  # a prompt and its answer, closed"], "text"
+def _named(naming: dict[str, Any]) -> list[tuple[str, str]]:
+    """What ``config.json`` says of the model, with the function that others apply to a score: none."""
+    return [(name, _value(value)) for name, value in (naming | {"function_to_apply": "none"}).items()]
+
+
+def applied_by(mean: float, is_modules: bool) -> str:
+    """Who subtracts the mean of a normalized model, in sentences.
+
+    Args:
+        is_modules: the model is saved as Sentence-Transformers' modules, whose dense layer has the mean as its bias.
+    """
+    if is_modules:
+        return "`reward_model.inference` subtracts it, and so do SentenceTransformer and vLLM's `embed`, by a bias."
+    return (
+        "`reward_model.inference` subtracts it. Transformers, its pipeline, CrossEncoder, TRL and SGLang do not. vLLM "
+        f"does with `--pooler-config '{{\"logit_mean\": {mean:.6g}}}'`, and OpenRLHF with `normalize_reward` once "
+        "`reward-model export --to openrlhf` has written it under its names."
+    )
+
+
+def _closing(tokenizer: PreTrainedTokenizerBase, special: dict[str, Any]) -> str:
+    """Python that closes a text for a tokenizer which does not close it itself; empty: it does."""
+    end = end_token(tokenizer, special.get("end"))
+    if end is None:
+        return ""
+    return " + tokenizer.eos_token" if end == tokenizer.eos_token else f" + {end!r}"
 
 
 def _data(origin: dict[str, Any]) -> str:

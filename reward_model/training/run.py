@@ -53,6 +53,7 @@ from reward_model.training.data import Data, load_data
 from reward_model.training.engine import build_scorer, partition_while_loading, start_engine
 from reward_model.training.held_out import keep_temperature, write_evaluation
 from reward_model.training.model_card import Trained, card_of, write_card
+from reward_model.training.naming import name_model
 from reward_model.training.output_folder import described_by, locked, mark, open_folder
 from reward_model.training.records import Records
 from reward_model.training.resume import FINISHED, INTERRUPTED, Start, choose_start
@@ -159,6 +160,7 @@ def run_in(folder: Path | None, config: RunConfig, context: DistributedContext, 
             take_best(trainer)
             keep_scale(trainer, data.reference)
             keep_temperature(trainer)
+            name_model(trainer.forward.scorer, data.tokenizer, described_run)
             if folder:
                 names = save(trainer, data, folder)
                 describe(trainer, data, folder, described_run, names)
@@ -410,7 +412,7 @@ def describe(trainer: Trainer, data: Data, folder: Path, run: dict[str, Any], na
     is_best = bool(trainer.settings.evaluation.keep_best and best and best.step)
     step = best.step if best and is_best else trainer.step
     scale = {name: getattr(config, name) for name in saving.SCALE if hasattr(config, name)}
-    trained = Trained(run, trainer.metrics, step, step, trainer.health.state(), scale)
+    trained = Trained(run, trainer.metrics, step, step, trainer.health.state(), scale, getattr(config, saving.NAMING))
     name = trainer.settings.output.hub_model_id or folder.resolve().name
     write_card(folder, card_of(name, names, data.tokenizer, trained))
 

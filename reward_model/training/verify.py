@@ -28,20 +28,19 @@ from reward_model.common.errors import first_line
 from reward_model.common.logging import logger
 from reward_model.data.comparisons import Comparison, Comparisons
 from reward_model.data.encoding import Encoding, end_text, one_start
-from reward_model.data.rendering import render
 from reward_model.data.tokenizer import SpecialTokens
 from reward_model.models.for_transformers_4 import write_old_keys
 from reward_model.models.forward import ForwardPass
 from reward_model.models.saving import DSCHAT_WEIGHTS, SCALE
 from reward_model.models.scorer import SCORE_PAIRS, count, gathered, head_layer
 from reward_model.training import fresh_load
+from reward_model.training.texts import CHAT, written_chat
 
 MOST_TEXTS, LEAST_TEXTS, MOST_WRITTEN = 32, 2, 8
 BATCH = 2  # texts that the trainer scores at a time; any device that trains holds two
 OPERATIONS = 3e13  # of the scoring on a CPU: a minute at half a teraflop a second; a 7 B model gets 2,100 tokens of it
 PATIENCE = 900  # seconds; the other ranks wait, and DeepSpeed lets them wait for half an hour
 HEADROOM = 1.5e9  # bytes of the process besides the weights
-CHAT = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
 LAUNCHERS = re.compile(  # variables that would have the process join a run, or slow it down
     r"RANK|WORLD_SIZE|(LOCAL|GROUP|ROLE|CROSS|NODE)_\w+|MASTER_\w+|TORCHELASTIC_\w+|TORCH_NCCL_\w+|NCCL_\w+|GLOO_\w+|"
     r"(OMPI|PMI|PMIX|MV2|SLURM|SBATCH|SRUN|DS|DEEPSPEED|ACCELERATE|FSDP)_\w+|OMP_NUM_THREADS|KMP_\w+"
@@ -222,16 +221,6 @@ def _closed(ids: list[int], each: WrittenText, special: SpecialTokens) -> list[i
     return ids if each.templated or each.prompt is not None else end_text(one_start(ids, special), special)
 
 
-def written_chat(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """A small chat in the tokenizer's template; None: it has none, or none for such a chat."""
-    if not tokenizer.chat_template:
-        return None
-    try:
-        return render(tokenizer, CHAT)
-    except Exception:  # a template raises what it likes, over a chat that lacks a system turn, say
-        return None
-
-
 def check(
     folder: Path,
     forms: Sequence[str],
@@ -250,11 +239,8 @@ def check(
     Returns:
         What differs, in a line; empty: nothing does, or it could not be found out, which is said.
     """
-    files = [*folder.glob("*.safetensors"), folder / DSCHAT_WEIGHTS]
-    need = HEADROOM + 1.1 * sum(file.stat().st_size for file in files if file.is_file()) / len(forms)
-    free = free_memory()
-    if free is not None and free < need:
-        logger.warning(f"not verified: {free / 1e9:.1f} GB of host memory are free, loading takes {need / 1e9:.1f} GB")
+    if lacking := lacking_memory(folder, len(forms)):
+        logger.warning(f"not verified: {lacking}")
         return ""
     question = {
         "folder": str(folder.resolve()),
@@ -327,6 +313,26 @@ def plain_environment() -> dict[str, str]:
     return kept | devices | offline | own
 
 
+def lacking_memory(folder: Path, forms: int = 1, copies: float = 1.1) -> str:
+    """Why a saved model cannot be loaded by another process beside this one; empty: it can.
+
+    Args:
+        forms: in the folder, of which one at a time is loaded.
+        copies: of the weights that the process holds.
+    """
+    need = HEADROOM + copies * weights_of(folder) / forms
+    free = free_memory()
+    if free is None or free >= need:
+        return ""
+    return f"{free / 1e9:.1f} GB of host memory are free, loading takes {need / 1e9:.1f} GB"
+
+
+def weights_of(folder: Path) -> int:
+    """Bytes of the weights in a folder, in all forms."""
+    files = [*folder.glob("*.safetensors"), folder / DSCHAT_WEIGHTS]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
 def free_memory() -> int | None:
     """Bytes of host memory that a new process can have, by the kernel and by this one's cgroup; None: unknown."""
     free = []
@@ -364,6 +370,12 @@ def difference(
             return (
                 f"form {form} gives held-out text {worst + 1} of {len(scores)} the score {scores[worst]:.5g}, and the "
                 f"trained model {expected.scores[worst]:.5g} (rounding explains {expected.tolerances[worst]:.2g})"
+            )
+    for i, score in enumerate(answer.get("piped", [])):
+        if not abs(score - expected.scores[i]) <= expected.tolerances[i]:
+            return (
+                f"Transformers' pipeline gives held-out text {i + 1} {score:.5g}, and the trained model "
+                f"{expected.scores[i]:.5g}: it does not take the score as it is"
             )
     return ""
 

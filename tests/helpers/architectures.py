@@ -152,7 +152,7 @@ def try_out(folder: Path, out: Path, lora: int) -> tuple[str, str]:
     again = torch.tensor(load(out).score_ids(texts, batch_size=1 if pads else 16))
     trained = single.detach() if pads else trained
     assert torch.allclose(trained, again, atol=1e-4), f"saved scores differ by {(trained - again).abs().max():.2g}"
-    form = "own" if (out / saving.OWN_CONFIG).is_file() else "Transformers'"
+    form = "modules" if (out / "modules.json").is_file() else "Transformers'"
     return form + pads, taken
 
 
@@ -191,7 +191,8 @@ random weights, trained for a step on two texts of different lengths, saved, loa
 {works} of them work, with LoRA, too. A few of the others are refused for sizes that the small configuration gave them.
 `python tests/helpers/architectures.py --write` made this table; torch {torch}, on a CPU.
 
-- form: `Transformers'`, which `AutoModelForSequenceClassification` loads, or our `own` where Transformers has no class.
+- form: `Transformers'`, which `AutoModelForSequenceClassification` loads, or `modules` of Sentence-Transformers where
+  Transformers has no class.
 - attention: which of the [ways to stand in rows](../reward_model/README.md#batches-and-speed) a CPU takes: `slices` and
   `dense` share prompts, `varlen` writes texts into one row without pads, `separate` pads them.
 - Otherwise the line that a user is told.

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``reward-model verify``: does a saved model score the same everywhere, a line for each way in which others score.
+
+reward-model verify output
+reward-model verify output --data eval.jsonl --json
+"""
+
+from __future__ import annotations
+
+import json
+
+from reward_model.commands.evaluate import messages_aside
+from reward_model.common.errors import UserError
+from reward_model.common.logging import show_messages
+from reward_model.config.parser import build_parser, read_words
+from reward_model.config.verification import VerifyConfig
+from reward_model.training.verification import verify
+
+
+def main(arguments: list[str]) -> int:
+    """Verify, and print text or JSON; status 1 if any way gives other scores.
+
+    Raises:
+        UserError: no model there, or data that cannot be read.
+    """
+    parser = build_parser(
+        [VerifyConfig],
+        prog="reward-model verify",
+        usage="%(prog)s FOLDER [--data PATH] [--json]",
+        description="Score texts with a saved model in every way in which others would, and compare.",
+        epilog="Exit status: 0, nothing differs beyond rounding; 1, something does.",
+    )
+    words = list(arguments)
+    folder = words.pop(0) if words and not words[0].startswith("-") else ""
+    (config,) = read_words(parser, words)[:1]
+    if not folder:
+        raise UserError("name the folder of a saved model before the flags")
+    show_messages()
+    with messages_aside(config.json):
+        found = verify(folder, config)
+    if config.json:
+        print(json.dumps(found.to_json(), ensure_ascii=False))
+    else:
+        print("\n".join(map(str, found.lines)))
+        end = "nothing differs beyond rounding" if found.is_same else "scores differ, see above"
+        print(f"\n{found.folder}: {end}")
+    return 0 if found.is_same else 1
