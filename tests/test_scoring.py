@@ -296,7 +296,7 @@ def test_lines_are_refused_where_pairs_are_read(folder, tmp_path, capsys):
     config = json.loads((folder / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"score_pairs": True}))
     status, found, error = run(other, capsys, write(tmp_path / "texts", ["the cat"]), "--lines")
-    assert (status, found) == (1, []) and "reads pairs" in error
+    assert (status, found) == (1, []) and "pairs" in error
 
 
 def test_what_was_cut_is_counted_and_said(folder, tmp_path, capsys):
