@@ -555,7 +555,8 @@ def load_to_read(
     tokenizer = scorer.tokenizer
     if chat_template:
         give_template(tokenizer, chat_template)
-    chat = bool(run.get("chat")) if chat is None else chat
+    if chat is None and (chat := bool(run.get("chat"))):
+        logger.info("prompts and answers of text go through the chat template, as in the training; --chat false: not")
     if chat and not tokenizer.chat_template:
         raise UserError(f"--chat: the tokenizer of {name} has no chat template; --chat_template gives it one")
     settle_template(tokenizer, datetime.datetime.now(), is_trained=True)

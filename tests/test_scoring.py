@@ -292,7 +292,7 @@ def test_an_encoder_reads_pairs_and_refuses_lines(tmp_path, capsys):
     encoder = save(tmp_path, "bert")
     capsys.readouterr()  # what DeepSpeed's import says
     status, found, error = run(encoder, capsys, write(tmp_path / "texts", ["the cat"]), "--lines")
-    assert (status, found) == (1, []) and "reads pairs" in error
+    assert (status, found) == (1, []) and "pairs" in error
     rows = [
         {"prompt": "where is the cat", "responses": [" there", " on the mat", " there"]},
         {"prompt": "", "response": " a fish"},

@@ -36,7 +36,8 @@ class Begun(NamedTuple):
 
 def line_of(outcome: dict) -> bytes:
     """As it is written: JSON on one line, in UTF-8."""
-    return (json.dumps(outcome, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "backslashreplace")
+    text = json.dumps(outcome, ensure_ascii=False, allow_nan=False, default=str)  # Parquet's dates in a tool call
+    return (text + "\n").encode("utf-8", "backslashreplace")
 
 
 def identity(reward: RewardScorer, chat: bool, longest: int, config: ScoreConfig, given: str | Stdin) -> dict[str, Any]:

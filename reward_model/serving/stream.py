@@ -37,8 +37,6 @@ class Scoring:
         )  # fmt: skip
         if config.lines and reward.encoding.pairs:
             raise UserError(f"{model} reads pairs of prompt and answer, and --lines has whole texts: give rows")
-        if reading.chat:
-            logger.info("rows of text go through the chat template, as in the training; --chat false leaves it out")
         logger.info(reward.choose_attention(reading.max_seq_len, config.attention))
         return cls(reward, reading, config)
 
