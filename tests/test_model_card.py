@@ -145,7 +145,8 @@ def test_a_run_leaves_a_card_that_names_no_folder_of_the_machine(trained, demo):
     assert "beyond 1e-06 (--score_limit)" in text
     named = json.loads((out / "config.json").read_text())["reward_model"]
     assert (named["objective"], named["texts"], named["max_seq_len"]) == ("logistic", "text", 256)
-    assert f"| end_token | {named['end_token']} |" in text
+    assert named["end_token"] == "<|endoftext|>"
+    assert "| end_token | <\\|endoftext\\|> |" in text
 
 
 def test_what_the_card_shows_can_be_run(trained, monkeypatch):

@@ -79,8 +79,8 @@ def kind_of_texts(
 ) -> str:
     """``chat`` if a chat template wrote most of the first rows, else ``text``.
 
-    Known by what the template writes before a user's words. A template without tokens of its own, whose marks plain text
-    may hold as well, is known by the flag alone.
+    Known by what the template writes before a user's words. A template without tokens of its own, whose marks plain
+    text may hold as well, is known by the flag alone.
 
     Args:
         chat: ``--chat``, by which all rows go through the template.
