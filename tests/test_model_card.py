@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model card: what the hub reads of it, what a reader can run of it, and whose README.md it is."""
 
+import json
 import re
 
 import pytest
@@ -142,6 +143,10 @@ def test_a_run_leaves_a_card_that_names_no_folder_of_the_machine(trained, demo):
     assert "| training | `train.jsonl` | 320 |" in text
     assert "| held out | `eval.jsonl` | 50 |" in text
     assert "beyond 1e-06 (--score_limit)" in text
+    named = json.loads((out / "config.json").read_text())["reward_model"]
+    assert (named["objective"], named["texts"], named["max_seq_len"]) == ("logistic", "text", 256)
+    assert named["end_token"] == "<|endoftext|>"
+    assert "| end_token | <\\|endoftext\\|> |" in text
 
 
 def test_what_the_card_shows_can_be_run(trained, monkeypatch):

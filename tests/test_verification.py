@@ -330,6 +330,8 @@ def test_chats_are_known_by_what_the_template_writes():
     assert kind_of_texts(tokenizer, [Comparison(chat, [[5]])] * 3) == "chat"
     assert kind_of_texts(tokenizer, [Comparison(text, [[5]])] * 3) == "text"
     assert kind_of_texts(tiny.tokenizer(), [Comparison(chat, [[5]])] * 3) == "text"
+    plain = tiny.tokenizer(chat_template="Human: {{ messages[0].content }}")  # as text that no template wrote has it
+    assert [kind_of_texts(plain, [Comparison(text, [[5]])], chat=flag) for flag in (False, True)] == ["text", "chat"]
 
 
 # --- the command, in processes of its own ---

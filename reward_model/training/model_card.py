@@ -88,7 +88,7 @@ def where_from(settings: Settings, data: Data) -> dict[str, Any]:
         "datasets": ["/".join(entry.split("/")[:2]) for entry in on_hub],
         "train": _rows_of(data.train),
         "evaluation": {name: _rows_of(rows) for name, rows in data.evaluation.items()},
-        "texts": kind_of_texts(data.tokenizer, data.train),
+        "texts": kind_of_texts(data.tokenizer, data.train, settings.data.chat),
     }
 
 

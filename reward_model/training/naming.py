@@ -74,18 +74,27 @@ def _number(value: Any) -> Any:
         return value
 
 
-def kind_of_texts(tokenizer: PreTrainedTokenizerBase, rows: Comparisons | Sequence[Comparison]) -> str:
-    """``chat`` if most of the first rows have what the chat template writes before a user's words, else ``text``."""
+def kind_of_texts(
+    tokenizer: PreTrainedTokenizerBase, rows: Comparisons | Sequence[Comparison], chat: bool = False
+) -> str:
+    """``chat`` if a chat template wrote most of the first rows, else ``text``.
+
+    Known by what the template writes before a user's words. A template without tokens of its own, whose marks plain
+    text may hold as well, is known by the flag alone.
+
+    Args:
+        chat: ``--chat``, by which all rows go through the template.
+    """
     mark = _mark_of(tokenizer)
-    if not mark:
-        return "text"
+    if chat or not mark:
+        return "chat" if chat else "text"
     looked_at = [rows[i] for i in range(min(ROWS, len(rows)))]
     written = [tokenizer.decode([*row.prompt, *row.responses[0]], skip_special_tokens=False) for row in looked_at]
     return "chat" if sum(mark in text for text in written) > len(written) / 2 else "text"
 
 
 def _mark_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the template writes before a user's words, from its last token of its own on; empty: nothing."""
+    """What the template writes before a user's words, from its last token of its own on; empty: it has none."""
     if not tokenizer.chat_template:
         return ""
     try:
@@ -94,4 +103,5 @@ def _mark_of(tokenizer: PreTrainedTokenizerBase) -> str:
         return ""
     added = [token.content for token in getattr(tokenizer, "added_tokens_decoder", {}).values()]
     starts = [before.rfind(token) for token in {*tokenizer.all_special_tokens, *added}]
-    return before[max([0, *starts]) :].strip() if found else ""
+    begins = max(starts, default=-1)
+    return before[begins:].strip() if found and begins >= 0 else ""
