@@ -8,6 +8,7 @@ reward.score(["Human: 2 + 2? Assistant:"], [" 4"])
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,7 +27,8 @@ from reward_model.common.logging import logger
 from reward_model.common.remote_code import never_asking
 from reward_model.config.groups import BatchConfig, DataConfig
 from reward_model.config.model_folder import require_plausible_folder
-from reward_model.data.chats import half_character, in_plain, is_chat, write
+from reward_model.data.chat_template import PROBE
+from reward_model.data.chats import half_character, in_plain, is_chat, template_arguments, write
 from reward_model.data.comparisons import BadRow, Comparison, Comparisons
 from reward_model.data.preprocessing import end_text, one_start
 from reward_model.data.tokenizer import choose_special_tokens, load_tokenizer
@@ -169,6 +171,84 @@ class RewardScorer:
         encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
         return self.score_ids(encoded, batch_size)
 
+    def __call__(self, prompts: Sequence, completions: Sequence, **columns) -> list[float | None]:
+        """A reward function of TRL's: ``GRPOTrainer(…, reward_funcs=load("output"))``, and of ``RLOOTrainer``.
+
+        Texts are scored as ``score`` does, so that each is closed with the end token, also one that was cut at the
+        longest completion; chats as ``score_chats`` does.
+
+        Args:
+            prompts: texts, or lists of chat messages.
+            completions: texts, or lists of the messages that follow; None or an empty list: nothing to score.
+            columns: what TRL hands over beside them. ``tools`` and ``chat_template_kwargs``, one for each prompt, go to
+                the chat template, as in training; nothing else is read.
+
+        Returns:
+            A score for each completion, None where there is nothing to score, which TRL leaves out of the reward.
+
+        Raises:
+            UserError: not as many completions as prompts, a text that follows messages or the other way round, or what
+                ``score`` and ``score_chats`` refuse.
+        """
+        if len(prompts) != len(completions):
+            raise UserError(f"{len(prompts)} prompts and {len(completions)} completions: give one of each per text")
+        scores: list[float | None] = [None] * len(prompts)
+        groups: dict[str, list[int]] = {}  # of equal arguments of the template; the key of texts is empty
+        for i, (prompt, completion) in enumerate(zip(prompts, completions)):
+            if isinstance(prompt, str) != isinstance(completion, str) and completion is not None:
+                raise UserError(f"prompt {i + 1} and its completion: one is text, the other messages")
+            if completion is None or (not isinstance(prompt, str) and not completion):
+                continue
+            groups.setdefault("" if isinstance(prompt, str) else _of_template(i, columns), []).append(i)
+        for arguments, rows in groups.items():
+            if arguments:
+                chats = [[*prompts[i], *completions[i]] for i in rows]
+                found = self.score_chats(chats, **json.loads(arguments))
+            else:
+                found = self.score([prompts[i] for i in rows], [completions[i] for i in rows])
+            for i, score in zip(rows, found):
+                scores[i] = score
+        return scores
+
+    def score_queries(self, queries: Sequence[str], prompts: Sequence[str]) -> list[float]:
+        """Scores of OpenRLHF's queries: prompt and response in one text, with the special tokens of the policy in it.
+
+        A text that begins with a special token has brought its own (a chat template has written them), and gets none at
+        its beginning; any other gets what ``score`` gives it. Neither gets a second start or end token. A text that
+        was cut has no end token and gets one here (of a chat, what closes a turn), while OpenRLHF's own reward server
+        scores it at its last word. The policy and the reward model need the same special tokens.
+
+        Args:
+            prompts: of the queries; a query that does not begin with its prompt, which was cut, is read as one text.
+
+        Raises:
+            UserError: as ``score``.
+        """
+        if isinstance(queries, str) or isinstance(prompts, str):
+            raise UserError("give lists of queries and prompts, not text")
+        if len(queries) != len(prompts):
+            raise UserError(f"{len(queries)} queries and {len(prompts)} prompts: give one of each per text")
+        _require_whole(queries)
+        names = self.tokenizer.convert_ids_to_tokens(sorted(self.special.endings | self.special.starts))
+        templated = [query.startswith(tuple(names)) for query in queries]
+        texts = [query for query, is_templated in zip(queries, templated) if is_templated]
+        encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        special = replace(self.special, end=self._closing_token()) if texts else self.special
+        of_templated = iter(self.score_ids([end_text(ids, special) for ids in encoded]))
+        plain = [pair for pair, is_templated in zip(zip(queries, prompts), templated) if not is_templated]
+        parts = [(prompt, query[len(prompt) :]) if query.startswith(prompt) else ("", query) for query, prompt in plain]
+        of_plain = iter(self.score([prompt for prompt, _ in parts], [response for _, response in parts]))
+        return [next(of_templated if is_templated else of_plain) for is_templated in templated]
+
+    def _closing_token(self) -> int:
+        """What the chat template closes a chat with; the end token, where there is none or it closes with a word."""
+        try:
+            (text,) = write(self.tokenizer, [PROBE])
+        except BadRow:
+            return self.special.end
+        last = self.tokenizer(text.rstrip(), add_special_tokens=False)["input_ids"][-1:]
+        return last[0] if last and last[0] in self.special.endings else self.special.end
+
     @torch.no_grad()
     def score_ids(self, ids: list[list[int]], batch_size: int = 16) -> list[float]:
         """The score of each text that is given as token ids, as it is: nothing is added at its end."""
@@ -220,6 +300,15 @@ def _pad_of(scorer: Scorer, tokenizer: PreTrainedTokenizerBase, is_dschat: bool)
             "Transformers finds only where a batch has no pads"
         )
     return pad
+
+
+def _of_template(i: int, columns: dict) -> str:
+    """The arguments of the chat template in the columns of a row, as JSON."""
+    row = {name: columns[name][i] for name in ("tools", "chat_template_kwargs") if columns.get(name)}
+    try:
+        return json.dumps(template_arguments(row), sort_keys=True)
+    except BadRow as error:
+        raise UserError(f"prompt {i + 1}: {error}") from error
 
 
 def _require_whole(texts: Sequence[str]) -> None:

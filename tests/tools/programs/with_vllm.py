@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's offline API on a folder, on a CPU, with as little memory as it takes."""
+
+import os
+
+os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
+
+from importlib.metadata import version
+
+from answers import answer, question
+from vllm import LLM
+
+if __name__ == "__main__":
+    asked = question()
+    small = {"max_model_len": 256, "max_num_batched_tokens": 256, "max_num_seqs": 8, "enforce_eager": True}
+    model = LLM(asked["folder"], runner="pooling", dtype=asked["dtype"], **small, **asked.get("options", {}))
+    found = {}
+    if texts := asked.get("texts"):
+        found["texts"] = [each.outputs.probs[-1] for each in model.classify(texts, use_tqdm=False)]
+    if ids := asked.get("ids"):
+        prompts = [{"prompt_token_ids": each} for each in ids]
+        found["ids"] = [each.outputs.probs[-1] for each in model.classify(prompts, use_tqdm=False)]
+    if embedded := asked.get("embedded"):
+        found["embedded"] = [each.outputs.embedding[-1] for each in model.embed(embedded, use_tqdm=False)]
+    if pairs := asked.get("pairs"):
+        found["pairs"] = [each.outputs.score for each in model.score(*pairs, use_tqdm=False)]
+    answer(version=version("vllm-cpu"), transformers=version("transformers"), **found)
