@@ -10,6 +10,7 @@ from reward_model.common.errors import UserError
 from reward_model.data.tokenizer import choose_special_tokens
 from reward_model.inference import RewardScorer
 from reward_model.models.loading import load_for_training
+from reward_model.models.scorer import head_layer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPTS = ["where is the cat?", "the cat", "where is the cat?"]
@@ -17,13 +18,22 @@ ANSWERS = [" on the mat", " sat there. the other cat sat on the mat", " the cat 
 TAKES_TOOLS = "{% if tools %}[tools: {{ tools[0].name }}]{% endif %}{% if loud %}LOUD{% endif %}" + tiny.CHATML
 
 
-def scorer(tmp_path, tokenizer=tiny.tokenizer, mean=0.25):
-    models.write("llama", tmp_path, max_position_embeddings=256)
-    made = tokenizer(tmp_path)
-    loaded = load_for_training(str(tmp_path), torch.float32, seed=0)
-    pad = choose_special_tokens(made, models.VOCABULARY).pad
-    loaded.config.pad_token_id, loaded.config.score_mean = pad, mean
-    return RewardScorer(loaded, made, pad=pad)
+@pytest.fixture(scope="module")
+def scorer(tmp_path_factory):
+    """The scorer of one tiny model, with the tokenizer that is asked for."""
+    folder = tmp_path_factory.mktemp("callables")
+    models.write("llama", folder, max_position_embeddings=256)
+    loaded = load_for_training(str(folder), torch.float32, seed=0)
+    loaded.config.score_mean = 0.25
+    with torch.no_grad():
+        head_layer(loaded).weight.mul_(8)
+
+    def with_tokenizer(make=tiny.tokenizer):
+        tokenizer = make()
+        pad = choose_special_tokens(tokenizer, models.VOCABULARY).pad
+        return RewardScorer(loaded, tokenizer, pad=pad)
+
+    return with_tokenizer
 
 
 def user(text):
@@ -34,24 +44,24 @@ def assistant(text):
     return [{"role": "assistant", "content": text}]
 
 
-def test_texts_of_trl_are_scored_as_score_does(tmp_path):
-    reward = scorer(tmp_path)
+def test_texts_of_trl_are_scored_as_score_does(scorer):
+    reward = scorer()
     found = reward(prompts=PROMPTS, completions=ANSWERS, completion_ids=[[1], [2], [3]], trainer_state=None)
     assert found == pytest.approx(reward.score(PROMPTS, ANSWERS), abs=1e-6)
     assert len(set(found)) == 3
     assert reward(prompts=[], completions=[]) == []
 
 
-def test_chats_of_trl_are_scored_as_score_chats_does(tmp_path):
-    reward = scorer(tmp_path, tiny.chatml)
+def test_chats_of_trl_are_scored_as_score_chats_does(scorer):
+    reward = scorer(tiny.chatml)
     prompts, completions = [user(text) for text in PROMPTS], [assistant(text) for text in ANSWERS]
     found = reward(prompts=prompts, completions=completions)
     assert found == pytest.approx(reward.score_chats([p + c for p, c in zip(prompts, completions)]), abs=1e-6)
     assert len(set(found)) == 3
 
 
-def test_nothing_to_score_is_none_and_the_others_keep_their_places(tmp_path):
-    reward = scorer(tmp_path, tiny.chatml)
+def test_nothing_to_score_is_none_and_the_others_keep_their_places(scorer):
+    reward = scorer(tiny.chatml)
     mixed = reward(
         prompts=[PROMPTS[0], user("a"), PROMPTS[1], user("a")], completions=[None, [], ANSWERS[1], assistant("b")]
     )
@@ -62,9 +72,9 @@ def test_nothing_to_score_is_none_and_the_others_keep_their_places(tmp_path):
     assert reward(prompts=["x"], completions=[""]) == pytest.approx(reward.score(["x"], [""]), abs=1e-6)
 
 
-def test_columns_for_the_chat_template_reach_it(tmp_path):
+def test_columns_for_the_chat_template_reach_it(scorer):
     """As in training, where a row's tools and arguments do."""
-    reward = scorer(tmp_path, lambda folder: tiny.chatml(folder, chat_template=TAKES_TOOLS))
+    reward = scorer(lambda: tiny.chatml(chat_template=TAKES_TOOLS))
     tools = [[{"name": "lamp"}], None, [{"name": "lamp"}], []]
     arguments = [{}, {"loud": True}, None, {}]
     chats = [user("a") + assistant("b")] * 4
@@ -91,16 +101,16 @@ def test_columns_for_the_chat_template_reach_it(tmp_path):
         ([user("a")], [assistant("b")], {"tools": ["{"]}, "prompt 1: tools is text that is not JSON"),
     ],
 )
-def test_a_mistake_is_a_line(prompts, completions, columns, message, tmp_path):
+def test_a_mistake_is_a_line(prompts, completions, columns, message, scorer):
     with pytest.raises(UserError) as raised:
-        scorer(tmp_path, tiny.chatml)(prompts=prompts, completions=completions, **columns)
+        scorer(tiny.chatml)(prompts=prompts, completions=completions, **columns)
     assert str(raised.value) == message
 
 
 @pytest.mark.parametrize("tokenizer", [tiny.tokenizer, tiny.llama])
-def test_queries_have_one_start_and_one_end(tokenizer, tmp_path):
+def test_queries_have_one_start_and_one_end(tokenizer, scorer):
     """Whole ones, cut ones, ones that have a start token, and those whose prompt was cut."""
-    reward = scorer(tmp_path, tokenizer)
+    reward = scorer(tokenizer)
     ours = reward.score(PROMPTS, ANSWERS)
     assert max(ours) - min(ours) > 0.1
     texts = [prompt + answer for prompt, answer in zip(PROMPTS, ANSWERS)]
@@ -114,19 +124,18 @@ def test_queries_have_one_start_and_one_end(tokenizer, tmp_path):
         assert reward.score_queries(queries, prompts) == pytest.approx(ours, abs=1e-6)
 
 
-def test_queries_that_a_chat_template_wrote(tmp_path):
+def test_queries_that_a_chat_template_wrote(scorer):
     """No start token is put before them, and one that was cut is closed as a turn is."""
 
-    def chatml_with_start(folder):
+    def chatml_with_start():
         return tiny.tokenizer(
-            folder,
             opening=tiny.BOS,
             bos_token=tiny.BOS,
             reserved=("<|im_start|>", "<|im_end|>"),
             chat_template=tiny.CHATML.replace("<|im_end|>\n", "<|im_end|>"),
         )
 
-    reward = scorer(tmp_path, chatml_with_start)
+    reward = scorer(chatml_with_start)
     chats = [user(prompt) + assistant(answer) for prompt, answer in zip(PROMPTS, ANSWERS)]
     ours = reward.score_chats(chats)
     queries = [reward.tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
@@ -141,8 +150,8 @@ def test_queries_that_a_chat_template_wrote(tmp_path):
     assert reward.score_queries(mixed, ["", PROMPTS[1]]) == pytest.approx(expected, abs=1e-6)
 
 
-def test_queries_are_lists_of_one_length(tmp_path):
-    reward = scorer(tmp_path)
+def test_queries_are_lists_of_one_length(scorer):
+    reward = scorer()
     with pytest.raises(UserError, match="1 queries and 2 prompts"):
         reward.score_queries(["a"], ["a", "b"])
     with pytest.raises(UserError, match="give lists of queries and prompts"):

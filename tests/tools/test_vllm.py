@@ -8,22 +8,27 @@ import foreign
 import pytest
 import tiny
 import torch
-from foreign import CHATS, CHOSEN, PROMPTS, REJECTED
-
-from reward_model.inference import load
+from foreign import BF16, CHATS, CHOSEN, PROMPTS, REJECTED
 
 pytestmark = pytest.mark.slow
 TEXTS = [prompt + response for prompt, response in zip(PROMPTS + PROMPTS, CHOSEN + REJECTED)]
+NEAR = 1e-4
 
 
 @pytest.fixture
 def vllm(tmp_path):
+    """One model after another, each in a process of its own."""
     python = foreign.interpreter("TOOL_VLLM", "vLLM")
 
     def ask(folder, dtype="float32", **question):
-        return foreign.ask(python, "with_vllm.py", tmp_path, folder=folder, dtype=dtype, **question)
+        (found,) = foreign.ask(python, "with_vllm.py", tmp_path, [{"folder": folder, "dtype": dtype} | question])
+        return found
 
     return ask
+
+
+def name_of(found, what="classify"):
+    return f"vLLM {found['version']} (Transformers {found['transformers']}), {what}"
 
 
 def closed(saved):
@@ -44,59 +49,57 @@ def closed(saved):
     ],
 )
 def test_classify_gives_the_raw_score(form, options, vllm, tmp_path):
-    saved = foreign.Saved(tmp_path, **options)
-    dtype = "bfloat16" if form == "bf16" else "float32"
-    found = vllm(saved.folder, dtype, texts=closed(saved))
-    name = f"vLLM {found['version']} (Transformers {found['transformers']}), classify"
-    near = foreign.BF16 if form == "bf16" else 1e-4
-    assert foreign.largest_difference(name, form, saved.scores(), found["texts"]) < near
+    saved = foreign.Saved(tmp_path / "saved", **options)
+    found = vllm(saved.folder, "bfloat16" if form == "bf16" else "float32", texts=closed(saved))
+    differences = foreign.Differences()
+    differences.note(name_of(found), form, saved.scores(), found["texts"], BF16 if form == "bf16" else NEAR)
+    differences.check()
 
 
 def test_classify_of_chats(vllm, tmp_path):
-    saved = foreign.chat(tmp_path)
+    saved = foreign.chat(tmp_path / "saved")
     texts = [saved.tokenizer.apply_chat_template(chat, tokenize=False) for chat in CHATS]
     ids = saved.tokenizer(texts, add_special_tokens=False)["input_ids"]
     found = vllm(saved.folder, texts=texts, ids=ids)
-    name = f"vLLM {found['version']}, classify"
-    assert foreign.largest_difference(name, "chat", saved.chat_scores(), found["texts"]) < 1e-4
-    assert foreign.largest_difference(name, "chat, ids", saved.chat_scores(), found["ids"]) < 1e-4
+    differences = foreign.Differences()
+    differences.note(name_of(found), "chat", saved.chat_scores(), found["texts"], NEAR)
+    differences.note(name_of(found), "chat, ids", saved.chat_scores(), found["ids"], NEAR)
+    differences.check()
 
 
-def test_the_mean_of_a_normalized_model_is_taken_off_when_it_is_told(vllm, tmp_path):
-    saved = foreign.Saved(tmp_path, mean=0.75)
-    ours, texts = saved.scores(), closed(saved)
-    found = vllm(saved.folder, texts=texts)
+def test_the_mean_of_a_normalized_model_is_taken_off_where_it_is_told(vllm, tmp_path):
+    saved = foreign.Saved(tmp_path / "saved", mean=0.75)
+    differences = foreign.Differences()
+    found = vllm(saved.folder, texts=closed(saved))
     raw = [score - 0.75 for score in found["texts"]]
-    assert foreign.largest_difference(f"vLLM {found['version']}", "normalized, mean taken off here", ours, raw) < 1e-4
-    found = vllm(saved.folder, texts=texts, options={"pooler_config": {"logit_mean": 0.75}})
-    name = f"vLLM {found['version']}"
-    assert foreign.largest_difference(name, "normalized, logit_mean", ours, found["texts"]) < 1e-4
+    differences.note(name_of(found), "normalized, the mean taken off here", saved.scores(), raw, NEAR)
+    found = vllm(saved.folder, texts=closed(saved), options={"pooler_config": {"logit_mean": 0.75}})
+    differences.note(name_of(found), "normalized, logit_mean", saved.scores(), found["texts"], NEAR)
+    differences.check()
 
 
 def test_without_problem_type_it_gives_a_probability(vllm, tmp_path):
     """What ``problem_type`` in config.json is for; CrossEncoder's key alone is read as well."""
-    saved = foreign.Saved(tmp_path)
-    file = saved.folder / "config.json"
+    saved = foreign.Saved(tmp_path / "saved")
+    file, ours = saved.folder / "config.json", saved.scores()
     config = json.loads(file.read_text())
     assert config.pop("problem_type") == "regression"
     file.write_text(json.dumps(config))
-    texts, ours = closed(saved), saved.scores()
-    assert foreign.largest_difference("vLLM", "Identity alone", ours, vllm(saved.folder, texts=texts)["texts"]) < 1e-4
+    differences = foreign.Differences()
+    found = vllm(saved.folder, texts=closed(saved))
+    differences.note(name_of(found), "CrossEncoder's key alone", ours, found["texts"], NEAR)
     del config["sentence_transformers"]
     file.write_text(json.dumps(config))
-    found = vllm(saved.folder, texts=texts)["texts"]
+    found = vllm(saved.folder, texts=closed(saved))
     squeezed = [1 / (1 + math.exp(-score)) for score in ours]
-    assert foreign.largest_difference("vLLM", "neither key, against the sigmoid", squeezed, found) < 1e-4
+    differences.note(name_of(found), "neither key, beside the sigmoid", squeezed, found["texts"], NEAR)
+    differences.check()
 
 
-def test_score_of_pairs_reads_no_end_token_of_its_own(vllm, tmp_path):
-    """``score`` of a decoder joins two texts as they are."""
-    saved = foreign.Saved(tmp_path)
+def test_score_joins_two_texts_as_they_are(vllm, tmp_path):
+    saved = foreign.Saved(tmp_path / "saved")
     answers = [response + saved.tokenizer.eos_token for response in CHOSEN + REJECTED]
     found = vllm(saved.folder, pairs=[PROMPTS + PROMPTS, answers])
-    ids = [
-        saved.tokenizer(prompt)["input_ids"] + saved.tokenizer(response)["input_ids"]
-        for prompt, response in zip(PROMPTS + PROMPTS, answers)
-    ]
-    ours = load(saved.folder).score_ids(ids)
-    assert foreign.largest_difference(f"vLLM {found['version']}", "score, decoder", ours, found["pairs"]) < 1e-4
+    differences = foreign.Differences()
+    differences.note(name_of(found, "score"), "decoder", saved.scores(), found["pairs"], NEAR)
+    differences.check()

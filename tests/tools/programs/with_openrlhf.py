@@ -8,7 +8,7 @@ from importlib.metadata import version
 from unittest.mock import MagicMock
 
 import torch
-from answers import answer, question
+from answers import answer_all
 
 
 def absent(name, **members):
@@ -46,7 +46,7 @@ def scores_of(reward, tokenizer, texts):
 def score(asked):
     reward = load(asked["folder"], asked["dtype"], normalize_reward=asked.get("normalize", False))
     tokenizer = get_tokenizer(asked["folder"], reward)
-    answer(version=VERSION, scores=scores_of(reward, tokenizer, asked["texts"]), mean=reward.mean.tolist())
+    return {"version": VERSION, "scores": scores_of(reward, tokenizer, asked["texts"]), "mean": reward.mean.tolist()}
 
 
 def function(asked):
@@ -56,7 +56,7 @@ def function(asked):
     executor = SingleTurnAgentExecutor([asked["file"]])
     labels = [""] * len(asked["texts"])
     found = asyncio.run(executor._fetch_rewards_via_func(asked["texts"], asked["prompts"], labels))
-    answer(version=VERSION, scores=[entry["rewards"].item() for entry in found])
+    return {"version": VERSION, "scores": [entry["rewards"].item() for entry in found]}
 
 
 def train(asked):
@@ -86,9 +86,10 @@ def train(asked):
     reward.config.value_head_prefix = asked["head"]  # as train_rm does before it saves
     strategy.save_model(reward, tokenizer, asked["output"])
     trained = [name for name, each in reward.named_parameters() if each.requires_grad and asked["head"] in name]
-    answer(version=VERSION, scores=scores_of(reward, tokenizer, texts), head_trained=bool(trained))
+    return {"version": VERSION, "scores": scores_of(reward, tokenizer, texts), "head_trained": bool(trained)}
 
+
+DO = {"score": score, "function": function, "train": train}
 
 if __name__ == "__main__":
-    asked = question()
-    {"score": score, "function": function, "train": train}[asked["do"]](asked)
+    answer_all(lambda question: DO[question["do"]](question))

@@ -1,21 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """rewardbench's own runner on a folder, with rows of a JSON file, on a CPU."""
 
-import sys
-import types
+import json
 from importlib.metadata import version
+from pathlib import Path
 
-from answers import answer, question
+from answers import answer_all
 from transformers import BatchEncoding
 
 to = BatchEncoding.to  # its pipeline says "cuda" in any case
 BatchEncoding.to = lambda self, device, **rest: to(self, "cpu" if device == "cuda" else device, **rest)
 
-if __name__ == "__main__":
-    asked = question()
-    sys.modules.setdefault("wandb", types.ModuleType("wandb"))
-    from rewardbench.rewardbench import Args, rewardbench
+from rewardbench.rewardbench import Args, rewardbench
 
-    flags = {"dataset": asked["rows"], "load_json": True, "not_quantized": True, "torch_dtype": asked["dtype"]}
-    rewardbench(Args(model=asked["folder"], output_dir=asked["output"], batch_size=4, max_length=512, **flags))
-    answer(version=version("rewardbench"), transformers=version("transformers"))
+VERSIONS = {"version": version("rewardbench"), "transformers": version("transformers")}
+
+
+def asked(question):
+    flags = {"dataset": question["rows"], "load_json": True, "not_quantized": True, "torch_dtype": question["dtype"]}
+    folder = question["folder"]
+    rewardbench(Args(model=folder, output_dir=question["output"], batch_size=4, max_length=512, **flags))
+    lines = (
+        Path(f"{folder}_outputs.jsonl").read_text().splitlines()
+    )  # a model that begins with a slash replaces the folder
+    rows = [json.loads(line) for line in lines]
+    return VERSIONS | {
+        "chosen": [row["scores_chosen"] for row in rows],
+        "rejected": [row["scores_rejected"] for row in rows],
+    }
+
+
+if __name__ == "__main__":
+    answer_all(asked)

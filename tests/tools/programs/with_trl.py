@@ -2,7 +2,7 @@
 """TRL at work: it trains reward models on, scores with them in GRPO and RLOO, and trains its own."""
 
 import torch
-from answers import answer, question
+from answers import answer_all
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -45,7 +45,12 @@ def go_on(asked):
     before = its.evaluate()
     its.train()
     losses = [entry["loss"] for entry in its.state.log_history if "loss" in entry]
-    answer(version=__version__, eval_loss=before["eval_loss"], mean=before["eval_mean_reward"], losses=losses)
+    return {
+        "version": __version__,
+        "eval_loss": before["eval_loss"],
+        "mean": before["eval_mean_reward"],
+        "losses": losses,
+    }
 
 
 def train(asked):
@@ -57,7 +62,7 @@ def train(asked):
     model = its.model.eval()
     with torch.no_grad():
         scores = [model(torch.tensor([ids])).logits[0, 0].item() for ids in asked["ids"]]
-    answer(version=__version__, scores=scores)
+    return {"version": __version__, "scores": scores}
 
 
 def reward(asked):
@@ -95,9 +100,10 @@ def reward(asked):
     its.train()
     logged = next(entry for entry in its.state.log_history if "reward" in entry)
     means = {name: value for name, value in logged.items() if name.startswith("rewards/") and name.endswith("/mean")}
-    answer(version=__version__, logged=means, **seen)
+    return dict(version=__version__, logged=means, **seen)
 
+
+DO = {"go_on": go_on, "train": train, "reward": reward}
 
 if __name__ == "__main__":
-    asked = question()
-    {"go_on": go_on, "train": train, "reward": reward}[asked["do"]](asked)
+    answer_all(lambda question: DO[question["do"]](question))

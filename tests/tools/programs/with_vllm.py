@@ -7,21 +7,27 @@ os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": 
 
 from importlib.metadata import version
 
-from answers import answer, question
+from answers import answer_all
 from vllm import LLM
 
-if __name__ == "__main__":
-    asked = question()
-    small = {"max_model_len": 256, "max_num_batched_tokens": 256, "max_num_seqs": 8, "enforce_eager": True}
-    model = LLM(asked["folder"], runner="pooling", dtype=asked["dtype"], **small, **asked.get("options", {}))
+SMALL = {"max_model_len": 256, "max_num_batched_tokens": 256, "max_num_seqs": 8, "enforce_eager": True}
+VERSIONS = {"version": version("vllm-cpu"), "transformers": version("transformers")}
+
+
+def asked(question):
+    model = LLM(question["folder"], runner="pooling", dtype=question["dtype"], **SMALL, **question.get("options", {}))
     found = {}
-    if texts := asked.get("texts"):
+    if texts := question.get("texts"):
         found["texts"] = [each.outputs.probs[-1] for each in model.classify(texts, use_tqdm=False)]
-    if ids := asked.get("ids"):
+    if ids := question.get("ids"):
         prompts = [{"prompt_token_ids": each} for each in ids]
         found["ids"] = [each.outputs.probs[-1] for each in model.classify(prompts, use_tqdm=False)]
-    if embedded := asked.get("embedded"):
+    if embedded := question.get("embedded"):
         found["embedded"] = [each.outputs.embedding[-1] for each in model.embed(embedded, use_tqdm=False)]
-    if pairs := asked.get("pairs"):
+    if pairs := question.get("pairs"):
         found["pairs"] = [each.outputs.score for each in model.score(*pairs, use_tqdm=False)]
-    answer(version=version("vllm-cpu"), transformers=version("transformers"), **found)
+    return VERSIONS | found
+
+
+if __name__ == "__main__":
+    answer_all(asked)
