@@ -3,6 +3,7 @@
 
 import json
 import math
+import shutil
 
 import foreign
 import pytest
@@ -13,16 +14,25 @@ from foreign import BF16, CHATS, CHOSEN, PROMPTS, REJECTED
 pytestmark = pytest.mark.slow
 TEXTS = [prompt + response for prompt, response in zip(PROMPTS + PROMPTS, CHOSEN + REJECTED)]
 NEAR = 1e-4
+FORMS = {
+    "decoder": {},
+    "start token": {"tokenizer": tiny.llama},
+    "qwen3": {"family": "qwen3"},
+    "merged adapter": {"lora": True},
+    "encoder": {"family": "bert"},
+    "roberta": {"family": "roberta"},
+    "bf16": {"dtype": torch.bfloat16},
+}
 
 
 @pytest.fixture
 def vllm(tmp_path):
-    """One model after another, each in a process of its own."""
+    """Answers of one model after another, in one process."""
     python = foreign.interpreter("TOOL_VLLM", "vLLM")
 
-    def ask(folder, dtype="float32", **question):
-        (found,) = foreign.ask(python, "with_vllm.py", tmp_path, [{"folder": folder, "dtype": dtype} | question])
-        return found
+    def ask(questions):
+        questions = [{"dtype": "float32"} | question for question in questions]
+        return foreign.ask(python, "with_vllm.py", tmp_path, questions)
 
     return ask
 
@@ -36,70 +46,55 @@ def closed(saved):
     return [text + (saved.tokenizer.eos_token or "") for text in TEXTS]
 
 
-@pytest.mark.parametrize(
-    ("form", "options"),
-    [
-        ("decoder", {}),
-        ("start token", {"tokenizer": tiny.llama}),
-        ("qwen3", {"family": "qwen3"}),
-        ("merged adapter", {"lora": True}),
-        ("encoder", {"family": "bert"}),
-        ("roberta", {"family": "roberta"}),
-        ("bf16", {"dtype": torch.bfloat16}),
-    ],
-)
-def test_classify_gives_the_raw_score(form, options, vllm, tmp_path):
-    saved = foreign.Saved(tmp_path / "saved", **options)
-    found = vllm(saved.folder, "bfloat16" if form == "bf16" else "float32", texts=closed(saved))
+def test_classify_gives_the_raw_score(vllm, tmp_path):
+    questions, ours = [], []
+    for form, options in FORMS.items():
+        saved = foreign.Saved(tmp_path / form, **options)
+        ours.append(saved.scores())
+        dtype = "bfloat16" if form == "bf16" else "float32"
+        questions.append({"folder": saved.folder, "texts": closed(saved), "dtype": dtype})
     differences = foreign.Differences()
-    differences.note(name_of(found), form, saved.scores(), found["texts"], BF16 if form == "bf16" else NEAR)
+    for form, scores, found in zip(FORMS, ours, vllm(questions)):
+        differences.note(name_of(found), form, scores, found["texts"], BF16 if form == "bf16" else NEAR)
     differences.check()
 
 
-def test_classify_of_chats(vllm, tmp_path):
-    saved = foreign.chat(tmp_path / "saved")
-    texts = [saved.tokenizer.apply_chat_template(chat, tokenize=False) for chat in CHATS]
-    ids = saved.tokenizer(texts, add_special_tokens=False)["input_ids"]
-    found = vllm(saved.folder, texts=texts, ids=ids)
-    differences = foreign.Differences()
-    differences.note(name_of(found), "chat", saved.chat_scores(), found["texts"], NEAR)
-    differences.note(name_of(found), "chat, ids", saved.chat_scores(), found["ids"], NEAR)
-    differences.check()
-
-
-def test_the_mean_of_a_normalized_model_is_taken_off_where_it_is_told(vllm, tmp_path):
-    saved = foreign.Saved(tmp_path / "saved", mean=0.75)
-    differences = foreign.Differences()
-    found = vllm(saved.folder, texts=closed(saved))
-    raw = [score - 0.75 for score in found["texts"]]
-    differences.note(name_of(found), "normalized, the mean taken off here", saved.scores(), raw, NEAR)
-    found = vllm(saved.folder, texts=closed(saved), options={"pooler_config": {"logit_mean": 0.75}})
-    differences.note(name_of(found), "normalized, logit_mean", saved.scores(), found["texts"], NEAR)
+def test_chats_pairs_and_the_mean_of_a_normalized_model(vllm, tmp_path):
+    """``score`` joins two texts as they are; ``logit_mean`` of the pooler's configuration is taken off."""
+    chat, text = foreign.chat(tmp_path / "chat"), foreign.Saved(tmp_path / "text", mean=0.75)
+    texts = [chat.tokenizer.apply_chat_template(each, tokenize=False) for each in CHATS]
+    ids = chat.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    answers = [response + text.tokenizer.eos_token for response in CHOSEN + REJECTED]
+    told = {"folder": text.folder, "texts": closed(text), "options": {"pooler_config": {"logit_mean": 0.75}}}
+    raw, of_mean, of_chats = vllm(
+        [
+            {"folder": text.folder, "texts": closed(text), "pairs": [PROMPTS + PROMPTS, answers]},
+            told,
+            {"folder": chat.folder, "texts": texts, "ids": ids},
+        ]
+    )
+    differences, ours = foreign.Differences(), text.scores()
+    differences.note(name_of(raw), "normalized, raw", [score + 0.75 for score in ours], raw["texts"], NEAR)
+    differences.note(name_of(raw, "score"), "decoder", [score + 0.75 for score in ours], raw["pairs"], NEAR)
+    differences.note(name_of(raw), "normalized, logit_mean", ours, of_mean["texts"], NEAR)
+    differences.note(name_of(raw), "chat", chat.chat_scores(), of_chats["texts"], NEAR)
+    differences.note(name_of(raw), "chat, ids", chat.chat_scores(), of_chats["ids"], NEAR)
     differences.check()
 
 
 def test_without_problem_type_it_gives_a_probability(vllm, tmp_path):
     """What ``problem_type`` in config.json is for; CrossEncoder's key alone is read as well."""
-    saved = foreign.Saved(tmp_path / "saved")
-    file, ours = saved.folder / "config.json", saved.scores()
-    config = json.loads(file.read_text())
-    assert config.pop("problem_type") == "regression"
-    file.write_text(json.dumps(config))
-    differences = foreign.Differences()
-    found = vllm(saved.folder, texts=closed(saved))
-    differences.note(name_of(found), "CrossEncoder's key alone", ours, found["texts"], NEAR)
-    del config["sentence_transformers"]
-    file.write_text(json.dumps(config))
-    found = vllm(saved.folder, texts=closed(saved))
+    saved = foreign.Saved(tmp_path / "text")
+    config = json.loads((saved.folder / "config.json").read_text())
+    assert config["problem_type"] == "regression"
+    folders = []
+    for dropped in (("problem_type",), ("problem_type", "sentence_transformers")):
+        folders.append(shutil.copytree(saved.folder, tmp_path / f"without {len(dropped)}"))
+        kept = {name: value for name, value in config.items() if name not in dropped}
+        (folders[-1] / "config.json").write_text(json.dumps(kept))
+    one, neither = vllm([{"folder": folder, "texts": closed(saved)} for folder in folders])
+    differences, ours = foreign.Differences(), saved.scores()
+    differences.note(name_of(one), "CrossEncoder's key alone", ours, one["texts"], NEAR)
     squeezed = [1 / (1 + math.exp(-score)) for score in ours]
-    differences.note(name_of(found), "neither key, beside the sigmoid", squeezed, found["texts"], NEAR)
-    differences.check()
-
-
-def test_score_joins_two_texts_as_they_are(vllm, tmp_path):
-    saved = foreign.Saved(tmp_path / "saved")
-    answers = [response + saved.tokenizer.eos_token for response in CHOSEN + REJECTED]
-    found = vllm(saved.folder, pairs=[PROMPTS + PROMPTS, answers])
-    differences = foreign.Differences()
-    differences.note(name_of(found, "score"), "decoder", saved.scores(), found["pairs"], NEAR)
+    differences.note(name_of(one), "neither key, beside the sigmoid", squeezed, neither["texts"], NEAR)
     differences.check()

@@ -5,16 +5,26 @@ import os
 
 os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
 
+import gc
 from importlib.metadata import version
 
 from answers import answer_all
 from vllm import LLM
+from vllm.distributed import cleanup_dist_env_and_memory
 
 SMALL = {"max_model_len": 256, "max_num_batched_tokens": 256, "max_num_seqs": 8, "enforce_eager": True}
 VERSIONS = {"version": version("vllm-cpu"), "transformers": version("transformers")}
 
 
 def asked(question):
+    try:
+        return ask(question)
+    finally:
+        gc.collect()
+        cleanup_dist_env_and_memory()  # else the next model finds the process groups of this one
+
+
+def ask(question):
     model = LLM(question["folder"], runner="pooling", dtype=question["dtype"], **SMALL, **question.get("options", {}))
     found = {}
     if texts := question.get("texts"):
