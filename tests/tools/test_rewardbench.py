@@ -6,7 +6,7 @@ import json
 import foreign
 import pytest
 import torch
-from foreign import BF16, CHATS, CHOSEN, PROMPTS, REJECTED
+from foreign import BF16, CHATS, PROMPTS
 
 pytestmark = pytest.mark.slow
 FORMS = {
@@ -21,10 +21,8 @@ FORMS = {
 def test_its_runner_scores_as_here(tmp_path):
     python = foreign.interpreter("TOOL_REWARDBENCH", "rewardbench")
     rows = tmp_path / "rows.jsonl"
-    lines = [
-        {"prompt": prompt.strip(), "chosen": chosen.strip(), "rejected": rejected.strip()}
-        for prompt, chosen, rejected in zip(PROMPTS, CHOSEN, REJECTED)
-    ]
+    pairs = zip(CHATS[: len(PROMPTS)], CHATS[len(PROMPTS) :])
+    lines = [{"chosen": chosen, "rejected": rejected} for chosen, rejected in pairs]
     rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
     questions, ours = [], []
     for form, options in FORMS.items():

@@ -62,9 +62,9 @@ def test_its_reward_trainer_goes_on_from_what_we_save(trl, tmp_path):
     for form, found in zip(FORMS, trl(questions)):
         off = FORMS[form].get("mean", 0.0)
         expected = [logistic(ours[form])] * 2 + [mean(ours[form]) + off]
-        assert abs(expected[0] - math.log(2)) > 0.1  # what scores that are all alike would give
-        theirs = [found["eval_loss"], found["losses"][0], found["mean"]]
         near = BF16 if form == "bf16" else 1e-5
+        assert abs(expected[0] - math.log(2)) > 2 * near  # what scores that are all alike would give
+        theirs = [found["eval_loss"], found["losses"][0], found["mean"]]
         differences.note(f"TRL {found['version']}, RewardTrainer", f"{form}, losses and mean", expected, theirs, near)
     differences.check()
 
