@@ -8,7 +8,7 @@ import models
 import pytest
 import tiny
 import torch
-from foreign import BF16, CHATS, CHOSEN, PROMPTS, REJECTED
+from foreign import CHATS, CHOSEN, PROMPTS, REJECTED
 
 from reward_model.inference import load
 
@@ -62,7 +62,7 @@ def test_its_reward_trainer_goes_on_from_what_we_save(trl, tmp_path):
     for form, found in zip(FORMS, trl(questions)):
         off = FORMS[form].get("mean", 0.0)
         expected = [logistic(ours[form])] * 2 + [mean(ours[form]) + off]
-        near = BF16 if form == "bf16" else 1e-5
+        near = 0.01 if form == "bf16" else 1e-5
         assert abs(expected[0] - math.log(2)) > 2 * near  # what scores that are all alike would give
         theirs = [found["eval_loss"], found["losses"][0], found["mean"]]
         differences.note(f"TRL {found['version']}, RewardTrainer", f"{form}, losses and mean", expected, theirs, near)

@@ -2,6 +2,7 @@
 """OpenRLHF at work: its reward model on a saved folder, its rewards from a file, and a model that it trains."""
 
 import asyncio
+import os
 import sys
 import types
 from importlib.metadata import version
@@ -53,6 +54,7 @@ def function(asked):
     """The rewards that its executor gets from a file."""
     from openrlhf.utils.agent import SingleTurnAgentExecutor
 
+    os.environ["REWARD_MODEL"] = asked["model"]  # its executor reads the file anew, and that the model
     executor = SingleTurnAgentExecutor([asked["file"]])
     labels = [""] * len(asked["texts"])
     found = asyncio.run(executor._fetch_rewards_via_func(asked["texts"], asked["prompts"], labels))
