@@ -28,12 +28,12 @@ from openrlhf.models import PairWiseLoss, get_llm_for_sequence_regression, model
 from openrlhf.utils import get_tokenizer, utils
 
 VERSION = version("openrlhf")
+dtype_of = utils.convert_to_torch_dtype
 
 
 def load(folder, dtype="bf16", **options):
     """Its reward model. float32 is no choice of its own, and is put in the place of one."""
-    if dtype == "float32":
-        utils.convert_to_torch_dtype = lambda name: torch.float32
+    utils.convert_to_torch_dtype = (lambda name: torch.float32) if dtype == "float32" else dtype_of
     return get_llm_for_sequence_regression(folder, "reward", attn_implementation="eager", **options)
 
 
