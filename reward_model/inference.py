@@ -232,22 +232,23 @@ class RewardScorer:
         names = self.tokenizer.convert_ids_to_tokens(sorted(self.special.endings | self.special.starts))
         templated = [query.startswith(tuple(names)) for query in queries]
         texts = [query for query, is_templated in zip(queries, templated) if is_templated]
+        if closing := self._closing() if texts else "":
+            texts = [_closed(text, closing) for text in texts]
         encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-        special = replace(self.special, end=self._closing_token()) if texts else self.special
-        of_templated = iter(self.score_ids([end_text(ids, special) for ids in encoded]))
+        of_templated = iter(self.score_ids(encoded if closing else [end_text(ids, self.special) for ids in encoded]))
         plain = [pair for pair, is_templated in zip(zip(queries, prompts), templated) if not is_templated]
         parts = [(prompt, query[len(prompt) :]) if query.startswith(prompt) else ("", query) for query, prompt in plain]
         of_plain = iter(self.score([prompt for prompt, _ in parts], [response for _, response in parts]))
         return [next(of_templated if is_templated else of_plain) for is_templated in templated]
 
-    def _closing_token(self) -> int:
-        """What the chat template closes a chat with; the end token, where there is none or it closes with a word."""
+    def _closing(self) -> str:
+        """What the chat template writes after the assistant's last word; nothing where there is no template."""
+        answer = "Xyz."
         try:
-            (text,) = write(self.tokenizer, [PROBE])
+            (text,) = write(self.tokenizer, [[PROBE[0], {"role": "assistant", "content": answer}]])
         except BadRow:
-            return self.special.end
-        last = self.tokenizer(text.rstrip(), add_special_tokens=False)["input_ids"][-1:]
-        return last[0] if last and last[0] in self.special.endings else self.special.end
+            return ""
+        return text.rpartition(answer)[2] if answer in text else ""
 
     @torch.no_grad()
     def score_ids(self, ids: list[list[int]], batch_size: int = 16) -> list[float]:
@@ -300,6 +301,14 @@ def _pad_of(scorer: Scorer, tokenizer: PreTrainedTokenizerBase, is_dschat: bool)
             "Transformers finds only where a batch has no pads"
         )
     return pad
+
+
+def _closed(text: str, closing: str) -> str:
+    """A chat as its template ends it: a policy stops at the token that closes a turn, or was cut before it."""
+    if text.endswith(closing):
+        return text
+    token = closing.rstrip()
+    return text + (closing[len(token) :] if token and text.endswith(token) else closing)
 
 
 def _of_template(i: int, columns: dict) -> str:

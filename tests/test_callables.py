@@ -124,27 +124,30 @@ def test_queries_have_one_start_and_one_end(tokenizer, scorer):
         assert reward.score_queries(queries, prompts) == pytest.approx(ours, abs=1e-6)
 
 
-def test_queries_that_a_chat_template_wrote(scorer):
-    """No start token is put before them, and one that was cut is closed as a turn is."""
+@pytest.mark.parametrize("after", ["", "\n"])
+def test_queries_that_a_chat_template_wrote(after, scorer):
+    """No start token is put before them; one that was cut, or stops where the policy does, is closed as a turn is."""
 
     def chatml_with_start():
         return tiny.tokenizer(
             opening=tiny.BOS,
             bos_token=tiny.BOS,
             reserved=("<|im_start|>", "<|im_end|>"),
-            chat_template=tiny.CHATML.replace("<|im_end|>\n", "<|im_end|>"),
+            chat_template=tiny.CHATML.replace("<|im_end|>\n", "<|im_end|>" + after),
         )
 
     reward = scorer(chatml_with_start)
     chats = [user(prompt) + assistant(answer) for prompt, answer in zip(PROMPTS, ANSWERS)]
     ours = reward.score_chats(chats)
+    assert max(ours) - min(ours) > 0.1
     queries = [reward.tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
     prompts = [
         reward.tokenizer.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True) for chat in chats
     ]
-    assert reward.score_queries(queries, prompts) == pytest.approx(ours, abs=1e-6)
-    cut = [query.removesuffix("<|im_end|>") for query in queries]
-    assert reward.score_queries(cut, prompts) == pytest.approx(ours, abs=1e-6)
+    stopped = [query.removesuffix(after) for query in queries]
+    cut = [query.removesuffix("<|im_end|>") for query in stopped]
+    for each in (queries, stopped, cut):
+        assert reward.score_queries(each, prompts) == pytest.approx(ours, abs=1e-6)
     mixed = [queries[0], PROMPTS[1] + ANSWERS[1]]
     expected = [ours[0], *reward.score(PROMPTS[1:2], ANSWERS[1:2])]
     assert reward.score_queries(mixed, ["", PROMPTS[1]]) == pytest.approx(expected, abs=1e-6)

@@ -70,12 +70,23 @@ def ask(python, program, room, questions, timeout=1800, environment=None):
 class Saved:
     """A model with weights that have moved, in the form in which the trainer saves it, and its scores by our scorer."""
 
-    def __init__(self, root, family="llama", tokenizer=None, dtype=torch.float32, lora=False, mean=None, **options):
+    def __init__(
+        self,
+        root,
+        family="llama",
+        tokenizer=None,
+        dtype=torch.float32,
+        lora=False,
+        mean=None,
+        pairs=False,
+        **options,
+    ):
         """
         Args:
             tokenizer: a function of ``tiny.py``; None: the family's.
             lora: the backbone is frozen, and ``adapter/`` is saved beside the merged model.
             mean: what the scorer takes off each score, as after ``--normalize_scores``.
+            pairs: an encoder reads ``tokenizer(prompt, response)``, and otherwise the two joined.
             options: of ``load_for_training``, such as ``pooling``.
         """
         self.base, self.folder = root / "base", root / "saved"
@@ -94,6 +105,8 @@ class Saved:
         special = choose_special_tokens(self.tokenizer, models.VOCABULARY)
         for config in (scorer.config, scorer.config.get_text_config()):
             config.pad_token_id = special.pad
+        if family in models.ENCODERS:
+            scorer.config.score_pairs = pairs
         if mean is not None:
             scorer.config.score_mean, scorer.config.score_std = mean, 1.0
         saving.save(scorer, self.tokenizer, self.folder)
