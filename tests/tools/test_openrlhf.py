@@ -98,5 +98,6 @@ def test_what_it_trains_loads_here_with_its_head(openrlhf, tmp_path):
     assert (tmp_path / "c" / "adapter_config.json").is_file()
     with pytest.raises(UserError) as raised:
         load(tmp_path / "c")
-    print(f"OpenRLHF's adapter (head trained: {adapter['head_trained']}): {raised.value}")
-    assert "head" in str(raised.value)
+    assert adapter["head_trained"]
+    said = f"is an adapter without a score head (modules_to_save): start from {tmp_path / 'base'}"
+    assert str(raised.value) == f"{tmp_path / 'c'} {said}"
