@@ -24,7 +24,13 @@ from reward_model.models.lora import add_lora
 from reward_model.models.scorer import head_layer
 
 PROGRAMS = runs.TOP / "tests" / "tools" / "programs"
-SIZES = {"hidden_size": 128, "intermediate_size": 128, "max_position_embeddings": 512, "num_hidden_layers": 2}
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "max_position_embeddings": 512,
+    "num_hidden_layers": 2,
+    "head_dim": 32,
+}
 PROMPTS = ["question: what does the cat eat? answer:", "where is the cat?", "the other", "a much longer prompt " * 4]
 CHOSEN = [" fish.", " the cat is there. On the mat.", " mat", " and so the cat sat on the other mat"]
 REJECTED = [" the mat, and the other mat.", " no", " cat sat there", " x"]
@@ -141,6 +147,9 @@ class Differences:
         if not found < near:
             self.too_large.append(f"{tool}, {what}: {found:.3g}, ours {ours}, theirs {theirs}")
         return found
+
+    def fail(self, tool, what, error):
+        self.too_large.append(f"{tool}, {what}: {error}")
 
     def check(self):
         assert not self.too_large, "\n".join(self.too_large)

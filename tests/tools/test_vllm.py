@@ -16,12 +16,12 @@ TEXTS = [prompt + response for prompt, response in zip(PROMPTS + PROMPTS, CHOSEN
 NEAR = 1e-4
 FORMS = {
     "decoder": {},
-    "start token": {"tokenizer": tiny.llama},
-    "qwen3": {"family": "qwen3"},
-    "merged adapter": {"lora": True},
     "encoder": {"family": "bert"},
-    "roberta": {"family": "roberta"},
+    "start token": {"tokenizer": tiny.llama},
+    "merged adapter": {"lora": True},
     "bf16": {"dtype": torch.bfloat16},
+    "qwen3": {"family": "qwen3"},
+    "roberta": {"family": "roberta"},
 }
 
 
@@ -55,7 +55,10 @@ def test_classify_gives_the_raw_score(vllm, tmp_path):
         questions.append({"folder": saved.folder, "texts": closed(saved), "dtype": dtype})
     differences = foreign.Differences()
     for form, scores, found in zip(FORMS, ours, vllm(questions)):
-        differences.note(name_of(found), form, scores, found["texts"], BF16 if form == "bf16" else NEAR)
+        if "error" in found:
+            differences.fail(name_of(found), form, found["error"])
+        else:
+            differences.note(name_of(found), form, scores, found["texts"], BF16 if form == "bf16" else NEAR)
     differences.check()
 
 

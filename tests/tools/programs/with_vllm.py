@@ -6,6 +6,7 @@ import os
 os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
 
 import gc
+import traceback
 from importlib.metadata import version
 
 from answers import answer_all
@@ -18,7 +19,10 @@ VERSIONS = {"version": version("vllm-cpu"), "transformers": version("transformer
 
 def asked(question):
     try:
-        return ask(question)
+        return VERSIONS | ask(question)
+    except Exception as error:  # the other models are asked all the same
+        traceback.print_exc()
+        return VERSIONS | {"error": repr(error)}
     finally:
         gc.collect()
         cleanup_dist_env_and_memory()  # else the next model finds the process groups of this one
@@ -36,7 +40,7 @@ def ask(question):
         found["embedded"] = [each.outputs.embedding[-1] for each in model.embed(embedded, use_tqdm=False)]
     if pairs := question.get("pairs"):
         found["pairs"] = [each.outputs.score for each in model.score(*pairs, use_tqdm=False)]
-    return VERSIONS | found
+    return found
 
 
 if __name__ == "__main__":
