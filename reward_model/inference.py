@@ -9,6 +9,7 @@ reward.score(["Human: 2 + 2? Assistant:"], [" 4"])
 from __future__ import annotations
 
 import datetime
+import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -33,12 +34,13 @@ from reward_model.config.model_folder import require_plausible_folder
 from reward_model.config.options import read_run
 from reward_model.config.scoring import TOKENS
 from reward_model.data.chat_template import give_template, settle_template
-from reward_model.data.chats import half_character, in_plain, is_chat, write
+from reward_model.data.chats import half_character, in_plain, is_chat, template_arguments, write
 from reward_model.data.comparisons import BadRow, Comparison, Comparisons
-from reward_model.data.encoding import Encoding
+from reward_model.data.encoding import Encoded, Encoding
 from reward_model.data.preprocessing import compare
 from reward_model.data.rows import Texts, texts_to_score
 from reward_model.data.tokenizer import choose_special_tokens, load_tokenizer
+from reward_model.data.whole_texts import WholeTexts
 from reward_model.evaluation.judged import Judged, judge, scored_at
 from reward_model.models.adapters import is_adapter, merged, merged_before
 from reward_model.models.attention import SEPARATE, AttentionBackend, window
@@ -50,13 +52,6 @@ from reward_model.models.scorer import SCORE_PAIRS, Scorer, embedding_rows
 from reward_model.objectives.losses import likeliest_grade
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # owner/name
-
-
-class Encoded(NamedTuple):
-    """A row to score, and whether it lost the left of its prompt."""
-
-    row: Comparison
-    cut: bool
 
 
 class RewardScorer:
@@ -203,6 +198,72 @@ class RewardScorer:
         counts = second or [0] * len(ids)
         texts = [Comparison.of_ids(text, count) for text, count in zip(ids, counts, strict=True)]
         return self._score_texts(texts, batch_size)
+
+    def __call__(self, prompts: Sequence, completions: Sequence, **columns) -> list[float | None]:
+        """A reward function of TRL's: ``GRPOTrainer(…, reward_funcs=load("output"))``, and of ``RLOOTrainer``.
+
+        Texts are scored as ``score`` does, so that each is closed with the end token, also one that was cut at the
+        longest completion; chats as ``score_chats`` does.
+
+        Args:
+            prompts: texts, or lists of chat messages.
+            completions: texts, or lists of the messages that follow; None or an empty list: nothing to score.
+            columns: what TRL hands over beside them. ``tools`` and ``chat_template_kwargs``, one for each prompt, go to
+                the chat template, as in training; nothing else is read.
+
+        Returns:
+            A score for each completion, None where there is nothing to score, which TRL leaves out of the reward.
+
+        Raises:
+            UserError: not as many completions as prompts, a text that follows messages or the other way round, or what
+                ``score`` and ``score_chats`` refuse.
+        """
+        if len(prompts) != len(completions):
+            raise UserError(f"{len(prompts)} prompts and {len(completions)} completions: give one of each per text")
+        scores: list[float | None] = [None] * len(prompts)
+        groups: dict[str, list[int]] = {}  # of equal arguments of the template; the key of texts is empty
+        for i, (prompt, completion) in enumerate(zip(prompts, completions)):
+            if isinstance(prompt, str) != isinstance(completion, str) and completion is not None:
+                raise UserError(f"prompt {i + 1} and its completion: one is text, the other messages")
+            if completion is None or (not isinstance(prompt, str) and not completion):
+                continue
+            groups.setdefault("" if isinstance(prompt, str) else _of_template(i, columns), []).append(i)
+        for arguments, rows in groups.items():
+            if arguments:
+                chats = [[*prompts[i], *completions[i]] for i in rows]
+                found = self.score_chats(chats, **json.loads(arguments))
+            else:
+                found = self.score([prompts[i] for i in rows], [completions[i] for i in rows])
+            for i, score in zip(rows, found):
+                scores[i] = score
+        return scores
+
+    def score_queries(self, queries: Sequence[str], prompts: Sequence[str]) -> list[float]:
+        """Scores of OpenRLHF's queries: prompt and response in one text, with the special tokens of the policy in it.
+
+        Each gets one start and one end token, whether it brought them or not (:mod:`reward_model.data.whole_texts`), so
+        that one that was cut is scored as if it ended there, while OpenRLHF's own server scores it at its last word.
+        The policy and the reward model need the same special tokens.
+
+        Args:
+            prompts: of the queries, which share them; one that its query does not begin with is not looked at.
+
+        Raises:
+            UserError: not as many queries as prompts, half a character, or a model that reads pairs.
+        """
+        if isinstance(queries, str) or isinstance(prompts, str):
+            raise UserError("give lists of queries and prompts, not text")
+        if len(queries) != len(prompts):
+            raise UserError(f"{len(queries)} queries and {len(prompts)} prompts: give one of each per text")
+        if self.encoding.pairs:
+            raise UserError("this model reads pairs of prompt and answer, and a query has both in one text: use score")
+        rows, whole = [], WholeTexts(self.tokenizer, self.special, embedding_rows(self.scorer))
+        for number, (query, prompt) in enumerate(zip(queries, prompts), 1):
+            try:
+                rows.append(whole.encoded(query, prompt).row)
+            except BadRow as problem:
+                raise UserError(f"query {number}: {problem}") from problem
+        return [score for (score,) in self.score_rows(rows)]
 
     @torch.no_grad()
     def _score_texts(self, texts: Sequence[Comparison], batch_size: int = 16) -> list[float]:
@@ -463,6 +524,15 @@ def _pad_of(scorer: Scorer, tokenizer: PreTrainedTokenizerBase, is_dschat: bool)
     return pad
 
 
+def _of_template(i: int, columns: dict) -> str:
+    """The arguments of the chat template in the columns of a row, as JSON."""
+    row = {name: columns[name][i] for name in ("tools", "chat_template_kwargs") if columns.get(name)}
+    try:
+        return json.dumps(template_arguments(row), sort_keys=True)
+    except BadRow as error:
+        raise UserError(f"prompt {i + 1}: {error}") from error
+
+
 def _require_whole(texts: Sequence[str]) -> None:
     for i, text in enumerate(texts, 1):
         if half := half_character(text):
@@ -555,8 +625,10 @@ def load_to_read(
     tokenizer = scorer.tokenizer
     if chat_template:
         give_template(tokenizer, chat_template)
-    if chat is None and (chat := bool(run.get("chat"))):
-        logger.info("prompts and answers of text go through the chat template, as in the training; --chat false: not")
+    if chat is None:
+        chat = bool(run.get("chat"))
+        if chat:
+            logger.info("text goes through the chat template, as in the training; --chat false: not")
     if chat and not tokenizer.chat_template:
         raise UserError(f"--chat: the tokenizer of {name} has no chat template; --chat_template gives it one")
     settle_template(tokenizer, datetime.datetime.now(), is_trained=True)

@@ -56,6 +56,40 @@ def test_best_of_n(sweep, demo):
     assert lines[1].startswith(f"best ({max(scores):.3f}):")
 
 
+CALLS_IT = """
+import importlib.util, json, sys
+spec = importlib.util.spec_from_file_location("reward_func", sys.argv[1])  # as OpenRLHF reads it
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+found = [module.reward_func([query], [prompt], [None]) for query, prompt in json.loads(sys.argv[2])]
+print(json.dumps([[each[name].item() for name in ("rewards", "scores")] for each in found]))
+"""
+
+
+def call_reward_func(calls, **variables):
+    words = [sys.executable, "-c", CALLS_IT, str(EXAMPLES / "openrlhf_reward.py"), json.dumps(calls)]
+    values = runs.environment(HF_HUB_OFFLINE="1", **variables)
+    return subprocess.run(words, cwd=runs.TOP, env=values, capture_output=True, text=True, timeout=120)
+
+
+def test_openrlhf_reward(sweep, demo):
+    folder = sweep[0] / "0.001"
+    rows = [*runs.held_out(demo)[0][:2], *runs.held_out(demo)[1][:2]]
+    calls = [(prompt + response + "<|endoftext|>", prompt) for prompt, response in rows]
+    done = call_reward_func(calls, REWARD_MODEL=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    by_transformers = runs.reload_scores(folder, rows).tolist()
+    assert [rewards for rewards, _ in found] == pytest.approx(by_transformers, abs=1e-5)
+    assert all(rewards == scores for rewards, scores in found)
+
+
+def test_openrlhf_reward_without_a_model_says_so():
+    done = call_reward_func([("a", "a")], REWARD_MODEL=None)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].endswith("REWARD_MODEL has to name a folder that a run has saved")
+
+
 @pytest.mark.parametrize(
     ("name", "flags", "message"),
     [

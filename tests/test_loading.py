@@ -18,8 +18,8 @@ from transformers import AutoModel, AutoModelForSequenceClassification, FineGrai
 from reward_model.common.errors import UserError
 from reward_model.data.tokenizer import load_tokenizer
 from reward_model.inference import load
+from reward_model.models import adapters, saving
 from reward_model.models import loading as ours
-from reward_model.models import saving
 from reward_model.models.loading import load_for_training
 from reward_model.models.saved_forms import set_dropout
 from reward_model.models.scorer import head_layer
@@ -486,3 +486,15 @@ def test_a_text_that_is_too_long_names_the_limit(positions, limit, says):
     config, tokenizer = SimpleNamespace(max_position_embeddings=positions), SimpleNamespace(model_max_length=limit)
     with pytest.raises(UserError, match=says) if says else nullcontext():
         require_positions(config, tokenizer, 65)
+
+
+@pytest.mark.parametrize("beside", [(), ("config.json",), ("config.json", "training_args.bin")])
+def test_an_adapter_is_one_with_its_models_config_beside_it(beside, tmp_path):
+    """OpenRLHF leaves that there, and Transformers' trainers their arguments."""
+    for name in ("adapter_config.json", "adapter_model.safetensors", *beside):
+        (tmp_path / name).touch()
+    assert adapters.is_adapter(str(tmp_path))
+    for weights in ("model.safetensors", "pytorch_model.bin", "reward_model.safetensors"):
+        (tmp_path / weights).touch()
+        assert adapters.is_adapter(str(tmp_path)) is ("config.json" not in beside)
+        (tmp_path / weights).unlink()

@@ -35,11 +35,12 @@ from reward_model.common.errors import UserError
 from reward_model.config.scoring import ServeConfig
 from reward_model.data.chat_template import settle_template
 from reward_model.data.comparisons import Comparison
+from reward_model.data.encoding import Encoded
 from reward_model.data.tokenizer import choose_special_tokens
-from reward_model.inference import Encoded, load_to_read
+from reward_model.data.whole_texts import WholeTexts
+from reward_model.inference import load_to_read
 from reward_model.serving import api
 from reward_model.serving.batcher import Batcher, Ending, Full, Job
-from reward_model.serving.whole_texts import WholeTexts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -185,15 +186,14 @@ WITH_START = "{{ bos_token }}" + tiny.CHATML
 
 @pytest.mark.parametrize("template", [None, tiny.CHATML, WITH_START])
 @pytest.mark.parametrize("kind", ["tokenizer", "llama", "bert"])
-def test_a_whole_text_has_one_start_and_one_end(template, kind, loaded):
-    reward, _ = loaded
+def test_a_whole_text_has_one_start_and_one_end(template, kind):
     marks = ("<|im_start|>", "<|im_end|>")
     tokenizer = getattr(tiny, kind)(reserved=marks, chat_template=template)
     if template == WITH_START and kind != "llama":
         pytest.skip("no start token")
     settle_template(tokenizer, datetime.datetime.now())
     special = choose_special_tokens(tokenizer, len(tokenizer))
-    whole = WholeTexts(SimpleNamespace(tokenizer=tokenizer, special=special, scorer=reward.scorer), 64, False)
+    whole = WholeTexts(tokenizer, special, 64, 64)
     own = tokenizer("the cat sat")["input_ids"]  # what training makes of a text
     own = own if own[-1] == special.end else [*own, special.end]
     text = tokenizer.decode(own)
@@ -208,11 +208,10 @@ def test_a_whole_text_has_one_start_and_one_end(template, kind, loaded):
             assert whole.ids(given) == ids
 
 
-def test_a_template_that_goes_on_after_its_last_token_is_completed(loaded):
-    reward, _ = loaded
+def test_a_template_that_goes_on_after_its_last_token_is_completed():
     tokenizer = tiny.chatml()  # closes with <|im_end|> and a line break, as models of others do
     special = choose_special_tokens(tokenizer, len(tokenizer))
-    whole = WholeTexts(SimpleNamespace(tokenizer=tokenizer, special=special, scorer=reward.scorer), 64, False)
+    whole = WholeTexts(tokenizer, special, 64, 64)
     written = tokenizer.apply_chat_template(CHAT, tokenize=False)
     assert written.endswith("<|im_end|>\n")
     ids = tokenizer(written, add_special_tokens=False)["input_ids"]

@@ -82,6 +82,13 @@ class EncodedRow(NamedTuple):
         return self.fixed is not None
 
 
+class Encoded(NamedTuple):
+    """A row to score, and whether it lost the left of its prompt."""
+
+    row: Comparison
+    cut: bool
+
+
 @dataclass(frozen=True)
 class Encoding:
     """A tokenizer, and how it is given texts.

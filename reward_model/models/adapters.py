@@ -22,9 +22,11 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def is_adapter(name_or_path: str) -> bool:
-    """Whether a folder holds an adapter, and no model beside it."""
+    """Whether a folder holds an adapter, and no model beside it. OpenRLHF leaves the model's config.json there."""
     folder = Path(name_or_path)
-    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
+    weights = {path.name for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern)}
+    has_model = (folder / "config.json").is_file() and weights - {WEIGHTS, "adapter_model.bin", "training_args.bin"}
+    return (folder / CONFIG).is_file() and not has_model
 
 
 def merged_before(name_or_path: str) -> str:

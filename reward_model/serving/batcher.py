@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from reward_model.common.errors import UserError, first_line
 from reward_model.common.logging import logger
 from reward_model.data.comparisons import BadRow, Comparison
-from reward_model.inference import Encoded
+from reward_model.data.encoding import Encoded
 
 LONGEST_WAIT = 60  # seconds, of what Retry-After says
 AHEAD = 4  # batches, whose rows are made ready while one is computed

@@ -27,13 +27,15 @@ from reward_model.common.logging import logger
 from reward_model.config.scoring import ServeConfig
 from reward_model.data.chats import template_arguments
 from reward_model.data.comparisons import BadRow
+from reward_model.data.encoding import Encoded
 from reward_model.data.rows import texts_to_score
-from reward_model.inference import Encoded, Reading, RewardScorer
+from reward_model.data.whole_texts import WholeTexts
+from reward_model.inference import Reading, RewardScorer
+from reward_model.models.scorer import embedding_rows
 from reward_model.serving import wire
 from reward_model.serving.batcher import Batcher, Ending, Full, Job
 from reward_model.serving.gate import Gate, Metrics, error_body
 from reward_model.serving.stream import probability
-from reward_model.serving.whole_texts import WholeTexts, require_whole_texts
 
 SHARED = 4  # batches of rows that are taken at once where rows are padded, so that those of a length come together
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -78,7 +80,9 @@ class Service:
         """
         self.reward, self.reading, self.config = reward, reading, config
         self.names = list(config.served_model_name) or [name]
-        self.whole = WholeTexts(reward, reading.max_seq_len, reading.chat)
+        self.whole = WholeTexts(
+            reward.tokenizer, reward.special, embedding_rows(reward.scorer), reading.max_seq_len, reading.chat
+        )
         self.created = int(time.time())
         logger.info(reward.choose_attention(reading.max_seq_len, config.attention))
         assert reward.sharing is not None  # it was chosen
@@ -213,6 +217,12 @@ class Service:
     def _chat(self, asked: wire.PoolingRequest) -> Encoded:
         arguments = template_arguments({"tools": asked.tools, "chat_template_kwargs": asked.chat_template_kwargs})
         return self.whole.chat(asked.messages or [], arguments)
+
+
+def require_whole_texts(reward: RewardScorer, path: str) -> None:
+    """Raises UserError for a model that reads prompt and answer apart, which nothing tells of a whole text."""
+    if reward.encoding.pairs:
+        raise UserError(f"this model reads pairs of prompt and answer, and {path} has whole texts: use POST /score")
 
 
 def _each(name: str, made: Sequence[Callable[[], Encoded]]) -> list[Encoded]:

@@ -12,7 +12,8 @@ from reward_model.common.errors import UserError
 from reward_model.common.logging import logger
 from reward_model.config.scoring import ScoreConfig
 from reward_model.data.comparisons import BadRow
-from reward_model.inference import Encoded, Reading, RewardScorer, load_to_read
+from reward_model.data.encoding import Encoded
+from reward_model.inference import Reading, RewardScorer, load_to_read
 from reward_model.serving.inputs import Row, Rows, read_rows
 
 ROWS = 512  # of a window, within which rows are sorted by length

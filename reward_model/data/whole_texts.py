@@ -9,29 +9,37 @@ which is the only place at which the model has learned to score; and the same te
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
-from reward_model.common.errors import UserError
+from transformers import PreTrainedTokenizerBase
+
 from reward_model.data.chat_template import PROBE
 from reward_model.data.chats import half_character, in_plain, is_chat, write
 from reward_model.data.comparisons import BadRow, Comparison, common_prefix
-from reward_model.data.encoding import end_text, one_start
+from reward_model.data.encoding import Encoded, end_text, one_start
 from reward_model.data.rendering import render
-from reward_model.inference import Encoded, RewardScorer
-from reward_model.models.scorer import embedding_rows
+from reward_model.data.tokenizer import SpecialTokens
 
 
 class WholeTexts:
     """Makes token ids of whole texts, for one model."""
 
-    def __init__(self, reward: RewardScorer, max_seq_len: int, chat: bool):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        special: SpecialTokens,
+        rows: int,
+        max_seq_len: int = sys.maxsize,
+        chat: bool = False,
+    ):
         """
         Args:
+            rows: ids that the model knows, from 0 on.
             max_seq_len: tokens of the longest text.
             chat: texts come from the chat template, even where nothing in them tells.
         """
-        self.reward, self.max_seq_len = reward, max_seq_len
-        self.tokenizer, self.special = reward.tokenizer, reward.special
+        self.tokenizer, self.special, self.rows, self.max_seq_len = tokenizer, special, rows, max_seq_len
         self.start = self.tokenizer.bos_token or ""
         self.mark, self.starts, self.tail = "", False, list[int]()
         try:
@@ -100,9 +108,8 @@ class WholeTexts:
         Raises:
             BadRow: none, or one that the model does not know.
         """
-        rows = embedding_rows(self.reward.scorer)
-        if not ids or not all(0 <= token < rows for token in ids):
-            raise BadRow(f"token ids are numbers from 0 to {rows - 1}, one at least")
+        if not ids or not all(0 <= token < self.rows for token in ids):
+            raise BadRow(f"token ids are numbers from 0 to {self.rows - 1}, one at least")
         return self._row(list(ids), 0, None)
 
     def chat(self, messages: list[dict], arguments: dict) -> Encoded:
@@ -128,9 +135,3 @@ class WholeTexts:
         if not ids:
             raise BadRow("the text has no token")
         return Encoded(Comparison(ids[:prompt], [ids[prompt:]], prompt_hash=prompt_hash), surplus > 0)
-
-
-def require_whole_texts(reward: RewardScorer, path: str) -> None:
-    """Raises UserError for a model that reads prompt and answer apart, which nothing tells of a whole text."""
-    if reward.encoding.pairs:
-        raise UserError(f"this model reads pairs of prompt and answer, and {path} has whole texts: use POST /score")
