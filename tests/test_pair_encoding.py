@@ -140,7 +140,7 @@ def test_scores_are_those_of_transformers_on_pairs(family, saved):
     expected = by_transformers(folder, prompts, responses)
     assert reward.encoding.pairs
     assert reward.scorer.takes_segment_ids is (family in TOLD)
-    assert np.std(expected) > 0.01
+    assert np.std(expected) > 0.005
     for size in (1, 5, 16):
         assert reward.score(prompts, responses, batch_size=size) == pytest.approx(expected, abs=1e-5)
 
