@@ -39,6 +39,7 @@ from reward_model.config.parser import run_parser
 from reward_model.data import files, preprocessing, rendering, sources
 from reward_model.data.chat_template import settle_template
 from reward_model.data.comparisons import BadRow
+from reward_model.data.encoding import Encoding
 from reward_model.data.layouts import layout_of
 from reward_model.data.tokenizer import choose_special_tokens
 from reward_model.models.loading import read_config
@@ -97,7 +98,8 @@ def require_whole(source, count, chat=False, tokenizer=0, limit=24):
     if not count:
         return
     bare = files.Source(source.name, None, source.layout, None, source.columns, source.names, source.is_text)
-    found = preprocessing._tokenize_rows(rows, bare, made, special, limit, chat)
+    how = Encoding(made, special, pairs=TOKENIZERS[tokenizer] is tiny.bert)
+    found = preprocessing._tokenize_rows(rows, bare, how, limit, chat)
     table = pyarrow.Table.from_pydict(found, schema=preprocessing.FEATURES.arrow_schema)
     assert table.num_rows == count
     for row in table.to_pylist():
