@@ -109,6 +109,6 @@ def test_embed_of_a_mean_over_the_tokens(vllm, tmp_path):
     if not (saved.folder / "modules.json").is_file():
         pytest.skip("a mean over the tokens was saved in a form that no other program reads")
     (found,) = vllm([{"folder": saved.folder, "embedded": closed(saved)}])
-    differences, raw = foreign.Differences(), [score + 0.75 for score in saved.scores()]
-    differences.note(name_of(found, "embed"), "mean", raw, found["embedded"], NEAR)
+    differences = foreign.Differences()
+    differences.note(name_of(found, "embed"), "mean", saved.scores(), found["embedded"], NEAR)
     differences.check()
