@@ -63,7 +63,7 @@ def test_its_reward_model_scores_as_here(openrlhf, tmp_path):
 
 def test_its_rewards_from_our_file(openrlhf, tmp_path):
     file = runs.SCRIPTS / "examples" / "openrlhf_reward.py"
-    forms = FORMS | {"encoder": {"family": "bert"}, "mean": {"pooling": "mean"}}
+    forms = FORMS | {"mean": {"pooling": "mean"}}
     questions, ours = [], []
     for form, options in forms.items():
         saved, prompts = foreign.Saved(tmp_path / form, **options), PROMPTS + PROMPTS
