@@ -632,7 +632,7 @@ def load_to_read(
     if chat and not tokenizer.chat_template:
         raise UserError(f"--chat: the tokenizer of {name} has no chat template; --chat_template gives it one")
     settle_template(tokenizer, datetime.datetime.now(), is_trained=True)
-    return scorer, Reading(chat, max_seq_len or run.get("max_seq_len") or _longest(scorer))
+    return scorer, Reading(bool(chat), max_seq_len or run.get("max_seq_len") or _longest(scorer))
 
 
 def _device(name: torch.device | str) -> torch.device:
