@@ -260,7 +260,8 @@ def applied_by(mean: float, is_modules: bool) -> str:
     return (
         "`reward_model.inference` subtracts it. Transformers, its pipeline, CrossEncoder, TRL and SGLang do not. vLLM "
         f"does with `--pooler-config '{{\"logit_mean\": {mean:.6g}}}'`, and OpenRLHF with `normalize_reward` once "
-        "`reward-model export --to openrlhf` has written it under its names."
+        "`reward-model export --to openrlhf` has written it under its names, though not under Transformers 5, where it "
+        "takes off something else."
     )
 
 

@@ -291,7 +291,8 @@ def _mean_line(values: dict[str, Any], form: str | None) -> Line | None:
         who = "reward_model.inference, SentenceTransformer and vLLM's embed subtract it"
     elif values.get("value_head_prefix") and values.get("mean") == mean:
         who = (
-            "reward_model.inference and OpenRLHF's normalize_reward subtract it; Transformers, TRL, CrossEncoder do not"
+            "reward_model.inference subtracts it, and OpenRLHF's normalize_reward, but not under Transformers 5; "
+            "Transformers, TRL, CrossEncoder do not"
         )
     else:
         who = "reward_model.inference alone subtracts it; Transformers, its pipeline, TRL, CrossEncoder do not"

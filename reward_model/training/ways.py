@@ -423,7 +423,7 @@ def openrlhf(saved: Saved) -> dict[str, Any]:
 
     note = "read as its loader reads; normalize_reward "
     if "mean" in saved.values:
-        note += f"subtracts {saved.values['mean']:.4g}"
+        note += f"subtracts {saved.values['mean']:.4g} (under Transformers 5 something else: leave it out)"
     else:
         note += "finds no mean in config.json (reward-model export --to openrlhf writes it)"
     return {"scores": saved.in_batches(lambda batch: score(saved.encoded(batch))), "note": note}
