@@ -190,8 +190,8 @@ class DataConfig(Group):
     pair_encoding: bool | None = flag(
         None,
         help="Give the tokenizer prompt and response as a pair, with a separator between them, and segment ids where "
-        "the model has them. Default: as a reward model was trained, else for encoders and not for decoders. Rows that "
-        "a chat template writes, and answers without a prompt, stay one text.",
+        "the model has them. Default: as a reward model was trained, else for encoders without --pooling mean and not "
+        "for decoders. Rows that a chat template writes, and answers without a prompt, stay one text.",
     )
     data_split: str | None = flag(
         None,
