@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -237,13 +238,14 @@ def test_a_long_text_loses_the_left_of_its_prompt_or_is_refused(running, reward)
 
 def test_whole_texts_are_refused_where_pairs_are_read(folder, loaded):
     with Running(folder, loaded=loaded) as running:
-        running.reward.scorer.config.score_pairs = True
+        own = running.reward.encoding
+        running.reward.encoding = replace(own, pairs=True)
         try:
             for path, asked in (("/get_reward", {"query": ["a"]}), ("/classify", {"input": "a"})):
                 refused = running.ask(path, asked)
                 assert refused.status == 400 and "use POST /score" in refused.body["error"]["message"]
         finally:
-            del running.reward.scorer.config.score_pairs
+            running.reward.encoding = own
 
 
 # --- what is refused ---

@@ -134,8 +134,7 @@ def test_the_cpu_build_where_it_can_be_had(machine, python):
 
 
 def test_what_the_tests_need_is_added_to_an_environment_made_by_the_quick_start(machine, python):
-    for need in set_up.requirements((TOP / "pyproject.toml").read_text(), dev=True)[len(NEEDED) :]:
-        wheel(machine.wheels, need.name, need.text.split(">=")[1].split(",")[0])
+    machine.offer(set_up.requirements((TOP / "pyproject.toml").read_text(), dev=True)[len(NEEDED) :])
     chosen, _ = machine.set_up(python)
     again, said = machine.set_up(python, "--dev")
     assert again == chosen

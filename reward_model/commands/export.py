@@ -202,17 +202,17 @@ def model_of(checkpoint: Checkpoint, is_best: bool) -> Model:
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
         checkpoint.folder / TOKENIZER, trust_remote_code=trust
     )
-    name_model(scorer, tokenizer, run)
     values = run["special"]
     endings, starts = frozenset(values["endings"]), frozenset(values["starts"])
     special = SpecialTokens(values["end"], values["pad"], endings, starts, values["rows"])
+    scorer.read_with(Encoding(tokenizer, special, run.get("pair_encoding", False)))
+    name_model(scorer, tokenizer, run)
     sets, step, evaluated = state["metrics"], checkpoint.step, state["evaluated"]
     if is_best:  # of which the state keeps one number
         found = state["best"]
         sets, step, evaluated = {next(iter(sets)): {found["by"]: found["value"]}}, found["step"], found["step"]
     trained = Trained(run, sets, step, evaluated, state["health"], *_told(scorer))
     described = f"the model of step {step} of {run['model_name_or_path']}"
-    scorer.read_with(Encoding(tokenizer, special, run.get("pair_encoding", False)))
     counts = state.get("probe_second") or [0] * len(state["probe"])
     texts = [Comparison.of_ids(ids, second) for ids, second in zip(state["probe"], counts)]
     return Model(described, scorer, tokenizer, special, DTYPES[run["dtype"]], texts, trust, trained)

@@ -30,7 +30,7 @@ from reward_model.common.words import in_bytes
 from reward_model.models.for_transformers_4 import write_old_keys
 from reward_model.models.lora import OF_SCORES, merge_lora, save_adapter
 from reward_model.models.quantization import dequantized, is_quantized
-from reward_model.models.scorer import Scorer, embedding_name, gathered
+from reward_model.models.scorer import SCORE_PAIRS, Scorer, embedding_name, gathered
 from reward_model.models.st_modules import require_modules, write_modules
 from reward_model.reward_model import RewardModel
 
@@ -38,7 +38,7 @@ TAGS = ("reward-model", "reward-trainer")  # of the model, as TRL's trainer has 
 DSCHAT_WEIGHTS = "pytorch_model.bin"
 NOT_FOR_TRANSFORMERS = "none-for-Transformers-since-pytorch_model.bin-is-DeepSpeed-Chats.safetensors"  # in its error
 NAMING = "reward_model"  # the field of config.json that says what the model is, for people and other programs
-SCALE = tuple(name for name in OF_SCORES if name != NAMING)  # those that say what its scores mean
+SCALE = tuple(name for name in OF_SCORES if name not in (NAMING, SCORE_PAIRS))  # those that say what its scores mean
 OPENRLHF = ("value_head_prefix", "mean", "std")  # fields that its loader reads; it gives (score - mean) / std
 
 

@@ -83,12 +83,7 @@ class Machine:
             shutil.copy(SCRIPTS / name, self.checkout / "training_scripts")
         for name in ("pyproject.toml", "constraints.txt"):
             shutil.copy(TOP / name, self.checkout)
-        pins = re.findall(r"^([\w-]+)==([\w.]+)", (TOP / "constraints.txt").read_text(), re.MULTILINE)
-        for need in requirements:
-            lowest = need.text.split(">=")[1].split(",")[0] if ">=" in need.text else "1.0"
-            if need.name != "torch":
-                for version in {v for name, v in pins if name == need.name} or {lowest}:
-                    wheel(self.wheels, need.name, version, needs=["torch"] * (need.name == "peft"))
+        self.offer(need for need in requirements if need.name != "torch")
         torch_wheel(self.wheels, says="2.13.0+cu130", cuda="13.0")  # as PyPI has it
         self.tool("nvidia-smi", "#!/bin/sh\nexit 9\n")  # as with a driver and no GPU
         wheel(self.wheels, "uv", "0.9", scripts={"uv": UV_SCRIPT.format(log=self.uv_log, builds=self.builds)})
@@ -116,6 +111,14 @@ class Machine:
         """A virtual environment, as a user makes one."""
         self.run([base, "-m", "venv", self.folder / name], check=True)
         return self.folder / name / "bin" / "python3"
+
+    def offer(self, requirements):
+        """Put what is required on the index, in the pinned version or else the lowest that will do."""
+        pins = re.findall(r"^([\w-]+)==([\w.]+)", (TOP / "constraints.txt").read_text(), re.MULTILINE)
+        for need in requirements:
+            lowest = need.text.split(">=")[1].split(",")[0] if ">=" in need.text else "1.0"
+            for version in {v for name, v in pins if name == need.name} or {lowest}:
+                wheel(self.wheels, need.name, version, needs=["torch"] * (need.name == "peft"))
 
     def put(self, python, *wheels):
         """Install wheels without pip."""
