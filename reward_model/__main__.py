@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     if name in ("-h", "--help"):
         print("usage: reward-model COMMAND …   (reward-model COMMAND --help lists its flags)\n")
         for command, (_, does) in COMMANDS.items():
-            print(f"  {command:8}{does}")
+            print(f"  {command:10}{does}")
         return 0
     quieten("--debug" in rest)
     try:

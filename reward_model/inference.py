@@ -613,7 +613,8 @@ def load_to_read(
         device: ``auto``: a GPU if there is one.
 
     Raises:
-        UserError: no such model or device, weights missing, or no chat template where one is needed.
+        UserError: no such model or device, weights missing, no chat template where one is needed, or ``max_seq_len``
+            beyond what the model takes.
     """
     run = read_run(Path(name) / "run.json")  # {} where no run of ours has left it
     device = _device(device)
@@ -632,7 +633,10 @@ def load_to_read(
     if chat and not tokenizer.chat_template:
         raise UserError(f"--chat: the tokenizer of {name} has no chat template; --chat_template gives it one")
     settle_template(tokenizer, datetime.datetime.now(), is_trained=True)
-    return scorer, Reading(bool(chat), max_seq_len or run.get("max_seq_len") or _longest(scorer))
+    most = _most_tokens(scorer)
+    if max_seq_len and max_seq_len > most:
+        raise UserError(f"--max_seq_len {max_seq_len}: {name} takes {most} tokens")
+    return scorer, Reading(bool(chat), min(most, max_seq_len or run.get("max_seq_len") or LONGEST))
 
 
 def _device(name: torch.device | str) -> torch.device:
@@ -646,7 +650,7 @@ def _device(name: torch.device | str) -> torch.device:
     return device
 
 
-def _longest(scorer: RewardScorer) -> int:
-    """Tokens of the longest text that a model takes, within ``LONGEST``."""
-    positions = getattr(scorer.scorer.config.get_text_config(), "max_position_embeddings", None) or LONGEST
-    return int(min(LONGEST, positions if positions > 0 else LONGEST, scorer.tokenizer.model_max_length))
+def _most_tokens(scorer: RewardScorer) -> int:
+    """Tokens of the longest text that a model and its tokenizer take, beyond which a training refuses texts, too."""
+    positions = getattr(scorer.scorer.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    return int(min(positions if positions > 0 else sys.maxsize, scorer.tokenizer.model_max_length))

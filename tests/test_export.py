@@ -10,6 +10,7 @@ from test_verification import RUN, change, saved
 
 from reward_model.commands.export import main
 from reward_model.common.errors import UserError
+from reward_model.data.tokenizer import choose_special_tokens
 from reward_model.inference import load
 from reward_model.models import adapters
 from reward_model.training import fresh_load, verification, verify, ways
@@ -182,3 +183,21 @@ def test_a_folder_in_use_and_one_that_is_not_there(tmp_path):
         main([str(folder), str(folder)])
     with pytest.raises(UserError, match="no such folder"):
         main([str(tmp_path / "gone"), str(tmp_path / "new")])
+
+
+@pytest.mark.parametrize("pairs", [True, False])
+def test_an_encoder_keeps_how_it_reads_texts(pairs, tmp_path):
+    folder = saved(tmp_path, "bert")
+    change(folder / "config.json", score_pairs=pairs)
+    assert main([str(folder), str(tmp_path / "again")]) == 0
+    assert written(tmp_path / "again")["score_pairs"] is pairs
+    assert load(tmp_path / "again").encoding.pairs is pairs
+
+
+def test_a_pair_of_nothing_is_a_pair_for_whoever_asks():
+    """Of words that no tokenizer knows nothing is left without special tokens."""
+    bert = tiny.bert()
+    special = choose_special_tokens(bert, len(bert))
+    ids = verify.encoded("", False, bert, special, prompt="")
+    asked = {"text": "", "templated": False, "messages": None, "prompt": ""}
+    assert fresh_load.encode([asked], bert)[1] == [ids] and len(ids) == 3

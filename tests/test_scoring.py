@@ -305,6 +305,19 @@ def test_an_encoder_reads_pairs_and_refuses_lines(tmp_path, capsys):
     assert found[1]["score"] == pytest.approx(reward.score([""], [" a fish"])[0], abs=1e-5)
 
 
+def test_no_text_is_longer_than_the_model_takes(tmp_path, capsys):
+    encoder = save(tmp_path, "bert", sizes={"max_position_embeddings": 40})
+    (encoder / "run.json").write_text(json.dumps({"max_seq_len": 512, "pair_encoding": True}))
+    capsys.readouterr()
+    rows = write(
+        tmp_path / "rows.jsonl", [{"prompt": "where " * 60, "response": " cat"}, {"prompt": "a", "response": "b"}]
+    )
+    status, found, _ = run(encoder, capsys, rows)
+    assert (status, found[0]["cut"], "score" in found[1]) == (0, True, True)
+    status, _, error = run(encoder, capsys, rows, "--max_seq_len", "512")
+    assert status == 1 and "takes 40 tokens" in error
+
+
 def test_what_was_cut_is_counted_and_said(folder, tmp_path, capsys):
     rows = [{"prompt": "where " * 30, "response": " cat"}, ROWS[2]]
     status, found, error = run(folder, capsys, write(tmp_path / "rows.jsonl", rows), "--max_seq_len", "40")

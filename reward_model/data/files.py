@@ -241,7 +241,7 @@ def _row(text: str, number: int) -> dict:
         if not isinstance(json.loads(text), dict):
             raise ValueError("it is not an object")
     except json.JSONDecodeError as error:
-        return _unreadable(f"it is not JSON: {error.msg} at column {error.colno}", number)
+        return _unreadable(f"it is not JSON: {_where(error)}", number)
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits, a list in a list in a list …
         return _unreadable(_nested(error), number)
     return {"json": text, "number": number}
@@ -254,6 +254,10 @@ def _undecoded(text: str) -> str:
 
 def _unreadable(reason: str, number: int) -> dict:
     return {"json": json.dumps({UNREADABLE: reason}), "number": number}
+
+
+def _where(error: json.JSONDecodeError) -> str:
+    return f"{error.msg.removesuffix(' at')} at column {error.colno}"
 
 
 def _nested(error: Exception) -> str:
@@ -286,7 +290,7 @@ def _parse(text: str, line: int | None):
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"line {line or error.lineno} is not JSON: {error.msg} at column {error.colno}") from error
+        raise UserError(f"line {line or error.lineno} is not JSON: {_where(error)}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"its JSON cannot be read: {_nested(error)}") from error
 
@@ -360,7 +364,7 @@ def _values(text: str, at: int, between: re.Pattern, closing: str = "") -> Itera
         try:
             _, end = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:
-            raise UserError(f"line {error.lineno} is not JSON: {error.msg} at column {error.colno}") from error
+            raise UserError(f"line {error.lineno} is not JSON: {_where(error)}") from error
         except (ValueError, RecursionError) as error:
             raise UserError(f"line {text.count(chr(10), 0, at) + 1} cannot be read: {_nested(error)}") from error
         yield text[at:end]

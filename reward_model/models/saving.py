@@ -273,7 +273,7 @@ def _keep_transformers_out(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     logger.info(
         f"{DSCHAT_WEIGHTS} is for DeepSpeed-Chat's step 3 and reward_model.inference.load; Transformers will refuse "
-        "this folder: --save_format both writes what it loads, too"
+        "this folder: --save_format both (export: --to hf) writes what it loads"
     )
 
 

@@ -135,7 +135,7 @@ class Service:
         """The name that an answer has; raises HTTPException where a request asks for another model."""
         if name is not None and name not in self.names:
             known = ", ".join(self.names)
-            raise HTTPException(404, printable(f"no model {name}; there is {known} (--served_model_name adds names)"))
+            raise HTTPException(404, printable(f"no model {name}; there is {known} (--served_model_name gives others)"))
         return name or self.names[0]
 
     # --- what is asked, as rows ---

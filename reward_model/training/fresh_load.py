@@ -60,7 +60,7 @@ def encode(written: list[dict[str, Any]], tokenizer) -> tuple[list[str], list[li
     ids = [
         tokenizer(text, add_special_tokens=not each["templated"], verbose=False)["input_ids"]
         if each.get("prompt") is None
-        else tokenizer(each["prompt"], text, verbose=False)["input_ids"]
+        else tokenizer([each["prompt"]], [text], verbose=False)["input_ids"][0]  # alone, an empty text would be none
         for text, each in zip(texts, written)
     ]
     return texts, ids
