@@ -260,6 +260,7 @@ def test_whole_texts_are_refused_where_pairs_are_read(folder, loaded):
         ("/score", b"", 422, ""),
         ("/score", {}, 422, "prompt: Field required"),
         ("/score", {"prompt": "a"}, 422, "responses: Field required"),
+        ("/score", {"prompt": "a", "responses": ["b"], "tool": []}, 422, "tool: Extra inputs are not permitted"),
         ("/score", {"prompt": 3, "responses": ["a"]}, 422, "prompt"),
         ("/score", {"prompt": "a", "responses": []}, 400, "no responses"),
         ("/score", {"prompt": ["a", "b"], "responses": ["c"]}, 400, "as many lists"),

@@ -21,6 +21,8 @@ class Asked(BaseModel):
 class ScoreRequest(Asked):
     """A prompt and its responses, or a list of prompts and for each a list of its responses."""
 
+    model_config = ConfigDict(extra="forbid")  # it is ours alone, and a name that nothing reads is a mistake
+
     model: str | None = None
     prompt: Prompt | list[Prompt] = Field(description="Text or chat messages, or a list of either.")
     responses: list[Answer] | list[list[Answer]] = Field(

@@ -491,7 +491,8 @@ def _score_of_one(model, text: str) -> float:
 def sentence_transformer(saved: Saved) -> dict[str, Any]:
     """SentenceTransformer, whose embedding is the score."""
     if saved.form != "modules":
-        raise NotItsWay("the folder has no modules; reward-model export --to sentence-transformers writes them")
+        writes = "; reward-model export --to sentence-transformers writes them"
+        raise NotItsWay("the folder has no modules" + (writes if saved.ours.scorer.pooling == "last" else ""))
     version = _installed("sentence_transformers", "sentence-transformers")
     from sentence_transformers import SentenceTransformer
 
