@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -257,13 +258,18 @@ class RewardScorer:
             raise UserError(f"{len(queries)} queries and {len(prompts)} prompts: give one of each per text")
         if self.encoding.pairs:
             raise UserError("this model reads pairs of prompt and answer, and a query has both in one text: use score")
-        rows, whole = [], WholeTexts(self.tokenizer, self.special, embedding_rows(self.scorer))
+        rows = []
         for number, (query, prompt) in enumerate(zip(queries, prompts), 1):
             try:
-                rows.append(whole.encoded(query, prompt).row)
+                rows.append(self._whole_texts.encoded(query, prompt).row)
             except BadRow as problem:
                 raise UserError(f"query {number}: {problem}") from problem
         return [score for (score,) in self.score_rows(rows)]
+
+    @cached_property
+    def _whole_texts(self) -> WholeTexts:
+        """Made once, as it renders the chat template; OpenRLHF asks with one query at a time."""
+        return WholeTexts(self.tokenizer, self.special, embedding_rows(self.scorer))
 
     @torch.no_grad()
     def _score_texts(self, texts: Sequence[Comparison], batch_size: int = 16) -> list[float]:
