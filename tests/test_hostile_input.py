@@ -192,7 +192,8 @@ def chats(found, template, arguments):
         row = {"prompt": found[0], "chosen": found[-1], "rejected": found[len(found) // 2]}
         row |= {"chat_template_kwargs": arguments}
         source = files.Source("rows", None, layout_of(list(row), row))
-        record = preprocessing._tokenize_rows({k: [v] for k, v in row.items()}, source, made, special, 48, False)
+        how = Encoding(made, special, pairs=False)
+        record = preprocessing._tokenize_rows({k: [v] for k, v in row.items()}, source, how, 48, False)
         if record["problem"][0] is not None:
             hostile.require_line(record["problem"][0])
         else:
@@ -490,6 +491,23 @@ def test_a_template_that_does_not_end(template, in_thread, monkeypatch):
         settle()
     assert len(said) == 1
     assert time.monotonic() - start < 5
+
+
+TRACED = """
+import subprocess
+import sys
+from reward_model.data import rendering
+with rendering._time_limit(5):
+    pass
+sys.settrace(lambda *_: None)
+print((lambda: "entered")())
+"""
+
+
+def test_the_limit_leaves_nothing_behind():
+    """An exception that is taken back stays marked in Python 3.11, where a traced function is then never entered."""
+    found = subprocess.run([sys.executable, "-c", TRACED], capture_output=True, text=True, timeout=60)
+    assert found.stdout == "entered\n"
 
 
 def test_a_template_that_does_not_end_over_some_rows_takes_no_more_than_three_limits(monkeypatch):
