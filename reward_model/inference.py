@@ -29,10 +29,10 @@ from reward_model.common.distributed import DistributedContext, by_itself
 from reward_model.common.errors import UserError, first_line
 from reward_model.common.logging import logger
 from reward_model.common.remote_code import never_asking
-from reward_model.config.evaluation import LONGEST
 from reward_model.config.groups import BatchConfig, DataConfig
 from reward_model.config.model_folder import require_plausible_folder
 from reward_model.config.options import read_run
+from reward_model.config.reading import LONGEST
 from reward_model.config.scoring import TOKENS
 from reward_model.data.chat_template import give_template, settle_template
 from reward_model.data.chats import half_character, in_plain, is_chat, template_arguments, write
@@ -91,6 +91,10 @@ class RewardScorer:
         self.temperature = getattr(scorer.config, "score_temperature", None) or 1.0  # of a probability, not of scores
         self.sharing: AttentionBackend | None = None  # of score_rows, once it is chosen
         self.longest = 0  # tokens of the longest text for which it was chosen
+        self.positions = most_positions(scorer)
+        made_for = getattr(scorer.config.get_text_config(), "max_position_embeddings", None) or 0
+        self.made_for = made_for if made_for > 0 else sys.maxsize
+        self.has_said_long = False
 
     def judge(
         self,
@@ -154,7 +158,8 @@ class RewardScorer:
         Nothing is cut: a text longer than those of the training is scored as it is.
 
         Raises:
-            UserError: not as many responses as prompts, or half a character in a text.
+            UserError: not as many responses as prompts, half a character in a text, or a text that is longer than the
+                model's table of positions.
         """
         if isinstance(prompts, str) or isinstance(responses, str):
             raise UserError("give lists of prompts and responses, not text")
@@ -271,10 +276,30 @@ class RewardScorer:
         """Made once, as it renders the chat template; OpenRLHF asks with one query at a time."""
         return WholeTexts(self.tokenizer, self.special, embedding_rows(self.scorer))
 
+    def _require_positions(self, rows: Sequence[Comparison]) -> int:
+        """The tokens of the longest text; says once that texts are longer than those that the model was made for.
+
+        Raises:
+            UserError: a text that is longer than the model's table of positions.
+        """
+        longest = 0
+        for number, row in enumerate(rows, 1):
+            length = len(row.prompt) + max(map(len, row.responses), default=0)
+            if length > self.positions:
+                what = f"row {number} has a text of {length} tokens"
+                raise UserError(f"{what}, and the model takes {self.positions}: cut it (rows has max_seq_len)")
+            longest = max(longest, length)
+        if longest > self.made_for and not self.has_said_long:
+            what = f"a text has {longest} tokens, more than the {self.made_for} that the model was made for"
+            logger.warning(f"{what}: its score may mean little")
+            self.has_said_long = True
+        return longest
+
     @torch.no_grad()
     def _score_texts(self, texts: Sequence[Comparison], batch_size: int = 16) -> list[float]:
         """The score of the one response of each of some rows."""
         scores = torch.empty(len(texts))
+        self._require_positions(texts)
         order = sorted(range(len(texts)), key=lambda i: texts[i].tokens)  # texts of one length need no pads
         if self.pad is None and self.scorer.pooling == "classifier":
             batch_size = 1  # a class of Transformers that is scored at the last token takes no pads then
@@ -387,7 +412,7 @@ class RewardScorer:
             flat = iter(self._score_texts([row.text(k) for row in rows for k in range(len(row.responses))]))
             return [[next(flat) for _ in row.responses] for row in rows]
         found: list[list[float]] = [[0.0] * len(row.responses) for row in rows]
-        longest = max((len(row.prompt) + len(response) for row in rows for response in row.responses), default=0)
+        longest = self._require_positions(rows)
         if self.sharing is None or longest > max(self.longest, window(self.scorer.config)):
             logger.info(self.choose_attention(longest))
         assert self.sharing is not None  # it was chosen
@@ -656,7 +681,24 @@ def _device(name: torch.device | str) -> torch.device:
     return device
 
 
+def most_positions(scorer: Scorer) -> int:
+    """Tokens of the longest text for which a model with a table of positions has a place; of others no limit.
+
+    RoBERTa counts positions from behind its pad, and OPT's table has two rows more than positions.
+    """
+    config = scorer.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None) or 0
+    tables = (
+        each
+        for name, each in scorer.named_modules()
+        if isinstance(each, torch.nn.Embedding)
+        and positions <= each.num_embeddings <= positions + 2
+        and ("position" in name.rsplit(".", 1)[-1] or name.endswith("wpe"))
+    )
+    free = [each.num_embeddings - (0 if each.padding_idx is None else each.padding_idx + 1) for each in tables]
+    return min([positions, *free]) if free else sys.maxsize
+
+
 def _most_tokens(scorer: RewardScorer) -> int:
     """Tokens of the longest text that a model and its tokenizer take, beyond which a training refuses texts, too."""
-    positions = getattr(scorer.scorer.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-    return int(min(positions if positions > 0 else sys.maxsize, scorer.tokenizer.model_max_length))
+    return int(min(scorer.positions, scorer.made_for, scorer.tokenizer.model_max_length))

@@ -159,3 +159,21 @@ def test_queries_are_lists_of_one_length(scorer):
         reward.score_queries(["a"], ["a", "b"])
     with pytest.raises(UserError, match="give lists of queries and prompts"):
         reward.score_queries("a", "a")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "bert", "roberta", "ernie", "deberta"])
+def test_a_text_beyond_the_table_of_positions_is_refused_in_words(tmp_path, family):
+    models.write(family, tmp_path, **({"n_positions": 40} if family == "gpt2" else {"max_position_embeddings": 40}))
+    scorer = load_for_training(str(tmp_path), torch.float32, seed=0)
+    reward = RewardScorer(scorer, tiny.tokenizer(), pad=scorer.config.pad_token_id)
+    assert reward.positions == (38 if family == "roberta" else 40)
+    fits = [5] * reward.positions
+    assert len(reward.score_ids([fits])) == 1
+    with pytest.raises(UserError, match=f"row 2 has a text of {reward.positions + 1} tokens, and the model takes"):
+        reward.score_ids([fits, [*fits, 5]])
+
+
+def test_a_text_beyond_what_the_model_was_made_for_is_told_once(scorer, capsys):
+    reward = scorer()
+    assert len(reward.score_ids([[5] * 300] * 2)) == len(reward.score_ids([[5] * 300])) + 1 == 2
+    assert capsys.readouterr().out.count("300 tokens, more than the 256 that the model was made for") == 1

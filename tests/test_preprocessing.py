@@ -473,7 +473,9 @@ BAD_JUDGEMENTS = [
     (ANSWER, {"response": " "}, "response is empty"),
     (ANSWER, {"response": ["fish"]}, "response is a list, not text or chat messages"),
     (ANSWER, {"prompt": None}, "prompt is missing"),
-    (ANSWER, {"response": None}, f"chosen is missing; the row has prompt, response, score, {FIELDS}"),
+    (ANSWER, {"response": None}, "response is missing"),
+    (ANSWER, {"response": None, "reponse": " a"}, "response is missing; is reponse a misspelling of it?"),
+    (LIST, {"responses": None}, "responses is missing"),
     ({"text": "fish"}, {}, f"chosen is missing; the row has text, {FIELDS}"),
     (ANSWER, {"chosen": None, "rejected": None, "response": None}, "chosen is missing"),  # the columns are there
 ]
@@ -720,6 +722,7 @@ BAD_ROWS = [
     ({"chosen": None}, "chosen is missing"),
     ({"rejected": None}, "rejected is missing"),
     ({"prompt": None}, "prompt is missing"),
+    ({"prompt": None, "promt": "2 + 2 =", "prompt_id": 7}, "prompt is missing; is promt a misspelling of it?"),
     ({"chosen": 5}, "chosen is a number, not text or chat messages"),
     ({"rejected": ["x"]}, "rejected is a list, not text or chat messages"),
     ({"prompt": {"text": "x"}}, "prompt is an object, not text or chat messages"),

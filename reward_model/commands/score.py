@@ -21,7 +21,7 @@ from reward_model.common.words import counted
 from reward_model.config.parser import build_parser, read_words
 from reward_model.config.scoring import ScoreConfig
 from reward_model.serving.inputs import STDIN, Stdin
-from reward_model.serving.output import Begun, begin, identity, line_of
+from reward_model.serving.output import Begun, begin, identity, line_of, require_free
 from reward_model.serving.stream import Scoring
 
 
@@ -69,6 +69,8 @@ def _run(model: str, file: str, config: ScoreConfig, result) -> int:
         raise UserError(f"{file}: no such file")  # before the model is loaded
     if file == STDIN and sys.stdin.isatty():
         raise UserError("nothing to score: give a file, or pipe rows into standard input")
+    if config.output:
+        require_free(Path(config.output), config.resume)
     scoring = Scoring.load(model, config)
     given = Stdin() if file == STDIN else file
     if not config.output:

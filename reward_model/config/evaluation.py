@@ -6,19 +6,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from reward_model.config.groups import COUNT, NOT_NEGATIVE, POSITIVE, Bounds, DataConfig, Group, flag, set_of
-
-LONGEST = 4_096  # tokens, where neither a run nor the model says less
+from reward_model.config.groups import COUNT, NOT_NEGATIVE, POSITIVE, Bounds, DataConfig, flag, set_of
+from reward_model.config.reading import ReadingConfig
 
 
 @dataclass(frozen=True)
-class EvaluateConfig(Group):
+class EvaluateConfig(ReadingConfig):
     """What to evaluate on, and how."""
 
     _argument_group_name: ClassVar[str] = "evaluation"
-    _bounds: ClassVar[Bounds] = {
-        "batch_size": COUNT, "tokens_per_batch": NOT_NEGATIVE, "max_seq_len": COUNT, "max_samples": NOT_NEGATIVE,
-        "temperature": POSITIVE, "num_proc": NOT_NEGATIVE,
+    _bounds: ClassVar[Bounds] = ReadingConfig._bounds | {
+        "batch_size": COUNT, "tokens_per_batch": NOT_NEGATIVE, "max_samples": NOT_NEGATIVE, "temperature": POSITIVE,
+        "num_proc": NOT_NEGATIVE,
     }  # fmt: skip
 
     data: list[str] = flag(
@@ -30,28 +29,12 @@ class EvaluateConfig(Group):
     )
     split: str | None = flag(None, metavar="NAME", help="The split of a hub name or a folder. Default: eval, test, ….")
     columns: list[str] = flag((), metavar="FIELD=COLUMN", help="As main.py's flag; subset=COLUMN names subsets.")
-    chat: bool | None = flag(
-        None, help="Put rows of plain text through the chat template. Default: as the run that trained the model."
-    )
-    chat_template: str | None = flag(
-        None, metavar="FILE|human_assistant", help="A chat template in place of the tokenizer's own."
-    )
-    max_seq_len: int | None = flag(
-        None,
-        metavar="TOKENS",
-        aliases=("--max_length",),
-        help=f"The longest text; a longer one loses the left of its prompt. Default: as the run that trained the "
-        f"model, or what the model takes, up to {LONGEST:,}.",
-    )
     max_samples: int = flag(0, metavar="N", help="The most rows of a set, drawn at random; 0 takes all.")
     on_bad_row: Literal["stop", "skip"] = flag("stop", help="Stop at a row that cannot be used, or skip and count it.")
     batch_size: int = flag(32, metavar="N", help="The pairs that a process scores at once.")
     tokens_per_batch: int = flag(0, metavar="TOKENS", help="The most tokens of a forward pass, pads included.")
     attention: Literal["auto", "timed", "slices", "flex", "varlen", "dense", "separate"] = flag(
         "auto", help="How texts stand in rows; as main.py's flag."
-    )
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = flag(
-        "auto", aliases=("--torch_dtype",), help="Of the weights. Default: as saved, and float32 on a CPU for float16."
     )
     temperature: float | None = flag(
         None, metavar="T", help="Judge σ(gap / T), in place of the temperature that the model was saved with."
@@ -63,11 +46,9 @@ class EvaluateConfig(Group):
     )
     report: str | None = flag(None, metavar="PAGE.html", help="Write what was found as a page with charts.")
     load_json: bool = flag(False, help="rewardbench's flag, without effect: files are known by what is in them.")
-    trust_remote_code: bool = flag(False, help="Run the code that a model brings. Look at it first.")
     data_output_path: str | None = flag(None, metavar="FOLDER", help="The cache of tokenized rows.")
     num_proc: int = flag(0, metavar="N", help="The processes that tokenize; 0 chooses.")
     local_rank: int = flag(-1, metavar="N", help="Set by launchers.")
-    debug: bool = flag(False, help="Show tracebacks, and what libraries print.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

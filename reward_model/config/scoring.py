@@ -6,50 +6,30 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from reward_model.config.evaluation import LONGEST
-from reward_model.config.groups import COUNT, POSITIVE, Bounds, DataConfig, Group, flag
+from reward_model.config.groups import COUNT, POSITIVE, Bounds, DataConfig, flag
+from reward_model.config.reading import ReadingConfig
 
 TOKENS = 8_192  # of a forward pass: two of the longest texts that are taken where nobody says less
 
 
 @dataclass(frozen=True)
-class ReadingConfig(Group):
-    """How a saved model is loaded, and how texts become its token ids."""
+class ForwardConfig(ReadingConfig):
+    """How texts go through a loaded model."""
 
     _argument_group_name: ClassVar[str] = "model"
-    _bounds: ClassVar[Bounds] = {"max_seq_len": COUNT, "tokens_per_batch": COUNT}
+    _bounds: ClassVar[Bounds] = ReadingConfig._bounds | {"tokens_per_batch": COUNT}
 
-    max_seq_len: int | None = flag(
-        None,
-        metavar="TOKENS",
-        aliases=("--max_length",),
-        help=f"The longest text; a longer one loses the left of its prompt. Default: as the run that trained the "
-        f"model, or what the model takes, up to {LONGEST:,}.",
-    )
     tokens_per_batch: int = flag(
         TOKENS, metavar="TOKENS", aliases=("--batch",), help="The most tokens of a forward pass, pads included."
-    )
-    chat: bool | None = flag(
-        None,
-        help="Put a prompt and answers of plain text through the chat template. Default: as the run that trained the "
-        "model.",
-    )
-    chat_template: str | None = flag(
-        None, metavar="FILE|human_assistant", help="A chat template in place of the tokenizer's own."
     )
     attention: Literal["auto", "slices", "flex", "varlen", "dense", "separate"] = flag(
         "auto", help="How texts stand in rows; as main.py's flag."
     )
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = flag(
-        "auto", aliases=("--torch_dtype",), help="Of the weights. Default: as saved, and float32 on a CPU for float16."
-    )
     device: str = flag("auto", metavar="DEVICE", help="cpu, cuda, cuda:1, …; auto: a GPU if there is one.")
-    trust_remote_code: bool = flag(False, help="Run the code that a model brings. Look at it first.")
-    debug: bool = flag(False, help="Show tracebacks, and what libraries print.")
 
 
 @dataclass(frozen=True)
-class ScoreConfig(ReadingConfig):
+class ScoreConfig(ForwardConfig):
     """What is scored, and what is written."""
 
     lines: bool = flag(False, help="The input has one text a line, each scored as it is and closed with the end token.")
@@ -73,10 +53,10 @@ class ScoreConfig(ReadingConfig):
 
 
 @dataclass(frozen=True)
-class ServeConfig(ReadingConfig):
+class ServeConfig(ForwardConfig):
     """Where a server listens, and what it takes."""
 
-    _bounds: ClassVar[Bounds] = ReadingConfig._bounds | {
+    _bounds: ClassVar[Bounds] = ForwardConfig._bounds | {
         "port": (0, 65_536, True), "max_waiting": COUNT, "max_body": POSITIVE, "timeout": POSITIVE,
     }  # fmt: skip
 

@@ -9,6 +9,7 @@ other names are read by :mod:`reward_model.data.layouts`.
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Sequence
@@ -136,16 +137,28 @@ def _subset(row: dict) -> str:
 def _require_types(row: dict, prompt, found: list, names: Sequence[str]) -> None:
     for name, value in zip(names, found):
         if value is None:
-            is_absent = names is PAIR and name not in row
-            needs = f"; the row has {', '.join(row)}, and needs prompt, chosen, rejected (or {OTHER_ROWS}); "
-            needs += "--columns chosen=COLUMN names what has another name"
-            raise BadRow(f"{name} is missing" + (needs if is_absent else ""))
+            raise BadRow(_what_is_missing(name, row, names))
         if not isinstance(value, str) and not is_chat(value):
             raise BadRow(f"{name} is {_type(value)}, not text or chat messages")
     if prompt is not None and not isinstance(prompt, str) and not is_chat(prompt):
         raise BadRow(f"prompt is {_type(prompt)}, not text or chat messages")
     if "prompt" in row and row["prompt"] is None and not all(map(_is_dialogue, found)):
-        raise BadRow("prompt is missing")
+        raise BadRow(_what_is_missing("prompt", row, names))
+
+
+def _what_is_missing(name: str, row: dict, names: Sequence[str]) -> str:
+    """That a field has no value, and which of the row's other columns may have been meant for it."""
+    if names is PAIR and name not in row:
+        others = next((other for other in ("responses", "response") if other in row), None)
+        if others is None:
+            return (
+                f"{name} is missing; the row has {', '.join(row)}, and needs prompt, chosen, rejected (or "
+                f"{OTHER_ROWS}); --columns chosen=COLUMN names what has another name"
+            )
+        name = others  # as the other rows of its file have
+    unknown = [column for column, value in row.items() if column not in FIELDS and value is not None]
+    near = difflib.get_close_matches(name, unknown, n=1, cutoff=0.85)
+    return f"{name} is missing" + (f"; is {near[0]} a misspelling of it?" if near else "")
 
 
 def _is_dialogue(value) -> bool:

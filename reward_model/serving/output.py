@@ -70,6 +70,23 @@ def fingerprint(reward: RewardScorer) -> str:
     return digest.hexdigest()
 
 
+def require_free(path: Path, resume: bool) -> None:
+    """Raises UserError: a file that is there and is not to be gone on with, or that nothing is known of.
+
+    What can be told before a model is loaded.
+    """
+    beside = path.with_name(path.name + SIDECAR)
+    try:
+        if not path.exists() or (resume and not path.stat().st_size):
+            return
+        if not resume:
+            raise UserError(f"--output {path} is there: --resume goes on with it, another name begins anew")
+        if not beside.is_file():
+            raise UserError(f"--resume: {beside} is missing, so that nobody knows what {path} was made of")
+    except OSError as error:
+        raise UserError(f"--output {error.filename or path}: {error.strerror}") from error
+
+
 def begin(path: Path, resume: bool, wanted: dict[str, Any]) -> Begun:
     """Open an output file, anew or behind its last whole line.
 
@@ -79,13 +96,10 @@ def begin(path: Path, resume: bool, wanted: dict[str, Any]) -> Begun:
     """
     beside = path.with_name(path.name + SIDECAR)
     try:
-        if not path.exists() or (resume and not path.stat().st_size):
+        require_free(path, resume)
+        if not path.exists() or not path.stat().st_size:
             write_whole(beside, json.dumps(wanted, indent=1) + "\n")
             return Begun(path.open("wb"), 0, 0)
-        if not resume:
-            raise UserError(f"--output {path} is there: --resume goes on with it, another name begins anew")
-        if not beside.is_file():
-            raise UserError(f"--resume: {beside} is missing, so that nobody knows what {path} was made of")
         _require_same(path, json.loads(beside.read_text(encoding="utf-8")), wanted)
         return _behind_the_last_line(path)
     except OSError as error:

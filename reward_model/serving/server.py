@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import difflib
 import struct
 import time
 import uuid
@@ -274,11 +275,27 @@ async def _http_error(request: Request, error: Exception) -> Response:
 async def _wrong_form(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    if first["type"] == "json_invalid":
+    kind, sent = first["type"], request.headers.get("content-type", "")
+    if kind == "json_invalid":
         return JSONResponse(error_body(400, "the body is not JSON"), 400)
     place = ".".join(str(part) for part in first["loc"] if part != "body")
-    message = printable(f"{place}: {first['msg']}" if place else str(first["msg"]))
-    return JSONResponse(error_body(422, message), 422)
+    said = WRONG.get(kind, str(first["msg"]))
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(place, wire.ScoreRequest.model_fields, n=1)
+        said += f"; did you mean {near[0]}?" if near else ""
+    if not place:
+        said = "the body is no JSON object" if "json" in sent else "send JSON, with Content-Type: application/json"
+    return JSONResponse(error_body(422, printable(f"{place}: {said}" if place else said)), 422)
+
+
+WRONG = {  # pydantic's kinds of error, in the words that this package has for them
+    "missing": "is missing",
+    "extra_forbidden": "is no name that a request has",
+    "string_type": "is not text",
+    "list_type": "is not a list",
+    "dict_type": "is not an object",
+    "int_type": "is not a whole number",
+}
 
 
 def _routes_of_state(app: FastAPI, service: Service) -> None:
@@ -341,45 +358,48 @@ def _routes_of_scores(app: FastAPI, service: Service) -> None:
     @app.post("/classify", response_model=wire.Classifications, responses=ERRORS)
     async def classify(asked: wire.PoolingRequest) -> Response:
         """The scores of texts or of a chat in the form of vLLM's ``/classify``; ``probs`` holds the raw score."""
-        model = service.require_model(asked.model)
-        scored = await service.pooled(asked, "/classify")
-        data = [
-            {"index": i, "label": "LABEL_0", "probs": each.scores, "num_classes": 1} for i, each in enumerate(scored)
-        ]
-        return JSONResponse(_listed("classify", model, data, scored))
+        return JSONResponse(_head("classify") | await _pooled(service, asked, "/classify", _class))
 
     @app.post("/pooling", response_model=wire.Poolings, responses=ERRORS)
     async def pooling(asked: wire.PoolingRequest) -> Response:
         """The same in the form of vLLM's ``/pooling``."""
-        model = service.require_model(asked.model)
-        scored = await service.pooled(asked, "/pooling")
-        data = [
-            {"index": i, "object": "pooling", "data": _written(each.scores, asked.encoding_format)}
-            for i, each in enumerate(scored)
-        ]
-        return JSONResponse(_listed("pool", model, data, scored))
+        return JSONResponse(_head("pool") | await _pooled(service, asked, "/pooling", _pooling))
 
     @app.post("/v1/embeddings", response_model=wire.Embeddings, responses=ERRORS)
     async def embeddings(asked: wire.PoolingRequest) -> Response:
         """The same as embeddings of one number, which is where verl reads scores of SGLang."""
-        model = service.require_model(asked.model)
-        scored = await service.pooled(asked, "/v1/embeddings")
-        data = [
-            {"index": i, "object": "embedding", "embedding": _written(each.scores, asked.encoding_format)}
-            for i, each in enumerate(scored)
-        ]
-        return JSONResponse({"object": "list", "model": model, "data": data, "usage": _usage(scored)})
+        return JSONResponse({"object": "list"} | await _pooled(service, asked, "/v1/embeddings", _embedding))
 
 
-def _listed(kind: str, model: str, data: list[dict], scored: list[Scored]) -> dict:
-    """vLLM's frame of an answer."""
-    about = {"id": f"{kind}-{uuid.uuid4().hex}", "object": "list", "created": int(time.time()), "model": model}
-    return about | {"data": data, "usage": _usage(scored)}
-
-
-def _usage(scored: list[Scored]) -> dict:
+async def _pooled(
+    service: Service, asked: wire.PoolingRequest, path: str, form: Callable[[list[float], str], dict[str, Any]]
+) -> dict[str, Any]:
+    """The body of a list of scores, each in a form; ``form`` takes the scores and how they are encoded."""
+    model = service.require_model(asked.model)
+    scored = await service.pooled(asked, path)
     tokens = sum(each.tokens for each in scored)
-    return {"prompt_tokens": tokens, "total_tokens": tokens}
+    return {
+        "model": model,
+        "data": [{"index": i} | form(each.scores, asked.encoding_format) for i, each in enumerate(scored)],
+        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+    }
+
+
+def _class(scores: list[float], encoding: str) -> dict[str, Any]:
+    return {"label": "LABEL_0", "probs": scores, "num_classes": 1}
+
+
+def _pooling(scores: list[float], encoding: str) -> dict[str, Any]:
+    return {"object": "pooling", "data": _written(scores, encoding)}
+
+
+def _embedding(scores: list[float], encoding: str) -> dict[str, Any]:
+    return {"object": "embedding", "embedding": _written(scores, encoding)}
+
+
+def _head(kind: str) -> dict[str, Any]:
+    """With which vLLM's answers begin."""
+    return {"id": f"{kind}-{uuid.uuid4().hex}", "object": "list", "created": int(time.time())}
 
 
 def _written(scores: list[float], encoding: str) -> list[float] | str:
