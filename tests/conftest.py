@@ -12,7 +12,7 @@ import pytest
 import torch
 
 # a file stays with one worker, so these begin first: what is left at the end is short, and the cores share it
-LONGEST = ("test_trainer", "test_set_up", "test_bad_input")
+LONGEST = ("test_trainer", "test_set_up", "test_bad_input", "test_checkpoints", "test_launchers", "test_api")
 
 sys.path.insert(0, str(Path(__file__).parent / "helpers"))
 # ops that DeepSpeed compiles are compiled once, also by tests that set another environment

@@ -88,6 +88,7 @@ def test_logging_that_was_set_up_before_is_left_as_it_is():
         logger.setLevel(before[1])
 
 
+@pytest.mark.slow
 def test_python_m_reward_model_train(demo, tmp_path):
     """The command is main.py, which the package has even where there is no checkout."""
     flags = ["--model_name_or_path", demo / "model", "--data_path", demo / "data", "--learning_rte", 1]

@@ -169,7 +169,8 @@ def test_the_first_process_alone_fails_and_the_second_is_quiet(demo, tmp_path):
     refuse(demo, tmp_path, *flags, says="file", output=output, launcher="deepspeed", processes=2)
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", pytest.param("torchrun", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 def test_two_processes_have_one_voice(launcher, demo, tmp_path, monkeypatch):
     port = runs.free_port()
     monkeypatch.setattr(runs, "free_port", lambda: port)

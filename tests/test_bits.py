@@ -289,6 +289,7 @@ def test_moments_are_in_8_bits_and_the_steps_are_adamws(tmp_path):
 FEW = ["--max_train_samples", 96, "--lora_dim", 8, "--lora_learning_rate", 5e-3]
 
 
+@pytest.mark.slow
 def test_a_run_in_4_bits_on_two_processes_follows_one_process(demo, tmp_path):
     one = runs.train(demo, tmp_path / "one", *FEW, "--lora_bits", 4)
     assert one.losses[-1] < one.losses[0] - 0.1
@@ -301,6 +302,7 @@ def test_a_run_in_4_bits_on_two_processes_follows_one_process(demo, tmp_path):
     assert json.loads((tmp_path / "one" / "run.json").read_text())["versions"]["bitsandbytes"]
 
 
+@pytest.mark.slow
 def test_8_bits_in_bfloat16_with_an_8_bit_optimizer(demo, tmp_path):
     flags = ["--lora_bits", 8, "--dtype", "bf16", "--optim", "adamw_8bit", "--zero_stage", 1]
     metrics = runs.train(demo, tmp_path / "out", *FEW, *flags, "--lora_dropout", 0.05)

@@ -7,9 +7,10 @@ import pytest
 pytest.importorskip("ckpt_chaos", reason="ckpt-chaos is not installed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("points", "ranks", "more"),
-    [(4, 1, "--zero_stage 2"), pytest.param(40, 2, "--zero_stage 3", marks=pytest.mark.slow)],
+    [(4, 1, "--zero_stage 2"), (40, 2, "--zero_stage 3")],
 )
 def test_every_end_of_a_run_is_survived(points, ranks, more, demo, tmp_path):
     flags = [*chaos.flags_for(demo / "model", demo / "data", demo / "cache", ranks), *more.split()]

@@ -209,6 +209,7 @@ def test_the_result_is_that_of_the_first_set():
 # --- runs ---
 
 
+@pytest.mark.slow
 def test_a_run_with_two_sets_that_is_stopped_leaves_the_same_bytes(demo, tmp_path):
     """Stopped in an evaluation, of which no set has its line twice; and what the best is goes by the first set."""
     rows = (demo / "data" / "eval.jsonl").read_text().splitlines(keepends=True)

@@ -34,6 +34,7 @@ def test_train_from_python(sweep):
     assert (folder / "0.001" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_score_texts(sweep, demo, tmp_path):
     folder = sweep[0] / "0.001"
     (prompt, chosen), *_ = runs.held_out(demo)[0]
@@ -90,6 +91,7 @@ def test_openrlhf_reward_without_a_model_says_so():
     assert done.stderr.splitlines()[-1].endswith("REWARD_MODEL has to name a folder that a run has saved")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "flags", "message"),
     [

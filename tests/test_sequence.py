@@ -20,9 +20,8 @@ def assert_same(one, other):
     assert [record["pairs"] for record in other.train] == [record["pairs"] for record in one.train]
 
 
-@pytest.mark.parametrize(
-    "flags", ["--loss_level token --zero_stage 2", pytest.param("--zero_stage 3 --lora_dim 4", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", ["--loss_level token --zero_stage 2", "--zero_stage 3 --lora_dim 4"])
 def test_two_processes_train_as_one_does(flags, demo, tmp_path):
     one = runs.train(demo, tmp_path / "one", *SMALL, *flags.split(), "--attention", "separate")
     two = runs.train(demo, tmp_path / "two", *SMALL, *flags.split(), "--sequence_parallel_size", 2, processes=2)

@@ -110,7 +110,8 @@ def test_zero3_on_two_processes_with_lora(demo, tmp_path):
         assert (folder / "adapter" / "adapter_model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1])
 def test_bfloat16_follows_float32(stage, plain, demo, tmp_path):
     metrics = runs.train(demo, tmp_path / "out", "--dtype", "bf16", "--zero_stage", stage)
     # one step too many in Adam's bias correction puts the second loss 0.017 off
@@ -120,6 +121,7 @@ def test_bfloat16_follows_float32(stage, plain, demo, tmp_path):
     assert dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_uneven_shares_count_every_pair_once(demo, tmp_path):
     """50 held-out pairs in batches of 7 over two processes; 320 pairs in global batches of 18, the last one of 14."""
     flags = ["--per_device_eval_batch_size", 7, "--per_device_train_batch_size", 9]
@@ -131,7 +133,8 @@ def test_uneven_shares_count_every_pair_once(demo, tmp_path):
         assert two.final[name] == pytest.approx(one.final[name], abs=1e-5), name
 
 
-@pytest.mark.parametrize("level", ["sequence", pytest.param("token", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("level", ["sequence", "token"])
 def test_shared_prompts_train_as_separate_rows_do(level, plain, demo, tmp_path):
     """The same run on padded rows, and on separate texts in one row."""
     flags = ["--loss_level", level]
@@ -407,6 +410,7 @@ def test_tensorboard(demo, tmp_path):
     assert len(events.Scalars("eval/accuracy")) == 2
 
 
+@pytest.mark.slow
 def test_upstreams_launch_line_runs_unchanged(demo, tmp_path):
     """training_scripts/opt/single_node/run_350m.sh, with a local model and data."""
     line = (

@@ -193,7 +193,8 @@ def _metrics(sets: dict[str, dict[str, Any]]) -> str:
 def _scoring(name: str, files: Sequence[str], tokenizer: PreTrainedTokenizerBase, trained: Trained) -> list[str]:
     """How to score, by Transformers or Sentence-Transformers where they load the form, and by ours; chats, too."""
     is_dschat = DSCHAT_WEIGHTS in files and not any(each.endswith(".safetensors") for each in files)
-    template, is_pairs = bool(tokenizer.chat_template), bool(trained.run.get("pair_encoding"))
+    template = bool(tokenizer.chat_template)
+    is_pairs = bool((trained.run | trained.naming).get("pair_encoding"))
     closes = "" if is_pairs else _closing(tokenizer, trained.run.get("special", {}))
     asked, answer = '"2 + 2 ="', '"4"' if is_pairs else '" 4"'
     chat = '[{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]'
