@@ -93,7 +93,7 @@ def test_a_text_is_closed_by_whoever_has_to():
     assert 'text = "2 + 2 =" + " 4" + tokenizer.eos_token' in blocks(card())[0]
     assert 'text = "2 + 2 =" + " 4"  # a prompt and its answer\n' in blocks(card(tokenizer=tiny.bert()))[0]
     pairs = blocks(card(tokenizer=tiny.bert(), naming={"pair_encoding": True}))[0]
-    assert 'tokenizer("2 + 2 =", " 4", return_tensors="pt")' in pairs
+    assert 'tokenizer("2 + 2 =", "4", return_tensors="pt")' in pairs
 
 
 def test_what_the_model_is_stands_in_the_card():
