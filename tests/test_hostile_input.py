@@ -494,7 +494,6 @@ def test_a_template_that_does_not_end(template, in_thread, monkeypatch):
 
 
 TRACED = """
-import subprocess
 import sys
 from reward_model.data import rendering
 with rendering._time_limit(5):
