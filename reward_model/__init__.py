@@ -2,9 +2,9 @@
 """Stable reward-model training for DeepSpeed-Chat.
 
 ``train`` runs a :class:`RunConfig`; ``load`` reads a model that a run saved; ``score`` gives the scores of rows, and
-``serve`` answers requests for them; ``verify`` compares the ways in which others score with a model; ``report`` writes
-the page of a run; ``UserError`` is what they raise for whatever the caller can mend. Nothing heavy is imported before
-one of them is used.
+``serve`` answers requests for them; ``verify`` compares the ways in which others score with a model; ``export`` writes
+it in a form that another program reads; ``report`` writes the page of a run; ``UserError`` is what they raise for
+whatever the caller can mend. Nothing heavy is imported before one of them is used.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from reward_model.serving.api import serve
     from reward_model.serving.stream import score
     from reward_model.training.api import train
+    from reward_model.training.exporting import export
     from reward_model.training.run import TrainResult
     from reward_model.training.stopping import Interrupted
     from reward_model.training.verification import verify
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "EvaluateConfig", "Interrupted", "RunConfig", "ScoreConfig", "ServeConfig", "TrainResult", "UserError",
-    "VerifyConfig", "evaluate", "load", "report", "score", "serve", "train", "verify",
+    "VerifyConfig", "evaluate", "export", "load", "report", "score", "serve", "train", "verify",
 ]  # fmt: skip
 
 _MODULES = {
@@ -44,6 +45,7 @@ _MODULES = {
     "ServeConfig": "reward_model.config.scoring",
     "VerifyConfig": "reward_model.config.verification",
     "evaluate": "reward_model.judging.api",
+    "export": "reward_model.training.exporting",
     "load": "reward_model.inference",
     "report": "reward_model.reporting.report",
     "score": "reward_model.serving.stream",

@@ -103,3 +103,22 @@ def test_a_model_is_loaded_where_there_is_no_checkout(command, demo, tmp_path):
     where, score = command("-c", code, program=()).split()[-2:]
     assert str(TOP) not in where
     assert float(score) == pytest.approx(load(tmp_path / "output").score(["a"], [" b"])[0], abs=1e-6)
+
+
+MISTAKES = """\
+import sys
+from reward_model.__main__ import COMMANDS, main
+for name in set(COMMANDS) - {"train"}:
+    try:
+        assert main([name, "model", "--no_such_flag"]) != 0
+    except SystemExit as end:
+        assert end.code != 0
+    assert "torch" not in sys.modules, name
+"""
+
+
+def test_a_mistake_in_a_command_is_told_before_torch_is_imported():
+    """It takes ten seconds on a busy machine."""
+    result = subprocess.run([sys.executable, "-c", MISTAKES], cwd=TOP, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert "--no_such_flag" in result.stderr

@@ -13,15 +13,10 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 
-from reward_model.common.distributed import end
 from reward_model.common.errors import UserError
 from reward_model.common.logging import show_messages
 from reward_model.config.evaluation import EvaluateConfig
 from reward_model.config.parser import build_parser, read_words
-from reward_model.evaluation.benchmarks import described
-from reward_model.evaluation.words import compared_lines, lines_of
-from reward_model.judging.api import evaluate
-from reward_model.judging.evaluations import Evaluations
 
 
 def main(arguments: list[str]) -> int:
@@ -42,6 +37,9 @@ def main(arguments: list[str]) -> int:
     if not models:
         raise UserError("name a model before the flags: a folder or a hub name")
     show_messages()
+    from reward_model.common.distributed import end
+    from reward_model.judging.api import evaluate
+
     with messages_aside(config.json):
         found = evaluate(models, config)
     if os.environ["RANK"] == "0":
@@ -71,7 +69,10 @@ def messages_aside(is_json: bool) -> Iterator[None]:
         yield
 
 
-def _show(found: Evaluations, is_json: bool) -> None:
+def _show(found, is_json: bool) -> None:
+    from reward_model.evaluation.benchmarks import described
+    from reward_model.evaluation.words import compared_lines, lines_of
+
     if is_json:
         print(json.dumps(found.to_json(), ensure_ascii=False))
         return

@@ -11,7 +11,6 @@ from reward_model.common.errors import UserError
 from reward_model.common.logging import show_messages
 from reward_model.config.parser import build_parser, read_words
 from reward_model.config.scoring import ServeConfig
-from reward_model.serving.api import serve
 
 
 def main(arguments: list[str]) -> int:
@@ -34,5 +33,7 @@ def main(arguments: list[str]) -> int:
     if not named:
         raise UserError("name a model before the flags: a folder or a hub name")
     show_messages()
+    from reward_model.serving.api import serve
+
     serve(named[0], config)
     return 0

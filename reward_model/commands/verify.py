@@ -14,7 +14,6 @@ from reward_model.common.errors import UserError
 from reward_model.common.logging import show_messages
 from reward_model.config.parser import build_parser, read_words
 from reward_model.config.verification import VerifyConfig
-from reward_model.training.verification import verify
 
 
 def main(arguments: list[str]) -> int:
@@ -36,6 +35,8 @@ def main(arguments: list[str]) -> int:
     if not folder:
         raise UserError("name the folder of a saved model before the flags")
     show_messages()
+    from reward_model.training.verification import verify
+
     with messages_aside(config.json):
         found = verify(folder, config)
     if config.json:

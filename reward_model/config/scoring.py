@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 from reward_model.config.groups import COUNT, POSITIVE, Bounds, DataConfig, flag
 from reward_model.config.reading import ReadingConfig
 
+STDIN = "-"  # the file that stands for standard input
 TOKENS = 8_192  # of a forward pass: two of the longest texts that are taken where nobody says less
 
 

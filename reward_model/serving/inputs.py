@@ -18,6 +18,7 @@ import pyarrow.parquet
 
 from reward_model.common.errors import UserError, first_line, printable, require_no_lfs_pointer
 from reward_model.common.logging import logger
+from reward_model.config.scoring import STDIN
 from reward_model.data.chats import is_chat
 from reward_model.data.comparisons import BadRow
 from reward_model.data.files import Source, line_rows, loader_of, text_rows
@@ -25,7 +26,6 @@ from reward_model.data.layouts import CHATS, layout_of
 from reward_model.data.rows import PAIR, Texts, read_row, texts_to_score
 from reward_model.data.sources import names_in
 
-STDIN = "-"
 ROWS_TO_KNOW_BY = 100  # in which one that can be read is looked for: it tells how the others are written
 
 
