@@ -18,7 +18,7 @@ import reward_model
 model, data, folder, level, *flags = sys.argv[1:]
 if level != "INFO":
     logging.getLogger("reward_model").setLevel(level)
-values = dict(model_name_or_path=model, data_path=data, max_seq_len=256, learning_rate=1e-3)
+values = dict(model_name_or_path=model, data_path=data, max_seq_len=256, learning_rate=1e-3, max_steps=8)
 values |= json.loads(flags[0])
 for run in ("first", "second"):
     result = reward_model.train(reward_model.RunConfig.of(**values, output_dir=f"{folder}/{run}"))
@@ -38,7 +38,7 @@ def train_twice(demo, folder, level="INFO", **flags):
 
 @pytest.fixture(scope="module")
 def of_main(demo, tmp_path_factory):
-    return runs.train(demo, tmp_path_factory.mktemp("main") / "out", launcher="python")
+    return runs.train(demo, tmp_path_factory.mktemp("main") / "out", "--max_steps", 8)
 
 
 def test_it_gives_main_s_numbers_and_does_so_again(demo, tmp_path, of_main):

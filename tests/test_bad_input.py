@@ -204,7 +204,10 @@ def test_a_second_process_that_fails_ends_the_first(demo, tmp_path):
                 os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("numbers", [(signal.SIGINT,), (signal.SIGINT, signal.SIGTERM, signal.SIGTERM)])
+AS_DEEPSPEED = (signal.SIGINT, signal.SIGTERM, signal.SIGTERM)
+
+
+@pytest.mark.parametrize("numbers", [pytest.param((signal.SIGINT,), marks=pytest.mark.slow), AS_DEEPSPEED])
 def test_ctrl_c_ends_in_a_line(numbers, demo, tmp_path):
     """DeepSpeed's launcher sends SIGTERM at the same time, once or twice."""
     flags = ["--model_name_or_path", demo / "model", "--data_path", demo / "data", "--num_train_epochs", 50]

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 import runs
+from saved import save
+from transformers import AutoTokenizer
 
 EXAMPLES = runs.SCRIPTS / "examples"
 
@@ -73,10 +75,11 @@ def call_reward_func(calls, **variables):
     return subprocess.run(words, cwd=runs.TOP, env=values, capture_output=True, text=True, timeout=120)
 
 
-def test_openrlhf_reward(sweep, demo):
-    folder = sweep[0] / "0.001"
-    rows = [*runs.held_out(demo)[0][:2], *runs.held_out(demo)[1][:2]]
-    calls = [(prompt + response + "<|endoftext|>", prompt) for prompt, response in rows]
+def test_openrlhf_reward(tmp_path):
+    folder = save(tmp_path)
+    rows = [("how do I bake bread", " mix flour and water"), ("how do I bake bread", " go away")]
+    end = AutoTokenizer.from_pretrained(folder).eos_token
+    calls = [(prompt + response + end, prompt) for prompt, response in rows]
     done = call_reward_func(calls, REWARD_MODEL=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])

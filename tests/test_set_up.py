@@ -133,6 +133,7 @@ def test_the_cpu_build_where_it_can_be_had(machine, python):
     assert "uv" not in machine.packages(chosen)  # a tool, not a part of the environment
 
 
+@pytest.mark.slow
 def test_what_the_tests_need_is_added_to_an_environment_made_by_the_quick_start(machine, python):
     machine.offer(set_up.requirements((TOP / "pyproject.toml").read_text(), dev=True)[len(NEEDED) :])
     chosen, _ = machine.set_up(python)
@@ -160,6 +161,7 @@ def test_an_interpreter_given_by_name(machine, python):
     assert machine.set_up(python, PYTHON="python3")[0] == machine.own / "bin" / "python"
 
 
+@pytest.mark.slow
 def test_two_at_once_do_not_trip_over_each_other(machine, python):
     words = [BASH, "-euo", "pipefail", "-c", 'source "$0"; set_up; echo "$PYTHON"']
     words.append(str(machine.checkout / "training_scripts" / "setup.sh"))
@@ -226,6 +228,7 @@ def test_an_environment_with_torch_is_completed_in_place(machine, active):
     assert not machine.own.exists()
 
 
+@pytest.mark.slow
 def test_an_environment_keeps_a_version_that_our_own_would_not_have(machine, active):
     machine.put(active, torch_wheel(machine.folder), wheel(machine.folder, "transformers", "4.57.1"))
     machine.set_up(active)
@@ -237,7 +240,7 @@ def test_an_environment_with_everything_is_used_as_it_is(machine, active):
     assert machine.set_up(active, PIP_INDEX_URL="http://127.0.0.1:9/") == (active, "")
 
 
-@pytest.mark.parametrize("name", ["transformers", "torch"])
+@pytest.mark.parametrize("name", ["transformers", pytest.param("torch", marks=pytest.mark.slow)])
 def test_a_package_that_is_too_old_is_not_replaced(machine, active, name):
     machine.put_all(active, name, "peft")
     machine.put(active, wheel(machine.folder, name, "1.9"))
@@ -435,6 +438,7 @@ def test_a_python_that_went_away_from_under_our_environment(machine, python):
 # GPUs
 
 
+@pytest.mark.slow
 def test_the_build_for_the_driver_is_asked_for(machine, python):
     machine.gpus()
     machine.builds.mkdir()
@@ -454,6 +458,7 @@ def test_a_gpu_needs_no_compiler(machine, python):
     assert machine.set_up(python, PATH=f"{python.parent}:{tools}")[0] == python
 
 
+@pytest.mark.slow
 def test_a_driver_that_is_too_old_for_pypis_build_is_said_before_the_download(machine, python):
     machine.gpus(cuda="12.4")
     line, before = machine.refusal(python)
@@ -463,7 +468,9 @@ def test_a_driver_that_is_too_old_for_pypis_build_is_said_before_the_download(ma
     assert "torch" not in machine.packages(machine.own / "bin" / "python")
 
 
-@pytest.mark.parametrize(("build", "cuda"), [("2.13.0+cpu", None), ("2.13.0", "13.0")])
+@pytest.mark.parametrize(
+    ("build", "cuda"), [("2.13.0+cpu", None), pytest.param("2.13.0", "13.0", marks=pytest.mark.slow)]
+)
 def test_a_torch_that_sees_no_gpu_stops_the_set_up(machine, active, build, cuda):
     machine.gpus(cuda="12.4")
     machine.put_all(active, "torch")
