@@ -47,6 +47,12 @@ def test_the_front_matter_is_what_the_hub_reads():
     assert found == {("chat", "owner/data"): 0.91, ("other|name.jsonl", "preference-pairs"): 0.5}
 
 
+def test_a_model_that_was_not_verified_says_so():
+    assert "verified" not in card()
+    text = card(not_verified="0.1 GB of host memory are free")
+    assert "not verified that the saved model scores as the trained one did: 0.1 GB of host memory are free." in text
+
+
 def test_what_is_on_this_disk_alone_is_no_name_of_the_hub():
     local = ORIGIN | {"base_model_on_hub": False, "base_model": "my-model", "datasets": []}
     data = ModelCard(card(run=RUN | {"data": local})).data
@@ -168,6 +174,7 @@ def test_an_exported_model_has_a_card_too(trained, tmp_path):
     from reward_model.commands.export import main
 
     metrics, out = trained
+    assert json.loads((out / "finished.json").read_text())["not_verified"] == ""
     (newest,) = (out / "checkpoints").iterdir()
     assert main([str(newest), str(tmp_path / "exported")]) == 0
     text = (tmp_path / "exported" / NAME).read_text()

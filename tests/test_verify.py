@@ -71,7 +71,7 @@ class Saved:
         return verify.difference(answer, self.expected, self.tokenizer, self.special)
 
     def check(self):
-        """What differs, found in a process of its own."""
+        """How it went, in a process of its own."""
         return verify.check(self.folder, self.forms, self.expected, self.tokenizer, self.special)
 
     def change(self, name, **values):
@@ -231,26 +231,26 @@ def test_in_a_process_that_knows_nothing_of_the_run(tmp_path, monkeypatch, capsy
     values = verify.plain_environment()
     assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"} & set(values)
     assert (values["CUDA_VISIBLE_DEVICES"], values["HF_HUB_OFFLINE"]) == ("", "1")
-    assert saved.check() == ""
+    assert saved.check() == ("", "")
     assert (
         "verified: loaded afresh, the saved model scores 4 held-out texts as the trained one" in capsys.readouterr().out
     )
     (saved.folder / "model.safetensors").unlink()
-    assert saved.check().startswith("it does not load: OSError: Error no file named")
+    assert saved.check().differs.startswith("it does not load: OSError: Error no file named")
 
 
 def test_too_little_memory_is_told(tmp_path, monkeypatch, capsys):
     saved = Saved(tmp_path)
     assert verify.free_memory() > 10**8
     monkeypatch.setattr(verify, "free_memory", lambda: 10**8)
-    assert saved.check() == ""
+    assert saved.check().not_verified.startswith("0.1 GB of host memory are free")
     assert "not verified: 0.1 GB of host memory are free, loading takes 1.5 GB" in capsys.readouterr().out
 
 
 def test_a_process_that_dies_is_told(tmp_path, monkeypatch, capsys):
     saved = Saved(tmp_path)
     monkeypatch.setattr(verify.sys, "executable", "/bin/false")
-    assert saved.check() == ""
+    assert saved.check().not_verified == "the process that loads the model ended with exit status 1"
     assert "not verified: the process that loads the model ended with exit status 1" in capsys.readouterr().out
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -247,15 +247,18 @@ def write(model: Model, out: Path, to: Form, adapter: bool = False) -> None:
     make(out)
     names = saving.save(scorer, tokenizer, out, to)
     form = "dschat" if to == "dschat" else "hf"
-    if problem := verify.check(out, (form,), expected, tokenizer, model.special, model.trust_remote_code):
-        raise UserError(f"what was saved lies in {verify.set_aside(out, names)}, and scores otherwise: {problem}")
+    outcome = verify.check(out, (form,), expected, tokenizer, model.special, model.trust_remote_code)
+    if outcome.differs:
+        aside = verify.set_aside(out, names)
+        raise UserError(f"what was saved lies in {aside}, and scores otherwise: {outcome.differs}")
     if adapter:
         keep_adapter(out, names, made_up(tokenizer, _longest(scorer, tokenizer)), model.trust_remote_code)
         return
     if model.trained is None:
         logger.info("no card is written: no run.json of a finished run tells of the model")
         return
-    write_card(out, card_of(out.resolve().name, names, tokenizer, model.trained))
+    trained = replace(model.trained, not_verified=outcome.not_verified)
+    write_card(out, card_of(out.resolve().name, names, tokenizer, trained))
 
 
 def copy_adapter(folder: Path, out: Path, trust_remote_code: bool) -> None:

@@ -65,6 +65,7 @@ class Trained:
     run: what ``run.json`` says. sets: name of an evaluation set → metrics. step: of the weights. evaluated: the step
     after which the metrics were found. health: what :meth:`reward_model.training.health.Health.state` gives. scale:
     what ``config.json`` says of the scores. naming: what it says of the model, as :mod:`.naming` writes it.
+    not_verified: why the saved model was not compared with the trained one; empty: it was, and scores as that did.
     """
 
     run: dict[str, Any]
@@ -74,6 +75,7 @@ class Trained:
     health: dict[str, Any]
     scale: dict[str, Any]
     naming: dict[str, Any] = field(default_factory=dict)
+    not_verified: str = ""
 
 
 def where_from(settings: Settings, data: Data) -> dict[str, Any]:
@@ -146,6 +148,7 @@ def card_of(name: str, files: Sequence[str], tokenizer: PreTrainedTokenizerBase,
         _metrics(trained.sets),
         *(["## What it is", _table(("field", "value"), _named(trained.naming))] if trained.naming else []),
         "## How to score",
+        *_doubts(trained),
         *_scoring(name, files, tokenizer, trained),
         "## Data",
         _data(origin),
@@ -157,6 +160,13 @@ def card_of(name: str, files: Sequence[str], tokenizer: PreTrainedTokenizerBase,
     versions = [(package, version) for package, version in run.get("versions", {}).items()]
     parts += ["## Versions", _table(("package", "version"), versions)]
     return signed("\n\n".join(parts) + "\n")
+
+
+def _doubts(trained: Trained) -> list[str]:
+    """What the reader should know before going by the scores."""
+    if not trained.not_verified:
+        return []
+    return [f"It was not verified that the saved model scores as the trained one did: {printable(trained.not_verified)}."]
 
 
 def _results(name: str, origin: dict[str, Any], sets: dict[str, dict[str, Any]]) -> list[EvalResult] | None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -162,15 +162,15 @@ def run_in(folder: Path | None, config: RunConfig, context: DistributedContext, 
             keep_temperature(trainer)
             name_model(trainer.forward.scorer, data.tokenizer, described_run)
             if folder:
-                names = save(trainer, data, folder)
-                describe(trainer, data, folder, described_run, names)
-                finish(trainer, folder)
+                saved = save(trainer, data, folder)
+                describe(trainer, data, folder, described_run, saved)
+                finish(trainer, folder, saved)
         summarize(trainer, folder)
         torch.distributed.barrier()
         release(trainer)
         watchdog.stop()  # trackers and the hub may take long, and the run is over
     if settings.output.push_to_hub and folder and context.is_first:
-        hub.push(folder, names, settings.output, settings.model.model_name_or_path)
+        hub.push(folder, saved.names, settings.output, settings.model.model_name_or_path)
     return TrainResult.of(trainer.metrics, trainer.step, folder)
 
 
@@ -366,16 +366,20 @@ def keep_scale(trainer: Trainer, reference: Comparisons | None) -> None:
     score_scale.keep_thresholds(forward.scorer, trainer.objective.lowest_grade, scale)
 
 
-def save(trainer: Trainer, data: Data, folder: Path) -> list[str]:
-    """Write the model and the picture of the run, and see to it that the saved model scores as the trained one does.
+class Saved(NamedTuple):
+    """names: of the files that belong to the model; none but on the first rank. not_verified: why it was not."""
 
-    Returns:
-        The names of what belongs to the model; none but on the first rank.
+    names: list[str]
+    not_verified: str
+
+
+def save(trainer: Trainer, data: Data, folder: Path) -> Saved:
+    """Write the model and the picture of the run, and see to it that the saved model scores as the trained one does.
 
     Raises:
         UserError: it does not; what was saved is kept under another name.
     """
-    forward, is_writer, problem = trainer.forward, trainer.context.is_first, ""
+    forward, is_writer, outcome, problem = trainer.forward, trainer.context.is_first, verify.Outcome(), ""
     forward.use(SEPARATE)  # what is saved names no attention of ours
     expected = verify.expect(forward, trainer.eval_set, data.tokenizer, data.special)
     trainer.engine.empty_partition_cache()  # ZeRO 3 may be fetching ahead, and gathers no weight twice
@@ -393,18 +397,18 @@ def save(trainer: Trainer, data: Data, folder: Path) -> list[str]:
         write_evaluation(trainer, data.tokenizer, folder)
         write_report(folder)
         forms = ("hf", "dschat") if save_format == "both" else (save_format,)
-        problem = verify.check(
+        outcome = verify.check(
             folder, forms, expected, data.tokenizer, data.special, trainer.settings.model.trust_remote_code
         )
-        if problem:
+        if outcome.differs:
             kept = verify.set_aside(folder, names)
-            problem = f"what was saved is not what was evaluated, and lies in {kept}: {problem}"
+            problem = f"what was saved is not what was evaluated, and lies in {kept}: {outcome.differs}"
     if problem := distributed.first_text(problem):
         raise UserError(problem)
-    return names
+    return Saved(names, outcome.not_verified)
 
 
-def describe(trainer: Trainer, data: Data, folder: Path, run: dict[str, Any], names: list[str]) -> None:
+def describe(trainer: Trainer, data: Data, folder: Path, run: dict[str, Any], saved: Saved) -> None:
     """Write the model card of what was saved."""
     if not trainer.context.is_first:
         return
@@ -412,9 +416,10 @@ def describe(trainer: Trainer, data: Data, folder: Path, run: dict[str, Any], na
     is_best = bool(trainer.settings.evaluation.keep_best and best and best.step)
     step = best.step if best and is_best else trainer.step
     scale = {name: getattr(config, name) for name in saving.SCALE if hasattr(config, name)}
-    trained = Trained(run, trainer.metrics, step, step, trainer.health.state(), scale, getattr(config, saving.NAMING))
+    health, naming = trainer.health.state(), getattr(config, saving.NAMING)
+    trained = Trained(run, trainer.metrics, step, step, health, scale, naming, saved.not_verified)
     name = trainer.settings.output.hub_model_id or folder.resolve().name
-    write_card(folder, card_of(name, names, data.tokenizer, trained))
+    write_card(folder, card_of(name, saved.names, data.tokenizer, trained))
 
 
 def write_report(folder: Path) -> None:
@@ -425,14 +430,15 @@ def write_report(folder: Path) -> None:
         logger.warning(f"{folder / REPORT}: {error.strerror}; the model is complete without the page")
 
 
-def finish(trainer: Trainer, folder: Path) -> None:
+def finish(trainer: Trainer, folder: Path, saved: Saved) -> None:
     """Leave the mark of a finished run, once all that it leaves is on the disk."""
     if not trainer.context.is_first:
         return
     trainer.records.flush()
     if trainer.checkpointer.best_file:
         trainer.checkpointer.best_file.unlink(missing_ok=True)
-    mark(folder, FINISHED, {"step": trainer.step, "metrics": trainer.last.metrics, "sets": trainer.metrics})
+    found = {"step": trainer.step, "metrics": trainer.last.metrics, "sets": trainer.metrics}
+    mark(folder, FINISHED, found | {"not_verified": saved.not_verified})
 
 
 def release(trainer: Trainer) -> None:

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -63,6 +63,16 @@ class WrittenText:
     templated: bool
     messages: list[dict] | None = None
     prompt: str | None = None
+
+
+class Outcome(NamedTuple):
+    """How it went, in lines of which one at most has words.
+
+    differs: what differs. not_verified: why it could not be found out.
+    """
+
+    differs: str = ""
+    not_verified: str = ""
 
 
 @dataclass(frozen=True)
@@ -228,20 +238,17 @@ def check(
     tokenizer: PreTrainedTokenizerBase,
     special: SpecialTokens,
     trust_remote_code: bool = False,
-) -> str:
+) -> Outcome:
     """Ask a saved model in a process of its own; says how it went, unless something differs.
 
     Args:
         forms: The forms that were saved, ``hf``, ``dschat`` or both.
         tokenizer: Of the training.
         trust_remote_code: The model brings code of its own, which may run.
-
-    Returns:
-        What differs, in a line; empty: nothing does, or it could not be found out, which is said.
     """
     if lacking := lacking_memory(folder, len(forms)):
         logger.warning(f"not verified: {lacking}")
-        return ""
+        return Outcome(not_verified=lacking)
     question = {
         "folder": str(folder.resolve()),
         "forms": list(forms),
@@ -254,15 +261,15 @@ def check(
     answer = ask(question)
     if why := answer.get("not_verified"):
         logger.warning(f"not verified: {why}")
-        return ""
+        return Outcome(not_verified=why)
     if problem := difference(answer, expected, tokenizer, special):
-        return problem
+        return Outcome(differs=problem)
     apart = max(np.abs(np.array(scores) - np.array(expected.scores)).max() for scores in answer["scores"].values())
     logger.info(
         f"verified: loaded afresh, the saved model scores {len(expected.ids)} held-out texts as the trained one "
         f"(differences up to {apart:.1g}; rounding explains {max(expected.tolerances):.1g})"
     )
-    return ""
+    return Outcome()
 
 
 def ask(question: dict[str, Any]) -> dict[str, Any]:
