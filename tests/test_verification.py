@@ -251,6 +251,8 @@ def test_what_servers_would_do():
     for would in (vllm, sglang):
         assert not would(config | {"id2label": {"0": "a", "1": "b"}}, None)[1]
     assert "embed" in vllm(config, "modules")[0]
+    narrow, wide = ({"word_embed_proj_dim": size, "hidden_size": 32} for size in (16, 32))
+    assert "it refuses" in vllm(config | narrow, None)[0] and "it refuses" not in vllm(config | wide, None)[0]
     assert "no class" in sglang(config | {"architectures": ["OPTForSequenceClassification"]}, None)[0]
 
 

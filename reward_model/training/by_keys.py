@@ -33,6 +33,10 @@ def vllm(config: dict[str, Any], form: str | None) -> tuple[str, bool]:
     name = _class_of(config)
     if form is not None or not name:
         return "it reads no such form: reward-model export --to hf, or --to sentence-transformers", True
+    width, hidden = config.get("word_embed_proj_dim"), config.get("hidden_size")
+    if width and width != hidden:  # OPT-350m projects 1,024 numbers to 512 before its head
+        said = f"it refuses {name} with word_embed_proj_dim {width}, as its head takes hidden_size ({hidden}) numbers"
+        return f"{said}: reward-model export --to sentence-transformers, for embed", True
     if labels_of(config) != 1:
         return f"classify would give {labels_of(config)} numbers: config.json has so many labels", False
     if config.get("problem_type") != "regression":

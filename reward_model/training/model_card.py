@@ -166,7 +166,9 @@ def _doubts(trained: Trained) -> list[str]:
     """What the reader should know before going by the scores."""
     if not trained.not_verified:
         return []
-    return [f"It was not verified that the saved model scores as the trained one did: {printable(trained.not_verified)}."]
+    return [
+        f"It was not verified that the saved model scores as the trained one did: {printable(trained.not_verified)}."
+    ]
 
 
 def _results(name: str, origin: dict[str, Any], sets: dict[str, dict[str, Any]]) -> list[EvalResult] | None:

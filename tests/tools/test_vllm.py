@@ -11,6 +11,8 @@ import tiny
 import torch
 from foreign import BF16, CHATS, CHOSEN, PROMPTS, REJECTED
 
+import reward_model
+
 pytestmark = pytest.mark.slow
 TEXTS = [prompt + response for prompt, response in zip(PROMPTS + PROMPTS, CHOSEN + REJECTED)]
 NEAR = 1e-4
@@ -100,6 +102,19 @@ def test_without_problem_type_it_gives_a_probability(vllm, tmp_path):
     differences.note(name_of(one), "CrossEncoder's key alone", ours, one["texts"], NEAR)
     squeezed = [1 / (1 + math.exp(-score)) for score in ours]
     differences.note(name_of(one), "neither key, beside the sigmoid", squeezed, neither["texts"], NEAR)
+    differences.check()
+
+
+def test_a_narrow_projection_is_for_embed(vllm, tmp_path):
+    """OPT-350m's shape: the day that classify takes it, ``by_keys`` and the guide have to say so."""
+    saved = foreign.Saved(tmp_path, family="opt")
+    reward_model.export(saved.folder, tmp_path / "modules", "sentence-transformers")
+    refused, found = vllm(
+        [{"folder": saved.folder, "texts": closed(saved)}, {"folder": tmp_path / "modules", "embedded": closed(saved)}]
+    )
+    assert "Tried to load weights of size" in refused["error"]
+    differences = foreign.Differences()
+    differences.note(name_of(found, "embed"), "a decoder as modules", saved.scores(), found["embedded"], NEAR)
     differences.check()
 
 
