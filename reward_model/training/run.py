@@ -435,8 +435,10 @@ def finish(trainer: Trainer, folder: Path, saved: Saved) -> None:
     if not trainer.context.is_first:
         return
     trainer.records.flush()
-    if trainer.checkpointer.best_file:
-        trainer.checkpointer.best_file.unlink(missing_ok=True)
+    if best := trainer.checkpointer.best_file:
+        best.unlink(missing_ok=True)
+        with suppress(OSError):  # there are checkpoints
+            best.parent.rmdir()
     found = {"step": trainer.step, "metrics": trainer.last.metrics, "sets": trainer.metrics}
     mark(folder, FINISHED, found | {"not_verified": saved.not_verified})
 
