@@ -46,12 +46,13 @@ class Run:
         named |= {"data_output_path": demo / "cache", "max_seq_len": 128, "per_device_train_batch_size": 4}
         named |= {"num_train_epochs": 100}
         words = [word for name, each in named.items() for word in (f"--{name}", str(each))]
+        self.flags = [*words, *map(str, flags)]
         values = runs.environment(
             NUM_GPUS=str(processes), MASTER_PORT=self.port if launcher.startswith("single") else None,
             LAUNCHER="torchrun" if "torchrun" in launcher else "deepspeed", OMP_NUM_THREADS="1",
         )  # fmt: skip
         self.process = subprocess.Popen(
-            [*start, *words, *map(str, flags)],
+            [*start, *self.flags],
             env=values,
             **({"stdout": self.log.open("ab"), "stderr": subprocess.STDOUT} | options),
         )
@@ -63,11 +64,20 @@ class Run:
 
     def wait_for_steps(self, count=2):
         """Until it has trained a few steps."""
-        metrics, end = self.output / "metrics.jsonl", time.monotonic() + 2 * SOON
-        while not metrics.exists() or metrics.read_text().count('"train"') < count:
+        return self.wait_for(lambda: self.steps >= count)
+
+    def wait_for(self, what):
+        """Until something holds, which must be while it runs."""
+        end = time.monotonic() + 2 * SOON
+        while not what():
             assert time.monotonic() < end and self.process.poll() is None, self.said[-3000:]
             time.sleep(0.1)
         return self
+
+    @property
+    def steps(self):
+        metrics = self.output / "metrics.jsonl"
+        return metrics.read_text().count('"train"') if metrics.exists() else 0
 
     def processes(self, *parts):
         """Those of this run whose command line has these parts."""
@@ -230,21 +240,43 @@ def test_a_stopped_rank_is_named_and_ends_with_the_others(demo, tmp_path, launch
     assert "most recent call first" in run.said
 
 
+KILLED_AT_LAST = ("--save_interval", 3, "--eval_interval", 4, "--max_steps", 30)
+
+
+@pytest.fixture(scope="module")
+def without_a_fault(demo, tmp_path_factory):
+    """The weights that a run ends with."""
+    run = Run(demo, tmp_path_factory.mktemp("whole"), LAUNCHERS[0], *KILLED_AT_LAST)
+    assert run.end(2 * SOON) == 0, run.said[-3000:]
+    return (run.output / "model.safetensors").read_bytes()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("attempt", range(int(os.environ.get("KILLS", 6))))
-def test_a_rank_that_is_killed_at_any_moment_ends_all(demo, tmp_path, attempt):
-    """``KILLS=50`` tries more of them; each is of another moment: start-up, step, evaluation, checkpoint."""
+def test_a_rank_that_is_killed_at_any_moment_ends_all_and_is_no_loss(demo, tmp_path, without_a_fault, attempt):
+    """And the same command then ends with the weights of a run without a fault.
+
+    ``KILLS=50`` tries more of them; each is of another moment: start-up, step, evaluation, checkpoint, the end.
+    """
     chance = random.Random(attempt)
-    launcher = chance.choice(LAUNCHERS)
-    run = Run(demo, tmp_path, launcher, "--save_interval", 3, "--eval_interval", 4)
-    run.wait_for_steps(1)
-    time.sleep(chance.uniform(0, 8))
-    rank = chance.randrange(2)
-    victim = run.ranks()[rank]
+    launcher, in_the_start, rank = chance.choice(LAUNCHERS), chance.random() < 0.2, chance.randrange(2)
+    run = Run(demo, tmp_path, launcher, *KILLED_AT_LAST)
+    if in_the_start:
+        run.wait_for(lambda: len(run.ranks()) == 2)
+    else:
+        run.wait_for_steps(1)
+    time.sleep(chance.uniform(0, 12))
+    ranks, steps = run.ranks(), run.steps
+    if len(ranks) < 2:
+        pytest.skip("it had ended by then")
+    victim = ranks[rank]
     victim.kill()
     assert run.end() == 128 + signal.SIGKILL, run.said[-3000:]
     assert f"rank {rank} (process {victim.pid}) was ended by SIGKILL" in run.said
-    print(f"{launcher}: rank {rank} killed after {run.said.count('step ')} lines; checkpoints {run.checkpoints}")
+    print(f"{launcher}: rank {rank} killed after {steps} steps; checkpoints {run.checkpoints}")
+    again = Run(demo, tmp_path, launcher, *KILLED_AT_LAST)
+    assert again.end(2 * SOON) == 0, again.said[-3000:]
+    assert (again.output / "model.safetensors").read_bytes() == without_a_fault
 
 
 @pytest.mark.slow
