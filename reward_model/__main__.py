@@ -7,7 +7,7 @@ import difflib
 import importlib
 import sys
 
-from reward_model.common.errors import UserError
+from reward_model.common.errors import UserError, not_installed
 from reward_model.common.logging import quieten
 
 COMMANDS = {
@@ -49,6 +49,11 @@ def main(arguments: list[str] | None = None) -> int:
         return importlib.import_module(COMMANDS[name][0]).main(rest)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        if "--debug" in rest or (error.name or "").startswith("reward_model"):
+            raise
+        print(not_installed(error), file=sys.stderr)
         return 1
 
 

@@ -200,7 +200,7 @@ def test_the_whole_prompt_may_go_but_no_separator(make, tmp_path):
     (found,) = rows_of([row], tmp_path, tokenizer, max_seq_len=least)
     assert wholes(found) == [[*before, *between, *answer, *after]]
     assert found.asked == len(before) + len(between)
-    with pytest.raises(UserError, match=f"an answer alone is longer than --max_seq_len {least - 1}"):
+    with pytest.raises(UserError, match=f"alone is longer than --max_seq_len {least - 1}: {least} tokens"):
         rows_of([row], tmp_path, tokenizer, max_seq_len=least - 1)
 
 

@@ -122,3 +122,16 @@ def test_a_mistake_in_a_command_is_told_before_torch_is_imported():
     result = subprocess.run([sys.executable, "-c", MISTAKES], cwd=TOP, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert "--no_such_flag" in result.stderr
+
+
+def test_a_python_without_our_packages_is_told_what_to_do(tmp_path):
+    """Each command, and main.py; -S leaves this interpreter without site-packages."""
+    for words in (["-m", "reward_model", "score", "--help"], [str(TOP / "training_scripts" / "main.py"), "--help"]):
+        values = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        result = subprocess.run(
+            [sys.executable, "-S", *words], cwd=TOP, env=values, capture_output=True, text=True, timeout=60
+        )
+        assert result.returncode == 1
+        (line,) = result.stderr.splitlines()
+        assert line.startswith(f"error: {sys.executable} has no package ")
+        assert "activate first" in line or "quickstart.sh makes an environment that has it" in line

@@ -710,7 +710,7 @@ def test_whole_prompt_may_go_but_no_token_of_an_answer():
     row = ([0, 1, 2], [[0, 1, 2, 5], [0, 1, 2, 6, 7]], special)
     assert compare(*row, max_seq_len=6)["cut"] is False
     assert compare(*row, max_seq_len=4)["prompt"] == [0]  # the start token, two of the answer, the end token
-    with pytest.raises(BadRow, match="an answer alone is longer than --max_seq_len 3"):
+    with pytest.raises(BadRow, match="rejected alone is longer than --max_seq_len 3: 4 tokens"):
         compare(*row, max_seq_len=3)
 
 
@@ -738,8 +738,8 @@ BAD_ROWS = [
     ({"margin": [1.0]}, "margin is a list, not a number"),
     ({"chosen": TEXT["rejected"]}, "chosen and rejected are equal"),
     ({"chosen": f"{TEXT['rejected']}<|endoftext|>"}, "chosen and rejected are equal once tokenized"),
-    ({"chosen": LONG}, "an answer alone is longer than --max_seq_len 64"),
-    ({"rejected": LONG}, "an answer alone is longer than --max_seq_len 64"),
+    ({"chosen": LONG}, "chosen alone is longer than --max_seq_len 64"),
+    ({"rejected": LONG}, "rejected alone is longer than --max_seq_len 64"),
     (CHAT, "chat messages need a tokenizer with a chat template, and this one has none"),
     ({"chosen": [{"text": "x"}]}, "chosen is a list, not text or chat messages"),
 ]

@@ -14,7 +14,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout's package, installed or not
 
-from reward_model.commands.train import main
+try:
+    from reward_model.commands.train import main
+except ModuleNotFoundError as error:
+    from reward_model.common.errors import not_installed
+
+    sys.exit(not_installed(error))
 
 if __name__ == "__main__":
     sys.exit(main())

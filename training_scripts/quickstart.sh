@@ -62,13 +62,14 @@ quiet "$PYTHON" -m deepspeed.launcher.runner --num_gpus 1 --master_port "$port" 
   "$@"
 
 [ -e "$output/config.json" ] || exit 0 # the flags named another place
-code='import sys; from reward_model.inference import load; print(load(sys.argv[1]).score(sys.argv[2:3], sys.argv[3:]))'
 cat <<END
 
 Next, score texts of your own, a prompt and a response:
   cd $(printf '%q' "$top")
-  $(printf '%q' "$PYTHON") -c '$code' \\
-    $(printf '%q' "$output") "Human: How do I clean a lamp? Assistant:" " Wipe it with a damp cloth."
+  echo '{"prompt": "Human: How do I clean a lamp? Assistant:", "response": " Wipe it with a damp cloth."}' |
+    $(printf '%q' "$PYTHON") -m reward_model score $(printf '%q' "$output")
+see how right the model is, on pairs that it has not seen:
+  $(printf '%q' "$PYTHON") -m reward_model evaluate $(printf '%q' "$output") --data $(printf '%q' "$demo/data/eval.jsonl")
 and train on your own pairs, lines like {"prompt": "…", "chosen": "…", "rejected": "…"} in a file:
   cd $(printf '%q' "$here")
   $(printf '%q' "$PYTHON") main.py --model_name_or_path $(printf '%q' "$demo/model") --learning_rate 1e-3 \\

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 LFS_POINTER = b"version https://git-lfs"
@@ -47,6 +48,17 @@ class UserError(Exception):
 
     def __init__(self, message: str = ""):
         super().__init__(printable(message))
+
+
+def not_installed(error: ModuleNotFoundError) -> str:
+    """What to do about a package that this Python lacks, in a line."""
+    top = Path(__file__).resolve().parents[2]
+    activate = top / ".venv" / "bin" / "activate"
+    if sys.prefix != str(top / ".venv") and activate.is_file():
+        advice = f"run . {activate} first"
+    else:
+        advice = "bash training_scripts/quickstart.sh makes an environment that has it, pip install -e . adds it here"
+    return f"error: {sys.executable} has no package {error.name}; {advice}"
 
 
 def first_line(error: BaseException) -> str:

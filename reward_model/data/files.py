@@ -238,7 +238,7 @@ def _row(text: str, number: int) -> dict:
     try:
         if reason := _undecoded(text):
             raise ValueError(reason)
-        if not isinstance(json.loads(text), dict):
+        if not isinstance(json.loads(text.rstrip()), dict):  # a string without an end ends with the line
             raise ValueError("it is not an object")
     except json.JSONDecodeError as error:
         return _unreadable(f"it is not JSON: {_where(error)}", number)

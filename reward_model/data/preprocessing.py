@@ -505,7 +505,9 @@ def compare(
         # a start token stays: the model has never seen a text without one
         start, end = fixed or (int(bool(prompt_length) and prompt[0] in special.starts), 0)
         if start + surplus + end > prompt_length:
-            raise BadRow(f"an answer alone is longer than --max_seq_len {max_seq_len}")
+            longest = max(range(len(whole)), key=lambda i: len(whole[i]))
+            alone = f"{len(whole[longest]) - prompt_length + start + end} tokens"
+            raise BadRow(f"{names[longest]} alone is longer than --max_seq_len {max_seq_len}: {alone}")
         whole = [text[:start] + text[start + surplus :] for text in whole]
         prompt_length -= surplus
     # each response keeps a token of its own: the one its score is read at

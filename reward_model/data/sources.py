@@ -12,6 +12,7 @@ import datasets
 import numpy as np
 
 from reward_model.common.errors import UserError, first_line
+from reward_model.common.hub import look_into_the_cache_alone
 from reward_model.common.logging import logger
 from reward_model.data.comparisons import BadRow
 from reward_model.data.files import Source, loader_of, read_file
@@ -310,6 +311,7 @@ def _loaded(name: str) -> dict[str, datasets.Dataset]:
         raise UserError(f"{name}: no such file or folder")
     owner, *rest = name.split("/")
     repository = ["/".join([owner, *rest[:1]]), *rest[1:]]  # owner/name/subset
+    look_into_the_cache_alone()
     try:
         return datasets.load_dataset(*repository)
     except Exception as error:

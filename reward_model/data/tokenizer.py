@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from reward_model.common.errors import UserError, why_not
+from reward_model.common.hub import look_into_the_cache_alone
 from reward_model.common.logging import logger
 from reward_model.common.remote_code import never_asking
 
@@ -47,6 +48,8 @@ def load_tokenizer(
     """
     if name_or_path.startswith((".", "/", "~")) and not os.path.isdir(name_or_path):
         raise UserError(f"{name_or_path}: no such folder")
+    if not os.path.isdir(name_or_path):
+        look_into_the_cache_alone()
     try:
         with never_asking(trust_remote_code):
             tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)

@@ -19,6 +19,7 @@ from transformers import (
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from reward_model.common.errors import UserError, first_line, why_not
+from reward_model.common.hub import look_into_the_cache_alone
 from reward_model.common.logging import logger
 from reward_model.common.remote_code import never_asking
 from reward_model.common.words import counted
@@ -308,6 +309,8 @@ def read_config(name_or_path: str, trust_remote_code: bool = False):
     """Raises UserError where there is no model, or one that cannot be trained."""
     require_model_folder(name_or_path, trust_remote_code)
     require_no_adapter(Path(name_or_path))
+    if not Path(name_or_path).is_dir():
+        look_into_the_cache_alone()
     try:
         with never_asking(trust_remote_code):
             require_plausible(name_or_path, PretrainedConfig.get_config_dict(name_or_path)[0], trust_remote_code)
