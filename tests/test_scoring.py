@@ -146,7 +146,7 @@ def test_a_long_row_loses_the_left_of_its_prompt(reward):
     (row,) = reward.rows(["where " * 30], [[" cat", " fish"]], max_seq_len=40)
     assert len(row.prompt) + max(map(len, row.responses)) == 40
     assert row.prompt == whole[-len(row.prompt) :]
-    with pytest.raises(UserError, match="row 1: .* alone is longer"):
+    with pytest.raises(UserError, match=r"row 1: .* alone is longer"):
         reward.rows(["a"], [["where " * 30]], max_seq_len=20)
 
 
