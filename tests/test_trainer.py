@@ -24,7 +24,7 @@ STEPS = runs.PAIRS // 16
 def plain(demo, tmp_path_factory):
     """The run that others are held against: one process, float32, ZeRO 0, and the folder it left."""
     folder = tmp_path_factory.mktemp("plain") / "out"
-    return runs.train(demo, folder), folder
+    return runs.train(demo, folder, page=True), folder
 
 
 def close_to(metrics, plain, tolerance=1e-5):
@@ -328,7 +328,7 @@ ORDINAL = ["--loss", "ordinal", "--head_learning_rate", 1e-2, "--merge", "prompt
 def graded(demo, tmp_path_factory):
     folder = tmp_path_factory.mktemp("graded")
     data = write_grades(demo, folder / "data")
-    return runs.train(demo, folder / "out", *ORDINAL, "--data_path", data), folder
+    return runs.train(demo, folder / "out", *ORDINAL, "--data_path", data, page=True), folder
 
 
 def test_grades_are_learned_and_their_thresholds_kept(graded):

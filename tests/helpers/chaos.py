@@ -54,7 +54,7 @@ def become(warm, request):
         from ckpt_chaos.targets.common import arm_from_env
 
         arm_from_env(int(values.get("RANK", 0)), lazy=True)
-    warm.become_main(request | {"processes": 1, "signals": [], "script": None}, 0)
+    warm.become_main(request | {"processes": 1, "signals": [], "script": None, "page": True}, 0)
 
 
 def answer(connection, child):

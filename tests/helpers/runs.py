@@ -60,7 +60,7 @@ def warm_parent():
     return subprocess.Popen(words, env=values, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-def launch(*flags, launcher="warm", processes=1, timeout=300, environment=None, signals=(), script=None):
+def launch(*flags, launcher="warm", processes=1, timeout=300, environment=None, signals=(), script=None, page=False):
     """Run main.py where a user would; what it printed, and its exit status.
 
     launcher: ``python``, ``deepspeed`` or ``torchrun`` start it as a user does; ``flex`` with a GPU's attention on a
@@ -68,6 +68,7 @@ def launch(*flags, launcher="warm", processes=1, timeout=300, environment=None, 
     variables of its own it starts afresh.
     signals: what ``warm`` sends to a rank at a step, ``{"rank": 0, "step": 3, "signal": "SIGTERM"}``.
     script: what ``warm`` runs in place of main.py.
+    page: ``warm`` writes ``report.html``, too, which takes as long as a short training.
     """
     values = {name: v for name, v in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     values |= {"HF_HUB_OFFLINE": "1"} | (environment or {})
@@ -80,7 +81,7 @@ def launch(*flags, launcher="warm", processes=1, timeout=300, environment=None, 
     with tempfile.TemporaryDirectory() as folder:
         request = {"flags": flags, "environment": values, "processes": processes, "port": free_port()}
         request["signals"] = list(signals)
-        request["script"] = script and str(script)
+        request["script"], request["page"] = script and str(script), page
         parent = warm_parent()
         parent.stdin.write(json.dumps(request | {"timeout": timeout, "output": folder}) + "\n")
         parent.stdin.flush()

@@ -4,8 +4,8 @@
     python warm.py      reads requests, a JSON object a line, from standard input, and answers each with a line
 
 A request has ``flags`` of main.py, ``environment``, ``processes``, ``port``, ``timeout`` in seconds, ``output``, a
-folder for what each process prints, and ``script``, which is run in place of main.py, or null. The answer is the exit
-status: of the first process that failed, as a launcher's.
+folder for what each process prints, ``script``, which is run in place of main.py, or null, and ``page``, whether
+``report.html`` is written. The answer is the exit status: of the first process that failed, as a launcher's.
 The tests that are about starting a run use fresh processes; the rest has no reason to import torch again.
 """
 
@@ -93,9 +93,11 @@ def become_main(request, rank):
         file = os.open(f"{request['output']}/{name}{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
         os.dup2(file, descriptor)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    from reward_model.training import verify
+    from reward_model.training import run, verify
 
     verify.ask = ask_a_fork
+    if not request["page"]:
+        run.write_report = lambda folder: None
     for each in request["signals"]:
         if each["rank"] == rank:
             send_signal_at(each)
