@@ -319,6 +319,19 @@ def test_every_setting_leaves_the_same_bytes(processes, flags, demo, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_lies_on_nvme_leaves_the_same_bytes(processes, demo, tmp_path):
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible():
+        pytest.skip("no libaio (apt install libaio-dev)")
+    (tmp_path / "disk").mkdir()
+    flags = ["--deepspeed_config", "zero3_nvme.json", "--nvme_path", tmp_path / "disk"]
+    same_bytes(demo, tmp_path, flags, [stop_at(2)], processes)
+    assert not list((tmp_path / "disk").iterdir())
+
+
+@pytest.mark.slow
 def test_ordinal_thresholds_and_a_mixture_leave_the_same_bytes(demo, tmp_path):
     rows = [json.loads(line) for line in (demo / "data" / "train.jsonl").read_text().splitlines()[:120]]
     points = [{"prompt": r["prompt"], "response": r["chosen"], "score": i % 4} for i, r in enumerate(rows)]
