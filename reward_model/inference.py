@@ -49,6 +49,7 @@ from reward_model.models.forward import ForwardPass
 from reward_model.models.loading import DTYPES, load_for_training
 from reward_model.models.pair_encoding import for_scoring, told
 from reward_model.models.saved_forms import form_of, load_form
+from reward_model.models.saving import NAMING
 from reward_model.models.scorer import SCORE_PAIRS, Scorer, embedding_rows
 from reward_model.objectives.losses import likeliest_grade
 
@@ -647,7 +648,6 @@ def load_to_read(
         UserError: no such model or device, weights missing, no chat template where one is needed, or ``max_seq_len``
             beyond what the model takes.
     """
-    run = read_run(Path(name) / "run.json")  # {} where no run of ours has left it
     device = _device(device)
     wanted = None if dtype == "auto" else dtype
     scorer = load(name, wanted, device, trust_remote_code=trust_remote_code)
@@ -655,6 +655,8 @@ def load_to_read(
         logger.info(f"{name} is saved in float16, which CPUs hardly compute in: taken as float32")
         scorer = load(name, "fp32", device, trust_remote_code=trust_remote_code)
     tokenizer = scorer.tokenizer
+    run = getattr(scorer.scorer.config, NAMING, None) or {}  # also of what was exported
+    run = run | read_run(Path(name) / "run.json")  # {} where no run of ours has left it
     if chat_template:
         give_template(tokenizer, chat_template)
     if chat is None:

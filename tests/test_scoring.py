@@ -188,6 +188,22 @@ def run(folder, capsys, *words, rows=None, stdin=None, monkeypatch=None):
     return status, [json.loads(line) for line in captured.out.splitlines()], captured.err
 
 
+def test_an_input_without_rows_is_an_error(folder, capsys, tmp_path):
+    """Else a wrong ``zcat | reward-model score`` goes by unseen."""
+    for content in ("", "\n\n"):
+        (tmp_path / "rows.jsonl").write_text(content)
+        status, found, said = run(folder, capsys, tmp_path / "rows.jsonl")[:3]
+        assert (status, found) == (1, []) and "rows.jsonl holds no rows" in said
+
+
+def test_a_row_without_a_response_is_told_what_scoring_needs(folder, capsys, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    status, (found,), _ = run(folder, capsys, tmp_path / "rows.jsonl")[:3]
+    assert status == 1
+    assert found["error"].startswith("no response; the row has prompt, completion, and needs prompt and response")
+    assert "--columns response=COLUMN" in found["error"]
+
+
 def write(path, rows):
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return path

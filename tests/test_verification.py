@@ -19,6 +19,7 @@ from reward_model.common.errors import UserError
 from reward_model.config.verification import VerifyConfig
 from reward_model.data.encoding import Encoding
 from reward_model.data.tokenizer import choose_special_tokens
+from reward_model.inference import Reading, load_to_read
 from reward_model.models import saving
 from reward_model.models.loading import load_for_training
 from reward_model.models.lora import add_lora
@@ -309,6 +310,7 @@ def test_the_config_says_what_the_model_is(tmp_path):
         "margin": 0.5,
         "penalty": "0.01 center",
         "texts": "text",
+        "chat": False,
         "end_token": tiny.EOS,
         "pair_encoding": False,
         "max_seq_len": 64,
@@ -321,6 +323,16 @@ def test_the_config_says_what_the_model_is(tmp_path):
     assert model.config.reward_model["objective"] == "logistic"
     saving.forget_scale(model.config)
     assert not hasattr(model.config, "reward_model") and not hasattr(model.config, "score_mean")
+
+
+def test_a_model_without_its_run_is_read_as_the_run_said(tmp_path):
+    """What was exported has no run.json; a run.json beside the model has the last word."""
+    folder = saved(tmp_path, tokenizer=tiny.chatml())
+    named = json.loads((folder / "config.json").read_text())["reward_model"]
+    change(folder / "config.json", reward_model=named | {"max_seq_len": 40, "chat": True})
+    assert load_to_read(str(folder))[1] == Reading(True, 40)
+    (folder / "run.json").write_text(json.dumps({"content": {}, "max_seq_len": 48, "chat": False}))
+    assert load_to_read(str(folder))[1] == Reading(False, 48)
 
 
 def test_chats_are_known_by_what_the_template_writes():

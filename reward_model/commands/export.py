@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
         best=options.best,
         trust_remote_code=options.trust_remote_code,
     )
-    logger.info(f"{described}: {options.out}")
+    logger.info(f"written to {options.out}: {described}")
     return 0
 
 

@@ -44,5 +44,7 @@ def main(arguments: list[str]) -> int:
     else:
         print("\n".join(map(str, found.lines)))
         end = "nothing differs beyond rounding" if found.is_same else "scores differ, see above"
+        if left := sum(line.status == "not verified" for line in found.lines):
+            end += f"; {left} of {len(found.lines)} ways were not verified"
         print(f"\n{found.folder}: {end}")
     return 0 if found.is_same else 1

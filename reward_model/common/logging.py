@@ -31,6 +31,7 @@ class Console(logging.Handler):
         while isinstance(screen, Kept):  # our own messages are for now
             screen = screen.instead_of
         tqdm.write(self.format(record), file=screen)
+        screen.flush()  # a server's or a job's log is read while it runs
 
 
 class Kept(io.StringIO):

@@ -103,7 +103,7 @@ def read_row(row: dict, tokenizer: PreTrainedTokenizerBase, chat: bool = False, 
     found = [in_plain(name, value) for name, value in zip(names, found)]
     if prompt == []:
         prompt = None  # no turns before the response
-    _require_types(row, prompt, found, names)
+    _require_types(row, prompt, found, names, to_score)
     if not to_score:
         require_different(found, names)
     for name, value in (("prompt", prompt), *zip(names, found)):
@@ -134,22 +134,27 @@ def _subset(row: dict) -> str:
     return str(value) if isinstance(value, (str, int)) and not isinstance(value, bool) else ""
 
 
-def _require_types(row: dict, prompt, found: list, names: Sequence[str]) -> None:
+def _require_types(row: dict, prompt, found: list, names: Sequence[str], to_score: bool) -> None:
     for name, value in zip(names, found):
         if value is None:
-            raise BadRow(_what_is_missing(name, row, names))
+            raise BadRow(_what_is_missing(name, row, names, to_score))
         if not isinstance(value, str) and not is_chat(value):
             raise BadRow(f"{name} is {_type(value)}, not text or chat messages")
     if prompt is not None and not isinstance(prompt, str) and not is_chat(prompt):
         raise BadRow(f"prompt is {_type(prompt)}, not text or chat messages")
     if "prompt" in row and row["prompt"] is None and not all(map(_is_dialogue, found)):
-        raise BadRow(_what_is_missing("prompt", row, names))
+        raise BadRow(_what_is_missing("prompt", row, names, to_score))
 
 
-def _what_is_missing(name: str, row: dict, names: Sequence[str]) -> str:
+def _what_is_missing(name: str, row: dict, names: Sequence[str], to_score: bool) -> str:
     """That a field has no value, and which of the row's other columns may have been meant for it."""
     if names is PAIR and name not in row:
         others = next((other for other in ("responses", "response") if other in row), None)
+        if others is None and to_score:
+            return (
+                f"no response; the row has {', '.join(row)}, and needs prompt and response (or chosen and rejected, or "
+                "responses); --columns response=COLUMN names what has another name"
+            )
         if others is None:
             return (
                 f"{name} is missing; the row has {', '.join(row)}, and needs prompt, chosen, rejected (or "
@@ -344,7 +349,7 @@ def texts_to_score(
     found = [each if isinstance(each, str) else in_plain(name, each) for name, each in zip(names, responses)]
     if not found:
         raise BadRow("there are no responses")
-    _require_types({}, None if asked == [] else asked, found, names)
+    _require_types({}, None if asked == [] else asked, found, names, to_score=True)
     for name, value in (("prompt", asked), *zip(names, found)):
         require_characters(name, value)
     if not all(isinstance(value, str) for value in (asked, *found)):

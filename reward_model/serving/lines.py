@@ -12,7 +12,7 @@ from reward_model.common.logging import logger
 from reward_model.common.progress import progress
 from reward_model.common.words import counted
 from reward_model.config.scoring import STDIN, ScoreConfig
-from reward_model.serving.inputs import Stdin
+from reward_model.serving.inputs import Stdin, name_of
 from reward_model.serving.output import Begun, begin, identity, line_of, require_free
 from reward_model.serving.stream import Scoring
 
@@ -60,6 +60,8 @@ def _write(scoring: Scoring, given: str | Stdin, begun: Begun) -> int:
         if rows % FLUSHED == 0:
             file.flush()
     file.flush()
+    if not rows:
+        raise UserError(f"{name_of(given)} holds no rows")
     if cut:
         what = f"the prompts of {counted(cut, 'row')} lost their left"
         logger.warning(f"{what}, to fit {scoring.reading.max_seq_len} tokens (--max_seq_len)")

@@ -84,7 +84,7 @@ def require_free(path: Path, resume: bool) -> None:
         if not beside.is_file():
             raise UserError(f"--resume: {beside} is missing, so that nobody knows what {path} was made of")
     except OSError as error:
-        raise UserError(f"--output {error.filename or path}: {error.strerror}") from error
+        raise UserError(f"--output {path}: {error.strerror}") from error
 
 
 def begin(path: Path, resume: bool, wanted: dict[str, Any]) -> Begun:
@@ -103,7 +103,7 @@ def begin(path: Path, resume: bool, wanted: dict[str, Any]) -> Begun:
         _require_same(path, json.loads(beside.read_text(encoding="utf-8")), wanted)
         return _behind_the_last_line(path)
     except OSError as error:
-        raise UserError(f"--output {error.filename or path}: {error.strerror}") from error
+        raise UserError(f"--output {path}: {error.strerror}") from error
     except ValueError as error:
         raise UserError(f"--resume: {beside} is not JSON") from error
 

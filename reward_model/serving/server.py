@@ -269,7 +269,8 @@ def application(service: Service, needs_key: bool) -> FastAPI:
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, AnyHTTPException)  # by its registration
-    return JSONResponse(error_body(error.status_code, str(error.detail)), error.status_code, error.headers)
+    said = "the body is not JSON" if "parsing the body" in str(error.detail) else str(error.detail)  # FastAPI's words
+    return JSONResponse(error_body(error.status_code, said), error.status_code, error.headers)
 
 
 async def _wrong_form(request: Request, error: Exception) -> Response:
@@ -278,7 +279,8 @@ async def _wrong_form(request: Request, error: Exception) -> Response:
     kind, sent = first["type"], request.headers.get("content-type", "")
     if kind == "json_invalid":
         return JSONResponse(error_body(400, "the body is not JSON"), 400)
-    place = ".".join(str(part) for part in first["loc"] if part != "body")
+    parts = [str(part) for part in first["loc"] if part != "body"]
+    place = ".".join(part for part in parts if part not in KINDS and "[" not in part)
     said = WRONG.get(kind, str(first["msg"]))
     if kind == "extra_forbidden":
         near = difflib.get_close_matches(place, wire.ScoreRequest.model_fields, n=1)
@@ -288,6 +290,7 @@ async def _wrong_form(request: Request, error: Exception) -> Response:
     return JSONResponse(error_body(422, printable(f"{place}: {said}" if place else said)), 422)
 
 
+KINDS = ("str", "int", "float", "bool")  # of a value that may be of several, beside its name; longer ones have brackets
 WRONG = {  # pydantic's kinds of error, in the words that this package has for them
     "missing": "is missing",
     "extra_forbidden": "is no name that a request has",

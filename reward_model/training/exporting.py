@@ -106,6 +106,8 @@ def first_whole(path: Path) -> Checkpoint:
     if not path.is_dir():
         raise UserError(f"{path}: no such folder")
     candidates = listed(path) or [Checkpoint(path)]
+    if candidates[0].folder == path and not (path / MANIFEST).is_file():
+        raise UserError(f"{path} holds no model (config.json) and no checkpoint")
     faults = []
     for each in candidates:
         fault = each.fault()

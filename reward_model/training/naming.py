@@ -36,6 +36,7 @@ def name_model(scorer: Scorer, tokenizer: PreTrainedTokenizerBase, run: dict[str
             "margin": _number(run.get("margin")),
             "penalty": _penalty(run),
             "texts": run.get("data", {}).get("texts", "text"),
+            "chat": bool(run.get("chat")),
             "end_token": end_token(tokenizer, run.get("special", {}).get("end")),
             "pair_encoding": bool(getattr(config, "score_pairs", False)),
             "max_seq_len": run.get("max_seq_len"),
