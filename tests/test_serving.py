@@ -527,3 +527,26 @@ def test_of_100_000_answers_none_is_lost_or_mixed_up_and_the_memory_is_flat(fold
     assert (found.answers, found.lost, found.wrong) == (100_000, 0, 0)
     half = found.memory[len(found.memory) // 2]
     assert found.memory[-1] - half < 10  # MB; a list of the scores alone would be 3
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_at_once_without_a_stack(folder):
+    """While a request is under way, of which half the body has come."""
+    words = [sys.executable, "-m", "reward_model", "serve", str(folder), "--port", "0", "--device", "cpu"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(words, env=os.environ, **pipes) as process:
+        try:
+            lines = iter(process.stdout.readline, "")
+            port = next(int(found[1]) for line in lines if (found := re.search(r"127\.0\.0\.1:(\d+)", line)))
+            with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
+                client.sendall(b"POST /score HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n")
+                client.sendall(b"Content-Length: 100\r\n\r\n{")
+                for _ in range(2):
+                    time.sleep(2)
+                    assert process.poll() is None
+                    process.send_signal(signal.SIGINT)
+                rest = process.stdout.read()
+                assert process.wait(30) == 130, rest
+            assert "Traceback" not in rest and "ended at once: requests were given up" in rest
+        finally:
+            process.kill()

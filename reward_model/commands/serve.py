@@ -7,6 +7,10 @@ curl -s localhost:8000/score -H 'content-type: application/json' -d '{"prompt": 
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+
 from reward_model.common.errors import UserError
 from reward_model.common.logging import show_messages
 from reward_model.config.parser import build_parser, read_words
@@ -35,5 +39,7 @@ def main(arguments: list[str]) -> int:
     show_messages()
     from reward_model.serving.api import serve
 
-    serve(named[0], config)
-    return 0
+    if serve(named[0], config):
+        return 0
+    sys.stdout.flush()
+    os._exit(128 + signal.SIGINT)  # a batch is still computed, in which no thread can be joined

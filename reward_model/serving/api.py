@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 import os
 import signal
 import socket
@@ -17,8 +18,10 @@ from reward_model.inference import load_to_read
 KEY = "REWARD_MODEL_API_KEY"
 
 
-def serve(model: str, config: ServeConfig | None = None) -> None:
+def serve(model: str, config: ServeConfig | None = None) -> bool:
     """Answer requests for scores until SIGTERM or SIGINT comes, and then those that have come.
+
+    A second signal ends it at once; returns whether there was none.
 
     Args:
         model: a folder or a hub name.
@@ -58,17 +61,24 @@ def serve(model: str, config: ServeConfig | None = None) -> None:
                 timeout_keep_alive=60,
             )
         )
+        listening.listen()  # whoever reads the next line can connect
         shown = f"[{host}]" if ":" in host else host
         logger.info(
             f"{', '.join(service.names)}: http://{shown}:{port} (/docs), texts up to {reading.max_seq_len} tokens"
         )
+        said = logging.getLogger("uvicorn.error")
+        said.addFilter(
+            is_news := lambda record: not server.force_exit
+        )  # else the stack of each request that is given up
         before = {each: signal.signal(each, _ended) for each in (signal.SIGTERM, signal.SIGINT)}
         try:
             server.run(sockets=[listening])
         finally:
+            said.removeFilter(is_news)
             for each, handler in before.items():
                 signal.signal(each, handler)
-        logger.info("ended")
+        logger.info("ended at once: requests were given up" if server.force_exit else "ended")
+        return not server.force_exit
     finally:
         listening.close()
 
