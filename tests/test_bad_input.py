@@ -239,6 +239,7 @@ def processes_of(word):
     return {int(pid): args for pid, args in lines if word in args and "--local_rank=" in args}
 
 
+@pytest.mark.slow
 def test_debug_shows_the_traceback(demo, tmp_path):
     flags = ["--model_name_or_path", demo / "model", "--data_path", "./no.jsonl", "--debug"]
     result = runs.launch(*flags)

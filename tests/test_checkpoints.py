@@ -393,7 +393,7 @@ def test_another_number_of_processes_goes_on_with_the_same_rows(stage, before, a
 @pytest.mark.parametrize(
     ("processes", "flags"),
     [
-        (1, ""),
+        pytest.param(1, "", marks=pytest.mark.slow),
         pytest.param(2, "--zero_stage 3", marks=pytest.mark.slow),
         pytest.param(1, "--lora_dim 4", marks=pytest.mark.slow),
         pytest.param(1, "--pooling mean", marks=pytest.mark.slow),

@@ -82,7 +82,10 @@ def test_the_soft_limit_of_open_files_rises():
 
 
 @pytest.mark.parametrize("environment, message", [
-    ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, "RANK is set in the environment without MASTER_ADDR, M"),
+    pytest.param(
+        {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, "RANK is set in the environment without MASTER_ADDR, M",
+        marks=pytest.mark.slow,
+    ),
     ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE=2: each process of mpirun would be a run of its own"),
 ])  # fmt: skip
 def test_half_of_a_launcher_ends_in_a_line(environment, message, demo, tmp_path):

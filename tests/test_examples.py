@@ -88,6 +88,7 @@ def test_openrlhf_reward(tmp_path):
     assert all(rewards == scores for rewards, scores in found)
 
 
+@pytest.mark.slow
 def test_openrlhf_reward_without_a_model_says_so():
     done = call_reward_func([("a", "a")], REWARD_MODEL=None)
     assert done.returncode == 1

@@ -587,7 +587,9 @@ def pages(tmp_path_factory):
 
 
 @pytest_browser
-@pytest.mark.parametrize("name", ["one", "hostile", "several", "assessments"])
+@pytest.mark.parametrize(
+    "name", ["hostile", *(pytest.param(name, marks=pytest.mark.slow) for name in ("one", "several", "assessments"))]
+)
 @pytest.mark.parametrize(
     "options",
     [{}, {"color_scheme": "dark"}, {"width": 390, "height": 844, "has_touch": True, "is_mobile": True}],

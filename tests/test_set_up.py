@@ -124,6 +124,7 @@ def test_a_torch_that_calls_itself_otherwise_than_its_wheel_is_installed_and_kep
     assert (again, said) == (chosen, "")
 
 
+@pytest.mark.slow
 def test_the_cpu_build_where_it_can_be_had(machine, python):
     machine.builds.mkdir()
     torch_wheel(machine.builds, "2.13.0+cpu")
@@ -184,6 +185,7 @@ def test_an_interpreter_with_everything_is_used_as_it_is(machine, python):
     assert snapshot(python.parent.parent) == before
 
 
+@pytest.mark.slow
 def test_a_torch_of_the_machine_is_seen_and_never_replaced(machine, python):
     machine.put(python, torch_wheel(machine.folder, "2.9.0a0+50eac811a6.nv25.9"))
     chosen, said = machine.set_up(python)
@@ -471,6 +473,7 @@ def test_a_driver_that_is_too_old_for_pypis_build_is_said_before_the_download(ma
 @pytest.mark.parametrize(
     ("build", "cuda"), [("2.13.0+cpu", None), pytest.param("2.13.0", "13.0", marks=pytest.mark.slow)]
 )
+@pytest.mark.slow
 def test_a_torch_that_sees_no_gpu_stops_the_set_up(machine, active, build, cuda):
     machine.gpus(cuda="12.4")
     machine.put_all(active, "torch")

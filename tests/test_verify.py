@@ -221,6 +221,7 @@ def test_fewer_texts_for_a_larger_model():
     assert len(verify.choose_texts(rows[:1], 10**6)) == 1
 
 
+@pytest.mark.slow
 def test_in_a_process_that_knows_nothing_of_the_run(tmp_path, monkeypatch, capsys):
     """No launcher's variables, no network, no device, and whatever folder the run is in."""
     saved = Saved(tmp_path)
