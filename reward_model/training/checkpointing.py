@@ -28,6 +28,8 @@ from reward_model.training.whole_state import WholeState, spread
 
 # bytes of a parameter that trains: weights, the optimizer's float32 copy, and two moments in float32
 BYTES = {"fp32": 16, "bf16": 14, "fp16": 14}
+# tried with DeepSpeed 0.19.8, parameters and optimizer there: after a resume the loss was that of the untrained model
+ON_NVME = "DeepSpeed does not give back what lies on NVMe"
 OF_OUTPUT = [*OutputConfig.__dataclass_fields__, "tensorboard_path"]  # a checkpoint may be moved
 
 
@@ -56,7 +58,9 @@ class Checkpointer:
         self.output, self.context, self.engine, self.scorer = settings.output, context, engine, scorer
         self.tokenizer, self.folder = tokenizer, folder
         self.zero_stage, self.offload = settings.engine.zero_stage, settings.engine.offload
-        self.takes_apart = settings.training.optim == "adamw_torch_fused" and not settings.engine.nvme_path
+        self.takes_apart = settings.training.optim == "adamw_torch_fused"
+        parts = (settings.deepspeed.zero.get(name) or {} for name in ("offload_param", "offload_optimizer"))
+        self.is_on_nvme = any(part.get("device") == "nvme" for part in parts)
         self.run = {name: value for name, value in run.items() if name not in OF_OUTPUT}
         self.files = engine_files()
         engine.checkpoint_engine = self.files
@@ -70,7 +74,11 @@ class Checkpointer:
     def announce(self, total_steps: int) -> None:
         """Say what checkpoints will take of the disk, if there will be any, and whether that is there."""
         interval, kept = self.output.save_interval, self.output.keep_checkpoints
-        if self.folder is None or not interval or interval > total_steps:
+        if self.folder and self.is_on_nvme:
+            logger.warning(
+                f"no checkpoints, so that an interrupted run is lost: {ON_NVME}; --offload keeps all in memory"
+            )
+        if self.folder is None or not interval or interval > total_steps or self.is_on_nvme:
             return
         count_of = min(kept, total_steps // interval) + 1
         free = shutil.disk_usage(self.folder).free
@@ -86,7 +94,7 @@ class Checkpointer:
     def is_due(self, step: int) -> bool:
         """Whether a step is one after which a checkpoint is written."""
         interval = self.output.save_interval
-        return bool(self.folder and interval and step % interval == 0)
+        return bool(self.folder and interval and step % interval == 0 and not self.is_on_nvme)
 
     def save(self, step: int, state: dict[str, Any]) -> str:
         """Write a checkpoint; every rank calls it at the end of the same step.
@@ -101,6 +109,8 @@ class Checkpointer:
         """
         if self.folder is None:
             return "there is no --output_dir"
+        if self.is_on_nvme:
+            return ON_NVME
         begun = time.monotonic()
         problem = self._made_room(self.folder) if self.context.is_first else ""
         problem = distributed.first_text(problem)
@@ -176,8 +186,11 @@ class Checkpointer:
         """Give the engine what a checkpoint has, of any number of processes; before any forward pass, on every rank.
 
         Raises:
-            UserError: it is of another number of processes, with an optimizer that is not taken apart here.
+            UserError: it is of another number of processes, with an optimizer that is not taken apart here, or the
+                model lies on NVMe.
         """
+        if self.is_on_nvme:
+            raise UserError(f"{start.folder}: no run goes on from there, as {ON_NVME}; name a new folder")
         processes = start.manifest()["world_size"]
         if processes == self.context.world_size or not self.zero_stage:
             strict = not self.has_frozen
@@ -185,9 +198,7 @@ class Checkpointer:
         elif self.takes_apart:
             spread(WholeState(start), self.engine)
         else:
-            raise UserError(
-                f"{start.folder} is of {processes} processes: --optim adamw_8bit and NVMe go on with as many"
-            )
+            raise UserError(f"{start.folder} is of {processes} processes: --optim adamw_8bit goes on with as many")
         if self.offload:
             replay_steps(self.engine.optimizer.optimizer)
         self.last_step = start.step

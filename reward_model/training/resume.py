@@ -142,7 +142,7 @@ def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
     ]
     if not same_ranks and _global_batch(there) != _global_batch(here):
         found.append(f"the global batch ({_global_batch(there)} there, {_global_batch(here)} here)")
-    if not found and there.get("deepspeed_json") != here.get("deepspeed_json") and same_ranks:
+    if not found and same_ranks and _elsewhere(there.get("deepspeed_json")) != _elsewhere(here.get("deepspeed_json")):
         found.append("DeepSpeed's configuration")
     found += _other_content(there, here)
     for name in VERSIONS:
@@ -159,6 +159,13 @@ def _global_batch(run: dict[str, Any]) -> int | None:
         return size // run["sequence_parallel_size"]
     except (KeyError, TypeError):
         return None
+
+
+def _elsewhere(values: Any) -> Any:
+    """DeepSpeed's configuration without the folders on NVMe, of which each start has its own."""
+    if not isinstance(values, dict):
+        return values
+    return {name: _elsewhere(value) for name, value in values.items() if name != "nvme_path"}
 
 
 def _other_content(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
