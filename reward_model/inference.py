@@ -655,8 +655,9 @@ def load_to_read(
         logger.info(f"{name} is saved in float16, which CPUs hardly compute in: taken as float32")
         scorer = load(name, "fp32", device, trust_remote_code=trust_remote_code)
     tokenizer = scorer.tokenizer
-    run = getattr(scorer.scorer.config, NAMING, None) or {}  # also of what was exported
-    run = run | read_run(Path(name) / "run.json")  # {} where no run of ours has left it
+    named = getattr(scorer.scorer.config, NAMING, None)  # also of what was exported
+    run = read_run(Path(name) / "run.json") or (named if isinstance(named, dict) else {})
+    trained = run.get("max_seq_len")
     if chat_template:
         give_template(tokenizer, chat_template)
     if chat is None:
@@ -669,7 +670,9 @@ def load_to_read(
     most = _most_tokens(scorer)
     if max_seq_len and max_seq_len > most:
         raise UserError(f"--max_seq_len {max_seq_len}: {name} takes {most} tokens")
-    return scorer, Reading(bool(chat), min(most, max_seq_len or run.get("max_seq_len") or LONGEST))
+    return scorer, Reading(
+        bool(chat), min(most, max_seq_len or (trained if isinstance(trained, int) and trained > 0 else LONGEST))
+    )
 
 
 def _device(name: torch.device | str) -> torch.device:

@@ -67,9 +67,7 @@ def serve(model: str, config: ServeConfig | None = None) -> bool:
             f"{', '.join(service.names)}: http://{shown}:{port} (/docs), texts up to {reading.max_seq_len} tokens"
         )
         said = logging.getLogger("uvicorn.error")
-        said.addFilter(
-            is_news := lambda record: not server.force_exit
-        )  # else the stack of each request that is given up
+        said.addFilter(is_news := lambda _: not server.force_exit)  # else stacks of requests that are given up
         before = {each: signal.signal(each, _ended) for each in (signal.SIGTERM, signal.SIGINT)}
         try:
             server.run(sockets=[listening])
