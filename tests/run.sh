@@ -16,5 +16,6 @@ cd "$top"
 "$PYTHON" -m ruff format --check --quiet . || die "not formatted: run ruff format ."
 lint-imports >/dev/null || { lint-imports && die "a room imports from one above it"; }
 "$PYTHON" -m mypy --no-error-summary || die "the types do not fit"
-# a file stays with one process, for the fixtures that its tests share; conftest.py says which files begin
-exec "$PYTHON" -m pytest --dist loadfile --no-loadscope-reorder -n "$(($(nproc) < 8 ? $(nproc) : 8))" "$@"
+# a file stays with one process, for the fixtures that its tests share; conftest.py says which files begin. One process
+# more than there are cores, as many tests wait for processes of their own
+exec "$PYTHON" -m pytest --dist loadfile --no-loadscope-reorder -n "$(($(nproc) < 8 ? $(nproc) + 1 : 8))" "$@"

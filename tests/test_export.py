@@ -201,3 +201,8 @@ def test_a_pair_of_nothing_is_a_pair_for_whoever_asks():
     ids = verify.encoded("", False, bert, special, prompt="")
     asked = {"text": "", "templated": False, "messages": None, "prompt": ""}
     assert fresh_load.encode([asked], bert)[1] == [ids] and len(ids) == 3
+
+
+def test_a_misspelt_flag_is_told_with_the_nearest(tmp_path):
+    with pytest.raises(UserError, match="unrecognized arguments: --adaptr; did you mean --adapter"):
+        main([str(tmp_path), str(tmp_path / "new"), "--adaptr"])

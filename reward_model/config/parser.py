@@ -76,7 +76,14 @@ def build_parser(groups: Sequence[type], **kwargs: Any):
     class Parser(HfArgumentParser):
         def error(self, message: str):
             message = re.sub(r"(--\w+)(/--[\w-]+)+", r"\1", " ".join(message.split()))
-            raise UserError(message + HINT)
+            raise UserError(message + self._meant(message) + HINT)
+
+        def _meant(self, message: str) -> str:
+            """The flag that is nearest to the one that nothing knows."""
+            unknown = re.match(r"unrecognized arguments: (-[^\s=]+)", message)
+            known = [name for action in self._actions for name in action.option_strings]
+            near = difflib.get_close_matches(unknown[1], known, n=1) if unknown else []
+            return f"; did you mean {near[0]}?" if near else ""
 
     parser = Parser(list(groups), allow_abbrev=False, formatter_class=Help, **kwargs)
     for action in parser._actions:
@@ -126,7 +133,5 @@ def read_words(parser, words: Sequence[str]) -> tuple:
         list(words), return_remaining_strings=True, look_for_args_file=False
     )
     if rest:
-        known = [name for action in parser._actions for name in action.option_strings]
-        near = difflib.get_close_matches(rest[0].split("=")[0], known, n=1)
-        parser.error(f"unrecognized arguments: {' '.join(rest)}" + (f"; did you mean {near[0]}?" if near else ""))
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return tuple(groups)
