@@ -153,6 +153,7 @@ CONTRADICTIONS = [
     ("--lora_bits 4 --lora_dim 8 --zero_stage 3", ["--lora_bits 4", "ZeRO stage 3", "--zero_stage 2"]),
     ("--optim adamw_8bit --offload --zero_stage 2", ["--optim adamw_8bit", "offload"]),
     ("--normalize_scores train", ["--normalize_scores", "--output_dir"]),
+    ("--normalize_before --zero_stage 3", ["--normalize_before", "ZeRO stage 3", "--zero_stage 2"]),
     ("--loss logistic focal", ["--loss logistic focal", "one loss at most"]),
     ("--loss logistic pairwise", ["--loss logistic logistic", "one loss at most"]),  # two names of one loss
     ("--loss rank_list mse best_of_k", ["--loss rank_list mse best_of_k", "one loss at most"]),

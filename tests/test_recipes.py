@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The recipes in training_scripts/recipes: what they would start, and that README's table says the same."""
 
+import json
 import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
+import models
 import pytest
 import runs
 from flags import read
@@ -57,7 +60,9 @@ def written_for(recipe):
     text = recipe.read_text(encoding="utf-8")
     global_batch, *parts = map(
         int,
-        re.search(r"^GLOBAL_BATCH=\$\{GLOBAL_BATCH:-(\d+)\} +# pairs = (\d+) × (\d+) × (\d+): ", text, re.M).groups(),
+        re.search(
+            r"^GLOBAL_BATCH=\$\{GLOBAL_BATCH:-(\d+)\} +# (?:pairs|lists) = (\d+) × (\d+) × (\d+): ", text, re.M
+        ).groups(),
     )
     assert global_batch == parts[0] * parts[1] * parts[2]
     return parts
@@ -150,6 +155,42 @@ def test_sbatch_gets_its_options_and_the_settings(tmp_path):
     assert Path(said[3]).resolve() == SCRIPTS / "slurm.sbatch"
     assert said[-5:-1] == ["--seed", "7", "512", "a b"]
     assert Path(said[-1]).resolve() == SCRIPTS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("recipe", "family"), [("gpt2-large", "gpt2"), ("deberta-v3-large", "deberta")])
+def test_a_recipe_of_lists_trains_a_tiny_model_of_its_family(recipe, family, tmp_path):
+    """Scores begin and end with standard deviation 1 where the recipe says so."""
+    models.write(family, tmp_path / "model", n_positions=1024, max_position_embeddings=512)
+    words = ["the cat", "the mat", "no fish", "and so on", "where is it"]
+    for name, first, last in (("train", 0, 96), ("eval", 96, 112)):
+        rows = [
+            {
+                "prompt": f"the question {i}: {words[i % 5]}?",
+                "responses": [f" {w} {i}" for w in words[:4]],
+                "ranks": ranks,
+            }
+            for i in range(first, last)
+            for ranks in [[(k + i) % 4 for k in range(4)]]
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    place = {"MODEL": str(tmp_path / "model"), "DATA": str(tmp_path / "train.jsonl"), "PYTHON": sys.executable}
+    place |= {"LAUNCH": "single_gpu.sh", "OUTPUT": str(tmp_path / "out"), "DRY_RUN": "0", "CUDA_VISIBLE_DEVICES": ""}
+    flags = ["--eval_data_path", str(tmp_path / "eval.jsonl"), "--max_seq_len", "64"]
+    values = runs.environment(**place)
+    command = [BASH, str(SCRIPTS / "recipes" / f"{recipe}.sh"), *flags]
+    result = subprocess.run(command, cwd=tmp_path, env=values, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    records = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert sum(record["split"] == "train" for record in records) == 3
+    before = next(record for record in records if record["split"] == "eval")
+    normalized = [record for record in records if record["split"] == "normalize"]
+    if recipe == "gpt2-large":
+        assert "(--normalize_before)" in result.stdout + result.stderr
+        assert before["chosen_std"] == pytest.approx(1, abs=0.5)
+        assert normalized[0]["std_after"] == pytest.approx(1, abs=1e-3)
+    else:
+        assert before["chosen_std"] < 0.2 and not normalized
 
 
 @pytest.mark.skipif(not os.environ.get("DEEPSPEED_EXAMPLES"), reason="set DEEPSPEED_EXAMPLES to a checkout")

@@ -480,6 +480,11 @@ class TrainingConfig(Group):
         help="AdamW of PyTorch, or that of bitsandbytes, which keeps its moments in 8 bits: adamw_8bit, or "
         "paged_adamw_8bit, from which they move to the host where the GPU is full.",
     )
+    normalize_before: bool = flag(
+        False,
+        help="Divide a new head before the first step, so that the scores of 256 training rows have standard deviation "
+        "1, as OpenAI's first reward models began. Not with ZeRO 3. --normalize_scores does it to what is saved.",
+    )
     max_grad_norm: float = flag(1.0, metavar="NORM", help="Gradients are clipped to this norm; 0 clips nothing.")
     lr_scheduler_type: Scheduler = flag("cosine", help="The learning-rate schedule after the warm-up.")
     num_warmup_steps: int = flag(0, metavar="N", help="The number of steps in which the learning rate rises from 0.")

@@ -121,7 +121,7 @@ def _require_agreement(config: RunConfig) -> None:
     engine, loss, output = config.engine, config.loss, config.output
     if engine.compile and engine.sequence_parallel_size > 1:
         raise UserError("--compile and --sequence_parallel_size were not tried together: leave one of them out")
-    require_bits(config.model, config.training, engine.zero_stage, engine.offload)
+    require_stage(config.model, config.training, engine.zero_stage, engine.offload)
     if engine.offload and engine.zero_stage == 0 and not engine.deepspeed_config:
         raise UserError("--offload and --zero_stage 0: stage 0 offloads nothing; take --zero_stage 1, 2 or 3")
     if engine.compile and config.model.offload_activations:
@@ -152,12 +152,17 @@ def _require_agreement(config: RunConfig) -> None:
 LOWEST_BITSANDBYTES = (0, 50)
 
 
-def require_bits(model: ModelConfig, training: TrainingConfig, stage: int, offload: bool) -> None:
-    """Raises UserError where a quantized base or an optimizer in 8 bits does not go with the ZeRO stage or offload."""
+def require_stage(model: ModelConfig, training: TrainingConfig, stage: int, offload: bool) -> None:
+    """Raises UserError where the ZeRO stage or offload excludes a quantized base, 8 bits or ``--normalize_before``."""
     if model.lora_bits and stage == 3:
         raise UserError(
             f"--lora_bits {model.lora_bits} and ZeRO stage 3: quantized weights are not partitioned here; take "
             "--zero_stage 2, where each GPU holds them whole"
+        )
+    if training.normalize_before and stage == 3:
+        raise UserError(
+            "--normalize_before and ZeRO stage 3: the head is divided before DeepSpeed has the weights, and at stage 3 "
+            "no process can score by then; take --zero_stage 2"
         )
     if training.optim != "adamw_torch_fused" and offload:
         raise UserError(

@@ -20,7 +20,7 @@ from reward_model.config.groups import (
     TrainingConfig,
 )
 from reward_model.config.loss import Loss, resolve_loss
-from reward_model.config.options import RunConfig, require_bits, require_bitsandbytes, require_trackers
+from reward_model.config.options import RunConfig, require_bitsandbytes, require_stage, require_trackers
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def resolve(
         UserError: the DeepSpeed file cannot be used, or contradicts a flag; bitsandbytes is asked for and not there.
     """
     setup = set_up_deepspeed(config, default_dtype, world_size, hidden_size, vocab_size, on_gpu)
-    require_bits(config.model, config.training, setup.zero_stage, setup.offload)
+    require_stage(config.model, config.training, setup.zero_stage, setup.offload)
     require_bitsandbytes(config.model, config.training)
     require_trackers(setup.config)
     if config.batches.attention in (("slices",) if on_gpu else ("flex",)):

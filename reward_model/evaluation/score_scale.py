@@ -56,6 +56,21 @@ def normalize(
     return before, after
 
 
+def begin_at_one(forward: ForwardPass, batches: Iterable[Loaded], context: DistributedContext) -> Spread:
+    """Divide the head so that the scores of some rows have standard deviation 1, before DeepSpeed has the weights.
+
+    Ziegler et al. 2019 (arXiv 1909.08593, section 2.2) did so before and after training, and their code
+    (lm-human-preferences, ``normalize_before``) on 256 samples. They also moved the mean to 0, which losses that
+    compare answers do not see.
+
+    Returns:
+        The spread that was found.
+    """
+    found = measure(forward, batches, context)
+    divide_head(forward.scorer, found.std or 1.0)
+    return found
+
+
 def spread_of(scores: np.ndarray) -> Spread:
     """The spread of scores (n,); of none it is 0."""
     scores = scores.astype(np.float64)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from reward_model.common.errors import UserError
 from reward_model.config.deepspeed import set_up_deepspeed
-from reward_model.config.options import RunConfig, parse, require_bits
+from reward_model.config.options import RunConfig, parse, require_stage
 from reward_model.models.loading import DTYPES
 from reward_model.models.scorer import Scorer
 from reward_model.planning.activations import activations, count_parameters, inputs_on_host
@@ -89,7 +89,7 @@ class Plan:
     def can_be(self, setting: Setting) -> bool:
         """Whether the trainer takes a setting with a base, or an optimizer, of few bits."""
         try:
-            require_bits(self.config.model, self.config.training, setting.stage, setting.offload != "none")
+            require_stage(self.config.model, self.config.training, setting.stage, setting.offload != "none")
         except UserError:
             return False
         return True

@@ -61,6 +61,7 @@ from reward_model.training.stopping import Interrupted, StopRequest
 from reward_model.training.trackers import Trackers
 from reward_model.training.trainer import Trainer
 
+ROWS_TO_BEGIN_BY = 256  # OpenAI's number
 ROWS_TO_NORMALIZE_BY = 4_096  # their standard deviation is known to about 1 %; OpenAI took 256
 
 
@@ -238,6 +239,8 @@ def prepare(
         )
     if folder:
         open_folder(folder, context, scorer, settings, data, described_run)
+    if settings.training.normalize_before and not start.checkpoint:
+        begin_at_one(scorer, settings, context, planner, data)
     engine = start_engine(settings, scorer, steps[1])
     del partitioned
     checkpointer = Checkpointer(settings, context, engine, scorer, data.tokenizer, folder, described_run)
@@ -276,6 +279,19 @@ def prepare(
         checkpointer.restore_random(start.checkpoint)
         logger.info(f"resumed from step {trainer.step} of {trainer.total_steps}: {start.checkpoint.folder}")
     return trainer
+
+
+def begin_at_one(scorer: Scorer, settings: Settings, context: DistributedContext, planner: Planner, data: Data) -> None:
+    """With ``--normalize_before``: give the untrained scores of some training rows standard deviation 1."""
+    scorer.to(context.device)
+    dtype, most = DTYPES[settings.engine.dtype], settings.batches.max_responses
+    forward = ForwardPass(scorer, scorer, dtype, context.device, data.special.pad, most)
+    plan = planner.evaluation(planner.evaluation_groups(data.train, ROWS_TO_BEGIN_BY), forward.layout.kind)
+    found = score_scale.begin_at_one(forward, planner.load(data.train, plan, forward.layout), context)
+    logger.info(
+        f"the untrained scores of {found.answers} answers had standard deviation {found.std:.4g}; the head was divided "
+        "by it (--normalize_before)"
+    )
 
 
 def steps_of_epochs(planner: Planner, groups: RowGroups, training: TrainingConfig) -> tuple[list[int], int]:
