@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -66,7 +67,8 @@ STEPS = {"lists": LIST_STEP, "points": POINT_STEP, "labels": POINT_STEP, "grades
 COLUMNS = {
     "accuracy": "accuracy",
     "calibration_error": "calibration error",
-    "score_abs_mean": "mean size of a score",
+    "tempered_error": "with one temperature",
+    "temperature": "temperature",
     "score_std": "std of scores",
     "length_correlation": "corr. with length",
 }
@@ -135,10 +137,24 @@ def run(options: argparse.Namespace, arm: str, seed: int, core: int) -> dict:
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     evaluations = [r for r in records if r["split"] == "eval"]
     training = [r for r in records if r["split"] == "train"]
+    evaluations[-1] |= tempered(folder)
     last = {name: round(evaluations[-1][name], 3) for name in COLUMNS}
     seconds = sum(r["rows"] / r["rows_per_second"] for r in training)
     print(f"{arm}, seed {seed}: {len(training)} steps, {seconds:.0f} s, {last}", flush=True)
     return {"arm": arm, "seed": seed, "steps": len(training), "seconds": seconds, "evaluations": evaluations}
+
+
+def tempered(folder: Path) -> dict[str, float]:
+    """Calibration once scores are divided by one temperature, fitted on other debates than it is held against.
+
+    The raw error is of the same bins. NaN: no temperature is best, as where a model is hardly better than chance.
+    """
+    calibration = json.loads((folder / "evaluation.json").read_text())["assessments"][0]["calibration"]
+    return {
+        "calibration_error": calibration["raw"]["ece"],
+        "tempered_error": calibration.get("tempered", {}).get("ece", math.nan),
+        "temperature": calibration.get("temperature", math.nan),
+    }
 
 
 def run_all(options: argparse.Namespace) -> list[dict]:
@@ -183,9 +199,9 @@ def draw(runs: list[dict], picture: Path) -> None:
 
     arms = list(dict.fromkeys(r["arm"] for r in runs))
     groups = list(dict.fromkeys(ARMS[arm][1] for arm in arms))
-    shown = ("accuracy", "calibration_error", "score_std", "length_correlation")
+    shown = ("accuracy", "calibration_error", "tempered_error", "score_std", "length_correlation")
     height = 0.26 * len(arms) + 1.2
-    figure, axes = plt.subplots(1, len(shown), figsize=(11, height), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, len(shown), figsize=(12, height), sharey=True, layout="constrained")
     for axis, name in zip(axes, shown):
         for i, arm in enumerate(arms):
             color = f"C{groups.index(ARMS[arm][1])}"
@@ -195,7 +211,9 @@ def draw(runs: list[dict], picture: Path) -> None:
         if "logistic" in arms:
             plain = [r["evaluations"][-1][name] for r in runs if r["arm"] == "logistic"]
             axis.axvspan(min(plain), max(plain), color="grey", alpha=0.15, linewidth=0)
-        axis.set_title(COLUMNS[name], fontsize=10)
+        axis.set_title({"tempered_error": "with a temperature"}.get(name, COLUMNS[name]), fontsize=10)
+        if name in ("calibration_error", "tempered_error"):
+            axis.set_xlim(0, 0.35)  # the same for both, so that they can be compared
         axis.grid(axis="x", alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     baseline = runs[0]["evaluations"][0]["longer_wins_accuracy"]
