@@ -14,7 +14,6 @@ Notation: K heads, h hidden units.
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import torch
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.utils import cached_file
 
+from reward_model.batching.identity import seeded
 from reward_model.common.errors import UserError, first_line
 from reward_model.common.logging import logger
 from reward_model.common.words import counted
@@ -61,8 +61,8 @@ def drawn(count: int, width: int, seed: int) -> torch.Tensor:
     """New weights of so many heads, (K, h), each N(0, 1/(h+1)²) by a generator of its own, from seed and number."""
     rows = []
     for number in range(count):
-        own = hashlib.blake2b(f"score head {number} of seed {seed}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(own, "little") >> 1)  # it takes 63 bits
+        own = seeded(("score head", number, "seed", seed))
+        generator = torch.Generator().manual_seed(own & (2**63 - 1))
         rows.append(torch.randn(width, generator=generator) / (width + 1))
     return torch.stack(rows)
 

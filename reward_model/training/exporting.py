@@ -26,6 +26,7 @@ from reward_model.models import adapters, saving
 from reward_model.models.forward import ForwardPass
 from reward_model.models.loading import DTYPES, load_for_training
 from reward_model.models.lora import add_lora
+from reward_model.models.many_heads import tell_heads
 from reward_model.models.scorer import Scorer, resize_embedding
 from reward_model.objectives.losses import Thresholds
 from reward_model.training import verify
@@ -213,6 +214,7 @@ def build(run: dict[str, Any], state: dict[str, Any], checkpoint: Checkpoint, be
         run["pooling"],
         trust_remote_code=run["trust_remote_code"],
         new_head=run["new_head"],
+        heads=run.get("heads", 1),
     )
     resize_embedding(scorer, run["special"]["rows"])
     if run["lora_dim"]:
@@ -222,6 +224,7 @@ def build(run: dict[str, Any], state: dict[str, Any], checkpoint: Checkpoint, be
     for part in (scorer.config, scorer.config.get_text_config()):
         part.pad_token_id = run["special"]["pad"]
     saving.forget_scale(scorer.config)
+    tell_heads(scorer)
     if best:
         read_weights(scorer, best)
     else:
