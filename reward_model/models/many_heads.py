@@ -224,9 +224,7 @@ def take_heads(scorer: Scorer, name_or_path: str | Path) -> None:
     """
     heads = read_heads(name_or_path, scorer)
     if heads is None:
-        for name in (COUNT, BETA):
-            if hasattr(scorer.config, name):
-                delattr(scorer.config, name)  # what is saved from here on has one head
+        tell_heads(scorer)  # what is saved from here on has one
         return
     require_their_mean(scorer, heads, name_or_path)
     set_heads(scorer, heads["weight"], heads.get("bias"))
@@ -237,6 +235,10 @@ def tell_heads(scorer: Scorer) -> None:
     if scorer.heads > 1:
         setattr(scorer.config, COUNT, scorer.heads)
         setattr(scorer.config, BETA, beta_of(scorer))
+        return
+    for name in (COUNT, BETA):
+        if hasattr(scorer.config, name):
+            delattr(scorer.config, name)
 
 
 def beta_of(scorer: Scorer) -> float:

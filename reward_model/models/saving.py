@@ -29,7 +29,7 @@ from reward_model.common.pulse import beat
 from reward_model.common.words import in_bytes
 from reward_model.models.for_transformers_4 import write_old_keys
 from reward_model.models.lora import OF_SCORES, merge_lora, save_adapter
-from reward_model.models.many_heads import Tensors, split_state, write_heads
+from reward_model.models.many_heads import Tensors, split_state, tell_heads, write_heads
 from reward_model.models.quantization import dequantized, is_quantized
 from reward_model.models.scorer import SCORE_PAIRS, Scorer, embedding_name, gathered
 from reward_model.models.st_modules import require_modules, write_modules
@@ -95,6 +95,7 @@ def save(
         return []
     state, heads = split_state(scorer, state)
     tell_raw_score(scorer.config)
+    tell_heads(scorer)
     staging = folder / ".saving"
     while True:
         try:

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from reward_model.common.errors import UserError
+from reward_model.common.files import remove_folder
 from reward_model.common.logging import logger
 from reward_model.config.forms import Form
 from reward_model.config.groups import DataConfig
@@ -26,6 +27,7 @@ from reward_model.models import adapters, saving
 from reward_model.models.forward import ForwardPass
 from reward_model.models.loading import DTYPES, load_for_training
 from reward_model.models.lora import add_lora
+from reward_model.models.many_heads import FOLDER as HEADS
 from reward_model.models.many_heads import tell_heads
 from reward_model.models.scorer import Scorer, resize_embedding
 from reward_model.objectives.losses import Thresholds
@@ -284,6 +286,8 @@ def copy_adapter(folder: Path, out: Path, trust_remote_code: bool) -> None:
     for path in place.iterdir():
         if path.is_file():
             shutil.copy2(path, out / path.name)
+    if (place / HEADS).is_dir():
+        shutil.copytree(place / HEADS, out / HEADS)
     _require_same(verify_adapter(Path(whole), out, texts, trust_remote_code), out)
 
 
@@ -302,6 +306,8 @@ def keep_adapter(out: Path, names: list[str], texts: list[Text], trust_remote_co
     for name in names:
         if (out / name).is_file():
             (out / name).unlink()
+        elif name != "adapter":
+            remove_folder(out / name)
     for path in (out / "adapter").iterdir():
         shutil.move(path, out / path.name)
     (out / "adapter").rmdir()
