@@ -545,7 +545,7 @@ FLAGS = ["--heads", 4, "--head_anchor", 0.05]
 @pytest.fixture(scope="module")
 def trained(demo, tmp_path_factory):
     place = tmp_path_factory.mktemp("trained") / "out"
-    flags = [*FLAGS, "--save_steps", 8, "--keep_best", "accuracy", "--normalize_scores", "eval"]
+    flags = [*FLAGS, "--save_interval", 8, "--keep_best", "accuracy", "--normalize_scores", "eval"]
     return runs.train(demo, place, *flags), place
 
 
@@ -566,14 +566,15 @@ def test_a_run_with_heads_and_what_it_leaves(trained, demo, tmp_path, capsys):
     assert "The score is the mean of 4 heads" in (place / "README.md").read_text()
     assert main(["verify", str(place)]) == 0
     assert "differs" not in capsys.readouterr().out
-    assert main(["export", str(place / "checkpoints"), str(tmp_path / "new")]) == 0
+    checkpoint = sorted((place / "checkpoints").iterdir())[-1]
+    assert main(["export", str(checkpoint), str(tmp_path / "new")]) == 0
     assert load(tmp_path / "new").scorer.heads == 4
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 3])
 def test_a_run_with_heads_goes_on_as_if_nothing_had_been(stage, demo, tmp_path):
-    flags = [*FLAGS, "--zero_stage", stage, "--save_steps", 8]
+    flags = [*FLAGS, "--zero_stage", stage, "--save_interval", 8]
     whole = runs.train(demo, tmp_path / "whole", *flags)
     halt = [{"rank": 0, "step": 12, "signal": "SIGTERM"}]
     words = ["--model_name_or_path", demo / "model", "--data_path", demo / "data", "--output_dir", tmp_path / "out"]
