@@ -565,7 +565,7 @@ def test_a_run_with_heads_and_what_it_leaves(trained, demo, tmp_path, capsys):
     assert told["gap_std"] == pytest.approx(spread / scale, rel=1e-3)
     assert "The score is the mean of 4 heads" in (place / "README.md").read_text()
     assert main(["verify", str(place)]) == 0
-    assert "differs" not in capsys.readouterr().out
+    assert "nothing differs beyond rounding" in capsys.readouterr().out
     checkpoint = sorted((place / "checkpoints").iterdir())[-1]
     assert main(["export", str(checkpoint), str(tmp_path / "new")]) == 0
     assert load(tmp_path / "new").scorer.heads == 4
@@ -594,9 +594,10 @@ def test_a_run_with_heads_goes_on_as_if_nothing_had_been(stage, demo, tmp_path):
     ids=lambda flags: flags[0][2:] + str(flags[1]),
 )
 def test_two_processes_learn_the_same(flags, trained, demo, tmp_path):
-    size = 16 if flags[0] == "--sequence_parallel_size" else 8
+    shares = flags[0] == "--sequence_parallel_size"  # by an attention that rounds otherwise
+    size, tolerance = (16, 1e-4) if shares else (8, 2e-5)
     two = runs.train(demo, tmp_path / "out", *FLAGS, *flags, "--per_device_train_batch_size", size, processes=2)
-    assert two.losses == pytest.approx(trained[0].losses, abs=2e-5)
+    assert two.losses == pytest.approx(trained[0].losses, abs=tolerance)
     assert two.final["gap_heads_std"] == pytest.approx(trained[0].evaluations[-1]["gap_heads_std"], abs=1e-4)
 
 
