@@ -7,7 +7,8 @@ python heads.py --heads 1 8 --hidden 768 --layers 12 --dtype bf16
 A step is the forward pass with shared prompts, the loss, the backward pass and AdamW, as the trainer has them, without
 DeepSpeed, which does not know how many heads there are. The models take turns, step by step, so that whatever else the
 machine does slows all of them; a ratio is the median over the steps of one model's time over that of one head in the
-same turn. Memory is the peak of a process that trains one model alone; on a CPU with its libraries, by Linux.
+same turn. On a CPU, time is the process's own, however many others run. Memory is the peak of a process that trains one
+model alone; on a CPU with its libraries, as Linux tells it.
 """
 
 from __future__ import annotations
@@ -87,8 +88,9 @@ class Model:
         return self.now() - begun
 
     def now(self) -> float:
-        if self.forward.device.type == "cuda":
-            torch.cuda.synchronize()
+        if self.forward.device.type != "cuda":
+            return time.process_time()
+        torch.cuda.synchronize()
         return time.perf_counter()
 
 
