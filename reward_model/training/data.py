@@ -5,22 +5,26 @@ from __future__ import annotations
 
 import datetime
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
 from reward_model.common.distributed import DistributedContext
 from reward_model.common.errors import UserError
+from reward_model.common.logging import logger
+from reward_model.config.groups import DataConfig
 from reward_model.config.settings import Settings
 from reward_model.data.chat_template import give_template, settle_template
-from reward_model.data.comparisons import Comparisons
+from reward_model.data.comparisons import BadRow, Comparison, Comparisons
 from reward_model.data.encoding import Encoding
 from reward_model.data.preprocessing import PreprocessingConfig, load_answers, load_comparisons
 from reward_model.data.sources import Splits
 from reward_model.data.tokenizer import SpecialTokens, choose_special_tokens, load_tokenizer
+from reward_model.data.weakest import NONE, Weakest, rearrange
 from reward_model.models import pair_encoding
 from reward_model.objectives import answer_similarity
-from reward_model.objectives.objective import Objective
+from reward_model.objectives.objective import Objective, no_strength
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Data:
 
     evaluation: name → rows of each evaluation set. The first one decides which weights are the best; a set that is
     named by none has the name ''. reference: those that scores are normalized by; None: they are not. longest: tokens
-    of the longest text of all.
+    of the longest text of all. weakest: what ``--flip_share`` and ``--drop_share`` came to.
     """
 
     encoding: Encoding
@@ -37,6 +41,7 @@ class Data:
     evaluation: dict[str, Comparisons]
     reference: Comparisons | None
     longest: int
+    weakest: Weakest = NONE
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -85,7 +90,7 @@ def load_data(
         on_bad_row=data.on_bad_row,
         cache=data.cache_folder,
         processes=data.num_proc,
-        missing=objective.missing,
+        missing=_missing(objective, data),
         names=data.names,
         splits=Splits(data.split, data.eval_split),
         chat=data.chat,
@@ -101,6 +106,11 @@ def load_data(
         data.data_split,
         (data.max_train_samples, data.max_eval_samples),
     )
+    train, weakest = rearrange(train, data.flip_share, data.drop_share)
+    for line in weakest.lines():
+        logger.info(line)
+    if doubt := weakest.doubt():
+        logger.warning(doubt)
     objective.require_rows(train)
     known = {None: None, "train": train, "eval": next(iter(evaluation.values()))}
     if normalize is None or normalize in known:
@@ -115,7 +125,22 @@ def load_data(
         train = answer_similarity.with_cosines(
             train, tokenizer, settings.loss.prior_model, context, model.trust_remote_code
         )
-    return Data(Encoding(tokenizer, special, pairs), train, evaluation, reference, longest)
+    return Data(Encoding(tokenizer, special, pairs), train, evaluation, reference, longest, weakest)
+
+
+def _missing(objective: Objective, data: DataConfig) -> Callable[[Comparison], str | None]:
+    """Why a training row cannot be learned from: what the objective says, or that it has no strength to rank it by."""
+    flags = [f"--{name}" for name in ("flip_share", "drop_share") if getattr(data, name)]
+    if not flags:
+        return objective.missing
+
+    def missing(row: Comparison) -> str | None:
+        reason = objective.missing(row)
+        if row.better and (without := no_strength(row)):
+            raise BadRow(f"{without}, and {flags[0]} needs one")
+        return reason
+
+    return missing
 
 
 def require_positions(config, tokenizer, longest: int) -> None:
