@@ -248,6 +248,7 @@ def test_a_run_by_strength_says_what_it_did(demo, judged_demo, tmp_path):
     assert re.search(r"another run: .*the training rows \(by content; --flip_share", again.stdout + again.stderr)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [["--flip_share", 0.1], ["--margin", "strength"]])
 def test_rows_without_strengths_are_refused(demo, tmp_path, flags):
     result = start(demo, demo / "data" / "train.jsonl", tmp_path, *flags)

@@ -19,6 +19,7 @@ import torch
 
 from reward_model.batching.batch import Batch
 from reward_model.common.errors import UserError
+from reward_model.config.groups import DataConfig
 from reward_model.config.loss import Loss
 from reward_model.config.objectives import PAIR_LOSSES, kind_of
 from reward_model.data.comparisons import GRADES, BadRow, Comparison, Comparisons, answers
@@ -268,6 +269,21 @@ class Objective:
             if name == "ordinal" and not target.is_integer():
                 raise BadRow(f"the label {target:g} is not a whole number, as --loss {name} needs it")
         return None
+
+
+def missing_by(objective: Objective, data: DataConfig) -> Callable[[Comparison], str | None]:
+    """Why a training row cannot be learned from: what the objective says, or that it has no strength to rank it by."""
+    flags = [f"--{name}" for name in ("flip_share", "drop_share") if getattr(data, name)]
+    if not flags:
+        return objective.missing
+
+    def missing(row: Comparison) -> str | None:
+        reason = objective.missing(row)
+        if row.better and (without := no_strength(row)):
+            raise BadRow(f"{without}, and {flags[0]} needs one")
+        return reason
+
+    return missing
 
 
 def no_strength(row: Comparison) -> str:

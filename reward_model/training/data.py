@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -13,10 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from reward_model.common.distributed import DistributedContext
 from reward_model.common.errors import UserError
 from reward_model.common.logging import logger
-from reward_model.config.groups import DataConfig
 from reward_model.config.settings import Settings
 from reward_model.data.chat_template import give_template, settle_template
-from reward_model.data.comparisons import BadRow, Comparison, Comparisons
+from reward_model.data.comparisons import Comparisons
 from reward_model.data.encoding import Encoding
 from reward_model.data.preprocessing import PreprocessingConfig, load_answers, load_comparisons
 from reward_model.data.sources import Splits
@@ -24,7 +22,7 @@ from reward_model.data.tokenizer import SpecialTokens, choose_special_tokens, lo
 from reward_model.data.weakest import NONE, Weakest, rearrange
 from reward_model.models import pair_encoding
 from reward_model.objectives import answer_similarity
-from reward_model.objectives.objective import Objective, no_strength
+from reward_model.objectives.objective import Objective, missing_by
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ def load_data(
         on_bad_row=data.on_bad_row,
         cache=data.cache_folder,
         processes=data.num_proc,
-        missing=_missing(objective, data),
+        missing=missing_by(objective, data),
         names=data.names,
         splits=Splits(data.split, data.eval_split),
         chat=data.chat,
@@ -126,21 +124,6 @@ def load_data(
             train, tokenizer, settings.loss.prior_model, context, model.trust_remote_code
         )
     return Data(Encoding(tokenizer, special, pairs), train, evaluation, reference, longest, weakest)
-
-
-def _missing(objective: Objective, data: DataConfig) -> Callable[[Comparison], str | None]:
-    """Why a training row cannot be learned from: what the objective says, or that it has no strength to rank it by."""
-    flags = [f"--{name}" for name in ("flip_share", "drop_share") if getattr(data, name)]
-    if not flags:
-        return objective.missing
-
-    def missing(row: Comparison) -> str | None:
-        reason = objective.missing(row)
-        if row.better and (without := no_strength(row)):
-            raise BadRow(f"{without}, and {flags[0]} needs one")
-        return reason
-
-    return missing
 
 
 def require_positions(config, tokenizer, longest: int) -> None:
