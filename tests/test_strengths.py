@@ -17,7 +17,7 @@ from reward_model.data.files import read_file
 from reward_model.data.layouts import layout_of, unread
 from reward_model.data.preprocessing import PreprocessingConfig, tokenize
 from reward_model.data.rows import judge_pair, read_row
-from reward_model.data.strengths import Strength, strength_of, strength_of_differences
+from reward_model.data.strengths import Strength, strength_of, strength_of_differences, strengths_of_differences
 from reward_model.data.tokenizer import choose_special_tokens
 from reward_model.data.weakest import rearrange
 from reward_model.objectives.losses import strength_smoothing
@@ -31,6 +31,18 @@ def test_strength_of_differences_worked_by_hand():
     found = strength_of_differences([2.0, -1.0, 0.0, 3.0])
     assert found == Strength(1.0, math.sqrt((1 + 4 + 1 + 4) / 4), (1 + 0 + 0.5 + 1) / 4)
     assert strength_of_differences([-0.5]) == Strength(-0.5, 0.0, 0.0)
+
+
+def test_many_pairs_are_each_of_those_that_judged_them():
+    differences = np.random.default_rng(0).normal(size=(4, 9)).round(1)
+    differences[0, 3], differences[:3, 4], differences[:, 5] = np.nan, np.nan, np.nan
+    differences[1, 2] = 0.0
+    mean, std, agree, counts = strengths_of_differences(differences)
+    assert counts.tolist() == [4, 4, 4, 3, 1, 0, 4, 4, 4]
+    for i in range(9):
+        known = differences[:, i][~np.isnan(differences[:, i])]
+        expected = strength_of_differences(known) if len(known) else (math.nan,) * 3
+        assert (mean[i], std[i], agree[i]) == pytest.approx(tuple(expected), nan_ok=True)
 
 
 @pytest.mark.parametrize(

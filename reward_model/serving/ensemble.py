@@ -36,7 +36,7 @@ from reward_model.data.comparisons import BadRow
 from reward_model.data.encoding import Encoded
 from reward_model.data.files import UNREADABLE, Source
 from reward_model.data.rows import PAIR
-from reward_model.data.strengths import COLUMNS, strength_of_differences
+from reward_model.data.strengths import COLUMNS, strengths_of_differences
 from reward_model.inference import Reading, RewardScorer, load_to_read
 from reward_model.serving.inputs import row_of, settled
 from reward_model.serving.output import fingerprint, require_same
@@ -298,8 +298,9 @@ def write(judges: Sequence[Judge], temperatures: Sequence[float], config: Ensemb
             bar = progress(desc="writing", unit="row")
             for start, block in blocks(stored):
                 differences = parts.of_block(start, len(block)) / scales[:, None]
-                for at, (_, row) in enumerate(block):
-                    file.write(tally.line(fields_of(row, source), differences[:, at]))
+                rows = [fields_of(row, source) for _, row in block]
+                for row, *strength in zip(rows, *(each.tolist() for each in strengths_of_differences(differences))):
+                    file.write(tally.line(row, strength))
                 bar.update(len(block))
             bar.close()
             file.flush()
@@ -356,18 +357,20 @@ class Tally:
         self.rows = self.unreadable = self.replaced = self.by_some = 0
         self.means, self.stds, self.agrees = array("d"), array("d"), array("d")
 
-    def line(self, row: dict | None, differences: np.ndarray) -> bytes:
-        """A row with its strength, as a line of JSON; empty: it is none."""
+    def line(self, row: dict | None, strength: list) -> bytes:
+        """A row with its strength, as a line of JSON; empty: it is none.
+
+        Args:
+            strength: mean, std, agree, and how many models judged it.
+        """
         if row is None:
             self.unreadable += 1
             return b""
         self.rows += 1
-        known = differences[np.isfinite(differences)]
         self.replaced += any(name in row for name in COLUMNS)
         row = {name: value for name, value in row.items() if name not in COLUMNS}
-        if len(known):
-            strength = strength_of_differences(known)
-            row |= dict(zip(COLUMNS, (*strength, len(known))))
+        if strength[-1]:
+            row |= dict(zip(COLUMNS, strength))
             for values, value in zip((self.means, self.stds, self.agrees), strength):
                 values.append(value)
         return line_of_row(row)
