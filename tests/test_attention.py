@@ -232,7 +232,7 @@ class Stub:
     def __init__(self, **faults):
         self.faults = faults
 
-    def states(self, batch, way, training):
+    def states_of(self, batch, way, training):
         fault = self.faults.get(way.name)
         if isinstance(fault, Exception) and training:
             raise fault

@@ -118,7 +118,7 @@ WRONG = [
     ("--label_smoothing -0.1", ["--label_smoothing", "-0.1"]),
     ("--label_smoothing half", ["--label_smoothing", "half", "column"]),
     ("--label_smoothing nan", ["--label_smoothing", "nan"]),
-    ("--margin wide", ["--margin", "wide", "column", "small", "large"]),
+    ("--margin wide", ["--margin", "wide", "column", "small", "large", "similarity"]),
     ("--margin nan", ["--margin", "nan"]),
     ("--loss square", ["--loss", "square", "logistic", "rank_list", "mse", "bradley_terry"]),
     ("--loss", ["--loss"]),
@@ -282,6 +282,7 @@ def test_offload_without_a_stage_is_left_to_the_file_where_there_is_one():
         ("--margin column", "column"),
         ("--margin small", "small"),
         ("--loss scaled --margin large", "large"),
+        ("--loss hinge --margin similarity", "similarity"),
         ("--loss hinge", 1.0),  # at 0 equal scores would satisfy it
         ("--loss hinge mse", 1.0),
         ("--loss hinge --margin 0", 0.0),

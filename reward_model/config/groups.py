@@ -340,6 +340,7 @@ class LossConfig(Group):
         "prior_beta": NUMBER,
         "length_penalty": NOT_NEGATIVE,
         "score_penalty_weight": NOT_NEGATIVE,
+        "margin_scale": POSITIVE,
     }
 
     loss: list[str] = flag(
@@ -356,9 +357,18 @@ class LossConfig(Group):
     )
     margin: str | None = flag(
         None,
-        metavar="NUMBER|column|small|large",
-        help="By how much the better response should win: a number, the margin column of the data, or Llama 2's small "
-        "or large margins from its rating column. Default: 0, and 1 for hinge.",
+        metavar="NUMBER|column|small|large|similarity",
+        help="By how much the better response should win: a number, the margin column of the data, Llama 2's small "
+        "or large margins from its rating column, or the more the more alike the model finds the two (similarity). "
+        "Default: 0, and 1 for hinge.",
+    )
+    margin_scale: float = flag(
+        1.0, metavar="MARGIN", help="The margin of two equal responses, with --margin similarity."
+    )
+    pair_weight: Literal["norm"] | None = flag(
+        None,
+        help="Weigh each pair's loss by the running mean of the distance between the hidden states of its two "
+        "responses, divided by their distance (norm). Without it, pairs weigh the same.",
     )
     label_smoothing: str = flag(
         "0",

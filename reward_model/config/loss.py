@@ -11,7 +11,8 @@ from reward_model.config.groups import LossConfig
 from reward_model.config.objectives import ALIASES, LOSSES, PRIOR_SMALLEST, kind_of
 
 TAKES_MARGIN = ("logistic", "scaled", "hinge")
-MARGINS = ("column", "small", "large")
+MARGINS = ("column", "small", "large")  # what the data say of each pair
+SIMILARITY = "similarity"  # a margin that the model says
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,9 @@ class Loss:
 
     weights: name of an objective → its weight, in the order given.
     level: ``sequence`` or ``token``.
-    margin: a number, or ``column``, ``small`` or ``large`` for what the data say of each pair.
+    margin: a number, or ``column``, ``small`` or ``large`` for what the data say of each pair, or ``similarity``.
+    margin_scale: the margin of two equal responses, with ``similarity``; 0 with any other margin.
+    pair_weight: ``norm``: pairs are weighed by the distance of their hidden states; None: all weigh the same.
     label_smoothing: a number, or ``column``.
     prior_beta: B1 and B3 of ``prior_length`` and ``prior_cosine``.
     score_penalty: a name of :data:`reward_model.reward_model.SCORE_PENALTIES`; None: none.
@@ -37,6 +40,19 @@ class Loss:
     length_penalty: float
     score_penalty: str | None
     score_penalty_weight: float
+    margin_scale: float = 0.0
+    pair_weight: str | None = None
+
+    @property
+    def reads_states(self) -> bool:
+        """Whether the loss is of hidden states, too, and not of scores alone."""
+        return bool(self.terms_on_states)
+
+    @property
+    def terms_on_states(self) -> list[str]:
+        """The flags by which the loss is of hidden states, too."""
+        said = {"--margin similarity": self.margin == SIMILARITY, "--pair_weight": self.pair_weight}
+        return [flag for flag, is_on in said.items() if is_on]
 
 
 def resolve_loss(config: LossConfig, given: frozenset[str] = frozenset()) -> Loss:
@@ -61,10 +77,11 @@ def resolve_loss(config: LossConfig, given: frozenset[str] = frozenset()) -> Los
     _refuse_foreign_flags(config, names, given)
     if config.loss_level == "token" and set(kinds) != {"pairs"}:
         raise UserError(f"--loss_level token and --loss {' '.join(names)}: only pairs have a loss per token")
-    return Loss(
+    margin = _margin(config.margin, names)
+    loss = Loss(
         weights=dict(zip(names, weights)),
         level=config.loss_level,
-        margin=_margin(config.margin, names),
+        margin=margin,
         label_smoothing=_label_smoothing(config.label_smoothing, names, given),
         focal_gamma=config.focal_gamma,
         huber_delta=config.huber_delta,
@@ -73,7 +90,20 @@ def resolve_loss(config: LossConfig, given: frozenset[str] = frozenset()) -> Los
         length_penalty=config.length_penalty,
         score_penalty=config.score_penalty,
         score_penalty_weight=config.score_penalty_weight,
+        margin_scale=config.margin_scale if margin == SIMILARITY else 0.0,
+        pair_weight=config.pair_weight,
     )
+    _require_states(loss, kinds)
+    return loss
+
+
+def _require_states(loss: Loss, kinds: list[str]) -> None:
+    """Refuse what is of hidden states at the ends of pairs where there are no pairs, or where every token counts."""
+    for flag in loss.terms_on_states:
+        if "pairs" not in kinds:
+            raise UserError(f"{flag} is of pairs: --loss {' '.join(loss.weights)} learns from none")
+        if loss.level == "token":
+            raise UserError(f"{flag} is of the states at the end of each response: leave --loss_level token out")
 
 
 def _margin(margin: str | None, names: list[str]) -> float | str:
@@ -82,13 +112,13 @@ def _margin(margin: str | None, names: list[str]) -> float | str:
         raise UserError(f"--margin goes with --loss {', '.join(TAKES_MARGIN)}, not {' '.join(names)}")
     if "scaled" in names and margin not in MARGINS:
         raise UserError("--loss scaled weighs pairs by their own margins: add --margin column, small or large")
-    if margin in MARGINS:
+    if margin in (*MARGINS, SIMILARITY):
         return margin
     if margin is None:
         return 1.0 if takers == ["hinge"] else 0.0
     number = _number(margin)
     if not math.isfinite(number):
-        raise UserError(f"--margin {margin}: give a number, column, small or large")
+        raise UserError(f"--margin {margin}: give a number, column, small, large or similarity")
     return number
 
 
@@ -123,6 +153,8 @@ def _refuse_foreign_flags(config: LossConfig, names: list[str], given: frozenset
             raise UserError(f"--{flag} goes with --loss {' or '.join(owners)}, not {' '.join(names)}")
     if config.score_penalty is None and "score_penalty_weight" in given:
         raise UserError("--score_penalty_weight without --score_penalty: name the penalty")
+    if config.margin != SIMILARITY and "margin_scale" in given:
+        raise UserError("--margin_scale goes with --margin similarity: add it")
     if "prior_cosine" in names and not config.prior_model:
         raise UserError("--loss prior_cosine compares embeddings of responses: name their encoder with --prior_model")
     slope, shift = config.prior_beta

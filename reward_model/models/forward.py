@@ -47,6 +47,8 @@ class ForwardPass:
 
     attention: how texts stand in rows, and what they see; separate rows until another backend is chosen.
     thresholds: those that an ordinal loss has learned, as of the last call; None: there are none.
+    states: what the head was given in the last call, in the shape of ``at`` with one more dimension h; None: the scorer
+        keeps none.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class ForwardPass:
         self.first_position = first_position(scorer)
         self.attention = SEPARATE
         self.thresholds: torch.Tensor | None = None
+        self.states: torch.Tensor | None = None
 
     @property
     def layout(self) -> Layout:
@@ -106,9 +109,12 @@ class ForwardPass:
             options["texts"] = tokens.spans, tokens.span_lengths
         if self.scorer.takes_segment_ids:
             options["segment_ids"] = tokens.segment_ids()
-        found = self.module(tokens.input_ids, mask, at, states=states, **options)
-        if isinstance(found, tuple):
-            found, self.thresholds = found
+        return self._kept(self.module(tokens.input_ids, mask, at, states=states, **options))
+
+    def _kept(self, found: torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]) -> torch.Tensor:
+        """The scores of what the scorer gives; what is beside them is kept until the next call."""
+        found, beside = found if isinstance(found, tuple) else (found, {})
+        self.thresholds, self.states = beside.get("thresholds"), beside.get("states")
         return found
 
     def _over_ranks(self, batch: Batch, at: torch.Tensor, states: bool) -> torch.Tensor:
@@ -120,9 +126,7 @@ class ForwardPass:
         ids, positions = tokens.input_ids[:, here].contiguous(), tokens.position_ids[:, here].contiguous()
         row, column = at // width, at % width
         no_mask = torch.zeros(1, 1, 1, 1, dtype=self.dtype, device=ids.device)  # Transformers would make one of a part
-        found = self.module(ids, no_mask, row * part + column % part, position_ids=positions, states=states)
-        if isinstance(found, tuple):
-            found, self.thresholds = found
+        found = self._kept(self.module(ids, no_mask, row * part + column % part, position_ids=positions, states=states))
         is_elsewhere = column // part != rank
         found = found.masked_fill(is_elsewhere.unsqueeze(-1) if states else is_elsewhere, 0)
         return all_reduce(found, group=self.sequence.group)
@@ -221,7 +225,7 @@ class ForwardPass:
         self.use(backend)
         return str(attention_choice.Choice(backend))
 
-    def states(self, batch: Batch, backend: AttentionBackend, training: bool) -> torch.Tensor:
+    def states_of(self, batch: Batch, backend: AttentionBackend, training: bool) -> torch.Tensor:
         """What the head is given of each response, (n, h), by a backend."""
         self.use(backend)
         self.module.train(training)

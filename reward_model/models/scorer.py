@@ -35,6 +35,7 @@ class Scorer(nn.Module):
 
     takes_segment_ids: whether the model is told by ids which tokens are a pair's second segment: it has an embedding of
         more than one kind of segment. A tokenizer that makes no segment ids turns it off, see :meth:`read_with`.
+    keeps_states: whether what the head is given is returned beside the scores, for a loss that reads it.
     """
 
     def __init__(self, model: nn.Module, pooling: str):
@@ -42,6 +43,7 @@ class Scorer(nn.Module):
         self.model = model
         self.pooling = pooling
         self.thresholds: Thresholds | None = None  # of an ordinal loss, which learns them
+        self.keeps_states = False
         takes_cache = "use_cache" in inspect.signature(self.backbone.forward).parameters  # decoders keep one by default
         self.backbone_options = {"use_cache": False} if takes_cache else {}
         self.has_token_types = any(hasattr(module, "token_type_embeddings") for module in self.backbone.children())
@@ -77,10 +79,11 @@ class Scorer(nn.Module):
         states: bool = False,
         texts: tuple[torch.Tensor, torch.Tensor] | None = None,
         segment_ids: torch.Tensor | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Scores at given tokens, in the shape of ``at``; ``mean`` and ``classifier``: of whole texts, (n,). float32.
 
-        With thresholds, if there are any: ZeRO 3 has the whole of a weight only while the engine computes.
+        With what else there is, by name: ``thresholds`` of an ordinal loss, as ZeRO 3 has the whole of a weight only
+        while the engine computes; with ``keeps_states`` the ``states`` that the head is given, one more dimension h.
 
         Args:
             input_ids: (b, s).
@@ -92,10 +95,15 @@ class Scorer(nn.Module):
                 only ``mean`` and ``classifier`` look at them.
             segment_ids: (b, s), for a model that takes them; None: zeros.
         """
-        scores = self._scores(input_ids, attention_mask, at, position_ids, states, texts, segment_ids)
-        return scores if self.thresholds is None else (scores, self.thresholds())
+        beside: dict[str, torch.Tensor] = {}
+        scores = self._scores(input_ids, attention_mask, at, position_ids, states, texts, segment_ids, beside)
+        if self.thresholds is not None:
+            beside["thresholds"] = self.thresholds()
+        return (scores, beside) if beside else scores
 
-    def _scores(self, input_ids, attention_mask, at, position_ids, states, texts, segment_ids) -> torch.Tensor:
+    def _scores(
+        self, input_ids, attention_mask, at, position_ids, states, texts, segment_ids, beside: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
         model = self.unwrapped
         options = {} if position_ids is None else {"position_ids": position_ids}
         if segment_ids is not None:
@@ -103,7 +111,7 @@ class Scorer(nn.Module):
         elif texts is not None and self.has_token_types:  # Transformers 4 has no more of them than the longest text has
             options["token_type_ids"] = torch.zeros_like(input_ids)
         if self.pooling == "classifier":
-            with _texts_in_rows(self.backbone, texts):
+            with _texts_in_rows(self.backbone, texts), self._given_to_the_head(beside):
                 return model(input_ids, attention_mask=attention_mask, **options).logits.squeeze(-1)
         backbone, head = self.backbone, model.v_head if isinstance(model, RewardModel) else model.score
         hidden = backbone(input_ids, attention_mask=attention_mask, **self.backbone_options, **options)[0]  # (b, s, h)
@@ -111,10 +119,29 @@ class Scorer(nn.Module):
             if texts is not None:
                 hidden, attention_mask = hidden.flatten(0, 1)[texts[0]], _is_text(*texts)
             mask = attention_mask.unsqueeze(-1)
-            return head((hidden.float() * mask).sum(1) / mask.sum(1)).squeeze(-1)
-        # index_select: its backward adds rows, where the one of hidden[at] sorts the indices first
-        picked = hidden.flatten(0, 1).index_select(0, at.flatten()).unflatten(0, at.shape)
-        return picked if states else head(picked).squeeze(-1)
+            picked = (hidden.float() * mask).sum(1) / mask.sum(1)
+        else:
+            # index_select: its backward adds rows, where the one of hidden[at] sorts the indices first
+            picked = hidden.flatten(0, 1).index_select(0, at.flatten()).unflatten(0, at.shape)
+            if states:
+                return picked
+        if self.keeps_states:
+            beside["states"] = picked
+        return head(picked).squeeze(-1)
+
+    @contextmanager
+    def _given_to_the_head(self, beside: dict[str, torch.Tensor]) -> Iterator[None]:
+        """While this lasts, what an encoder's own head gives its last layer is kept, if states are asked for."""
+        if not self.keeps_states:
+            yield
+            return
+        hook = head_layer(self).register_forward_pre_hook(
+            lambda module, inputs: beside.__setitem__("states", inputs[0])
+        )
+        try:
+            yield
+        finally:
+            hook.remove()
 
 
 def _is_text(spans: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

@@ -225,6 +225,7 @@ def prepare(
     dtype, seed = DTYPES[settings.engine.dtype], settings.training.seed
     if thresholds is not None:
         scorer.thresholds = Thresholds(thresholds, dtype)
+    scorer.keeps_states = settings.loss.reads_states
     eval_batch = settings.evaluation.per_device_eval_batch_size
     planner = Planner(settings.batches, eval_batch, seed, context, objective.by_row)
     most = settings.evaluation.eval_iters * eval_batch * context.data_size

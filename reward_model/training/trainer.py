@@ -27,7 +27,7 @@ from reward_model.common.words import at_step, counted
 from reward_model.config.settings import Settings
 from reward_model.data.comparisons import Comparisons
 from reward_model.evaluation.evaluate import Evaluation, described, evaluate
-from reward_model.evaluation.scoring import Stopped
+from reward_model.evaluation.scoring import Loaded, Stopped
 from reward_model.models.forward import ForwardPass
 from reward_model.models.scorer import count
 from reward_model.objectives.objective import Objective
@@ -113,6 +113,7 @@ class Trainer:
             "attention": self.forward.attention.name,
             "best": self.best and self.best.state(),
             "lowest_grade": float(self.objective.lowest_grade),
+            "distance": self.objective.distance and self.objective.distance.state(),
             "thresholds": 0 if thresholds is None else sum(count(each) for each in thresholds.parameters()),
             "probe": [whole(text) for text in texts],
             "probe_second": [second_segment(text) for text in texts],
@@ -125,6 +126,8 @@ class Trainer:
         self.found = {name: Evaluation(state["metrics"].get(name, {})) for name in self.held_out}
         if self.best and state["best"] and state["best"]["by"] == self.best.by:
             self.best = Best(**state["best"])
+        if self.objective.distance:
+            self.objective.distance.restore(state["distance"], self.context.device)
         self.health.restore(state["health"])
         self.records.lines = state["lines"]  # to which train() cuts the file
 
@@ -162,9 +165,12 @@ class Trainer:
             self.engine.train()
             plan = self.planner.epoch(self.groups, epoch, layout.kind)
             for index, batches in enumerate(self.planner.load(self.train_set, plan, layout, first=done), done):
+                self.measure_distance(batches)
                 for batch in batches:
                     self.engine.set_gradient_accumulation_boundary(batch is batches[-1])
                     self.train_micro_batch(batch.to(self.context.device), log)
+                if self.objective.distance:
+                    self.objective.distance.end_step()
                 self.step += 1
                 rate, norm = self.engine.get_lr()[0], self.engine.get_global_grad_norm()
                 rows, outcome = partial(plan.rows, index), self.guard.after_step()
@@ -243,6 +249,22 @@ class Trainer:
             raise Interrupted(f"{what}; the same command goes on from here")
         raise UserError(f"{what} before the end of the run, without a checkpoint of this step")
 
+    @torch.no_grad()
+    def measure_distance(self, batches: Loaded) -> None:
+        """Before the first step: the mean distance of its pairs, by which ``--pair_weight norm`` begins."""
+        distance = self.objective.distance
+        if distance is None or distance.mean is not None:
+            return
+        self.engine.eval()
+        for loaded in batches:
+            beat(f"the distances of step {self.step + 1}")
+            batch = loaded.to(self.context.device)
+            self.forward(batch, batch.tokens.ends)
+            assert self.forward.states is not None
+            distance.add(batch.pairs, self.forward.states, batch.weight)
+        distance.end_step()
+        self.engine.train()
+
     def train_micro_batch(self, batch: Batch, log: StepLog) -> None:
         """Forward and backward pass of a batch on this device, and the optimizer's step if it is the last of one."""
         beat(f"a micro-batch of step {self.step + 1}")
@@ -262,7 +284,10 @@ class Trainer:
             scores = every[:, -1]  # beyond its end a response repeats its last token
         else:
             scores = self.forward(batch, batch.tokens.ends)  # (n,)
-        loss = self.objective(batch, scores, every, self.forward.thresholds)
+        states = self.forward.states
+        if self.objective.distance and states is not None:
+            self.objective.distance.add(batch.pairs, states, batch.weight)
+        loss = self.objective(batch, scores, every, self.forward.thresholds, states)
         return loss, scores[batch.pairs.better], scores[batch.pairs.worse]
 
     def evaluate_if_due(self) -> None:

@@ -41,6 +41,8 @@ ARMS = {
     "direct": ("pairs", "pairs", ["--loss", "direct"]),
     "prior, length": ("pairs", "pairs", ["--loss", "prior_length"]),
     "prior, cosine": ("pairs", "pairs", ["--loss", "prior_cosine", "--prior_model", "{model}"]),
+    "margin, similarity": ("pairs", "pairs", ["--margin", "similarity"]),
+    "norm_bt": ("pairs", "pairs", ["--pair_weight", "norm"]),
     "center": ("pairs", "penalties on logistic", ["--score_penalty", "center"]),
     "center 0.1": ("pairs", "penalties on logistic", ["--score_penalty", "center", "--score_penalty_weight", 0.1]),
     "l2 0.1": ("pairs", "penalties on logistic", ["--score_penalty", "l2", "--score_penalty_weight", 0.1]),

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a loss takes from hidden states: the weight and the margin of a pair.
+
+A state is what the score head is given of a response. All is computed in float32 at least, and no gradient goes through
+a weight or a margin.
+
+Notation: p pairs, h hidden units; h_c, h_r the states of a pair's chosen and rejected response.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from reward_model.batching.batch import Pairs
+from reward_model.objectives.losses import angular_similarity
+from reward_model.reward_model import at_least_float32
+
+DECAY = 0.9  # β of the running mean, NormBT's default
+SMALLEST = 1e-6  # ε beside a distance
+HEAVIEST = 10.0  # weight of a pair; NormBT has no bound, and two equal texts would weigh without one
+
+
+def distances(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+    """‖h_c − h_r‖ of each pair. States (p, h) each → (p,), float32 at least, no gradient."""
+    return (at_least_float32(chosen.detach()) - at_least_float32(rejected.detach())).norm(dim=-1)
+
+
+def norm_weights(distance: torch.Tensor, mean: torch.Tensor | float) -> torch.Tensor:
+    """min(μ / (‖h_c − h_r‖ + ε), 10): what a pair weighs, so that close pairs are learned from as far ones are.
+
+    NormBT (arXiv 2512.06343): the gradient of −log σ(Δ) by a linear head is (σ(Δ) − 1)(h_c − h_r), so that it grows
+    with the distance of the states whatever the error is. Read: the abstract and a summary of the paper's formulas
+    (weight, running mean with β = 0.9, ε without its value). Ours: ε = 1e-6, the bound, what μ begins with, and that μ
+    is a mean over the whole step of all ranks.
+
+    Args:
+        distance: ‖h_c − h_r‖ (p,).
+        mean: μ, of :class:`RunningDistance`; a number or 0-d.
+
+    Returns:
+        (p,), float32 at least, without a gradient. Where all distances are μ: 1, to ε.
+    """
+    distance = at_least_float32(distance.detach())
+    return (torch.as_tensor(mean).to(distance) / (distance + SMALLEST)).clamp(max=HEAVIEST)
+
+
+def similarity_margin(chosen: torch.Tensor, rejected: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """scale · (1 − (2/π)·arccos clamp(cos(h_c, h_r), 0, 1)): the more alike two answers are, the larger the margin.
+
+    After APLOT (arXiv 2510.10963), whose margin grows with the semantic similarity of the answers and with how little
+    the predicted rewards differ, by an optimal-transport plan over the batch. Read: its abstract alone; this takes the
+    similarity and leaves out the transport and the rewards, and its form is ours: the angle between the states, as the
+    prior constraint (PCRM), its opposite, has it between embeddings, made to run from 0 to 1.
+
+    Args:
+        chosen, rejected: states (p, h).
+        scale: the margin of equal states; that of orthogonal ones, and beyond, is 0.
+
+    Returns:
+        (p,), float32 at least, without a gradient.
+    """
+    cosine = F.cosine_similarity(at_least_float32(chosen.detach()), at_least_float32(rejected.detach()), dim=-1)
+    return scale * (2 * angular_similarity(cosine) - 1)
+
+
+class RunningDistance:
+    """μ, the running mean of the distance between the states of a pair, equal on all ranks.
+
+    μ ← 0.9 μ + 0.1 (mean of a step), after each step; a pair counts as it does in the loss. A step is weighed by the μ
+    of those before it, the first one by its own mean, measured before it without dropout. As a sum over micro-batches
+    and ranks it does not depend on how a step is divided. A step whose mean is not finite changes nothing.
+
+    mean: μ, 0-d float64 on the device; None: no step with pairs was seen yet.
+    """
+
+    def __init__(self) -> None:
+        self.mean: torch.Tensor | None = None
+        self.sums: torch.Tensor | None = None  # of weighted distances and of weights, (2,) float64
+
+    def add(self, pairs: Pairs, states: torch.Tensor, weight: float) -> None:
+        """Count a micro-batch.
+
+        Args:
+            states: Of each response, (n, h).
+            weight: Of the micro-batch in its step.
+        """
+        found = distances(states[pairs.better], states[pairs.worse]).double()
+        weights = pairs.weights.double() * weight
+        part = torch.stack([(found * weights).sum(), weights.sum()])
+        self.sums = part if self.sums is None else self.sums + part
+
+    def end_step(self) -> None:
+        """Take in what was counted since the last step; every rank calls it."""
+        assert self.sums is not None
+        sums, self.sums = self.sums, None
+        torch.distributed.all_reduce(sums)
+        found = sums[0] / sums[1]  # NaN: the step has no pairs
+        if self.mean is None:
+            self.mean = found if found.isfinite() else None
+        else:  # without a look at it, which would wait for the step
+            self.mean = torch.where(found.isfinite(), DECAY * self.mean + (1 - DECAY) * found, self.mean)
+
+    def state(self) -> float | None:
+        """For a checkpoint, as JSON keeps it to the last bit."""
+        return None if self.mean is None else self.mean.item()
+
+    def restore(self, state: float | None, device: torch.device) -> None:
+        """Be what :meth:`state` was."""
+        self.mean = None if state is None else torch.tensor(state, dtype=torch.float64, device=device)

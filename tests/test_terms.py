@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a loss takes from hidden states, against slow references, and real trainings with each flag."""
+
+import math
+
+import models
+import pytest
+import runs
+import torch
+from flags import loss_of
+
+from reward_model.batching.collate import collate
+from reward_model.batching.layout import Layout
+from reward_model.batching.merging import merge
+from reward_model.common.errors import UserError
+from reward_model.config.options import parse
+from reward_model.data.comparisons import Comparison
+from reward_model.models.forward import ForwardPass
+from reward_model.models.loading import load_for_training
+from reward_model.models.scorer import head_layer
+from reward_model.objectives import terms
+from reward_model.objectives.objective import Objective
+
+PAD, H = 0, 5
+LAYOUTS = [Layout(kind, PAD) for kind in ("packed", "shared", "separate", "unpadded")]
+layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.kind)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """This process has no group; its sums are those of all ranks."""
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
+
+
+def drawn(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def logistic(gap):
+    return math.log(1 + math.exp(-gap))
+
+
+def distance(one, other):
+    return math.sqrt(sum((a - b) ** 2 for a, b in zip(one.tolist(), other.tolist())))
+
+
+def cosine(one, other):
+    one, other = one.tolist(), other.tolist()
+    return sum(a * b for a, b in zip(one, other)) / math.sqrt(sum(a * a for a in one) * sum(b * b for b in other))
+
+
+# Section 1: weights and margins of pairs
+
+
+def test_a_pair_weighs_by_the_mean_distance_over_its_own():
+    chosen, rejected = drawn(7, H), drawn(7, H, seed=1)
+    found = terms.norm_weights(terms.distances(chosen, rejected), 2.5)
+    expected = [2.5 / (distance(c, r) + 1e-6) for c, r in zip(chosen, rejected)]
+    assert found.tolist() == pytest.approx(expected, rel=1e-12)
+    assert terms.norm_weights(torch.tensor([2.0]), 2.0).item() == pytest.approx(1.0, abs=1e-6)
+
+
+def test_equal_and_very_close_states_weigh_ten_at_most():
+    found = terms.norm_weights(torch.tensor([0.0, 0.19, 0.21]), 2.0)
+    assert found.tolist() == pytest.approx([10, 10, 2 / 0.21], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("other", "margin"), [([1.0, 0.0], 1.0), ([3.0, 0.0], 1.0), ([0.0, 2.0], 0.0), ([-1.0, 0.0], 0.0),
+                          ([1.0, math.sqrt(3)], 1 / 3), ([1.0, 1.0], 1 / 2)],
+)  # fmt: skip
+def test_the_margin_of_two_states_by_their_angle(other, margin):
+    found = terms.similarity_margin(torch.tensor([[1.0, 0.0]]), torch.tensor([other]), scale=0.8)
+    assert found.item() == pytest.approx(0.8 * margin, abs=1e-3)  # float32: arccos near 1 has half of its digits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_and_margins_are_float32_and_have_no_gradient(dtype):
+    chosen, rejected = (drawn(4, H, seed=seed).to(dtype).requires_grad_() for seed in (0, 1))
+    weights = terms.norm_weights(terms.distances(chosen, rejected), 1.0)
+    for found in (weights, terms.similarity_margin(chosen, rejected)):
+        assert found.dtype == torch.float32
+        assert not found.requires_grad
+
+
+def rows(seed=0, count=6):
+    """Pairs of two prompts and few texts, so that they merge and a text comes in several of them."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for i in range(count):
+        one, other = torch.randperm(5, generator=generator)[:2].tolist()
+        texts = [[3 + k, *([9] * (k % 3)), 8] for k in (one, other)]
+        made.append(Comparison([1 + i % 2, 7], texts, [0], [1], [math.nan], i % 2))
+    return made
+
+
+def state_of(text):
+    return drawn(H, seed=int("".join(map(str, text))))
+
+
+def collated(made, layout):
+    """A batch, the score and the state of each of its responses, and row by row where those of its two are."""
+    batch = collate(made, layout)
+    texts = [(*m.texts.prompt, *response) for m in merge(made, layout) for response in m.texts.responses]
+    states = torch.stack([state_of(text) for text in texts])
+    places = {text: i for i, text in enumerate(texts)}  # a text that stands there twice has the same state
+    own = [[places[(*row.prompt, *response)] for response in row.responses] for row in made]
+    return batch, states.sum(1).requires_grad_(), states.clone().requires_grad_(), own
+
+
+@layouts
+def test_the_loss_of_a_batch_is_the_mean_of_weighed_losses(layout):
+    made = rows()
+    batch, scores, states, own = collated(made, layout)
+    objective = Objective(loss_of("--pair_weight norm"))
+    objective.distance.mean = torch.tensor(2.0, dtype=torch.float64)
+    losses = [2 / (distance(states[c], states[r]) + 1e-6) * logistic((scores[c] - scores[r]).item()) for c, r in own]
+    found = objective(batch, scores, states=states)
+    assert found.item() == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+    found.backward()
+    assert states.grad is None
+
+
+@layouts
+def test_the_loss_of_a_batch_has_the_margin_of_each_pair(layout):
+    made = rows(seed=3)
+    batch, scores, states, own = collated(made, layout)
+    objective = Objective(loss_of("--margin similarity --margin_scale 2"))
+
+    def margin(c, r):
+        return 2 * (1 - 2 / math.pi * math.acos(min(1, max(0, cosine(states[c], states[r])))))
+
+    losses = [logistic((scores[c] - scores[r]).item() - margin(c, r)) for c, r in own]
+    assert objective(batch, scores, states=states).item() == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+
+
+def test_without_the_flags_the_states_change_nothing():
+    batch, scores, states, _ = collated(rows(), LAYOUTS[0])
+    plain = Objective(loss_of(""))
+    assert plain.distance is None
+    assert torch.equal(plain(batch, scores), plain(batch, scores, states=states))
+
+
+def test_the_running_mean_is_that_of_whole_steps():
+    """However a step is divided: μ begins with the first step's mean and moves a tenth of the way to each next one."""
+    steps = [rows(seed) for seed in range(3)]
+    means = []
+    for made in steps:
+        _, _, states, own = collated(made, LAYOUTS[0])
+        means.append(sum(distance(states[c], states[r]) for c, r in own) / len(own))
+    expected = 0.9 * (0.9 * means[0] + 0.1 * means[1]) + 0.1 * means[2]
+    whole, parts = terms.RunningDistance(), terms.RunningDistance()
+    for made in steps:
+        batch, _, states, own = collated(made, LAYOUTS[0])
+        whole.add(batch.pairs, states, 1.0)
+        whole.end_step()
+        for part in (made[:1], made[1:]):
+            batch, _, states, _ = collated(part, LAYOUTS[2])
+            parts.add(batch.pairs, states, len(part) / len(made))
+        parts.end_step()
+    assert whole.state() == pytest.approx(expected, rel=1e-9)
+    assert parts.state() == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_step_without_a_finite_mean_changes_nothing_and_the_state_comes_back_to_the_bit():
+    batch, _, states, _ = collated(rows(), LAYOUTS[0])
+    running = terms.RunningDistance()
+    assert running.state() is None
+    for each in (states * math.nan, states, states * math.inf):
+        running.add(batch.pairs, each, 1.0)
+        running.end_step()
+    expected = terms.RunningDistance()
+    expected.add(batch.pairs, states, 1.0)
+    expected.end_step()
+    assert running.state() == expected.state()
+    again = terms.RunningDistance()
+    again.restore(running.state(), CPU)
+    assert torch.equal(again.mean, running.mean)
+
+
+# Section 2: the states that a model gives
+
+
+@pytest.mark.parametrize(("family", "pooling"), [("opt", None), ("gpt2", "mean"), ("bert", None), ("roberta", None)])
+def test_the_states_are_what_the_head_is_given(family, pooling, tmp_path):
+    tokenizer = models.write(family, tmp_path)
+    scorer = load_for_training(str(tmp_path), torch.float32, 0, pooling).eval()
+    forward = ForwardPass(scorer, scorer, torch.float32, CPU, tokenizer.pad_token_id)
+    batch = collate(rows(), forward.layout)
+    plain = forward(batch, batch.tokens.ends)
+    assert forward.states is None
+    scorer.keeps_states = True
+    assert torch.equal(forward(batch, batch.tokens.ends), plain)
+    assert len(forward.states) == len(batch.tokens.ends)
+    assert torch.equal(head_layer(scorer)(forward.states).squeeze(-1), plain)
+
+
+# Section 3: what does not go together
+
+REFUSED = [
+    ("--pair_weight cosine", ["--pair_weight", "cosine", "norm"]),
+    ("--pair_weight norm --loss rank_list", ["--pair_weight is of pairs", "rank_list"]),
+    ("--pair_weight norm --loss_level token", ["--pair_weight", "--loss_level token"]),
+    ("--margin similarity --loss_level token", ["--margin similarity", "--loss_level token"]),
+    ("--margin similarity --loss focal", ["--margin", "logistic, scaled, hinge", "focal"]),
+    ("--margin similarity --loss scaled", ["--loss scaled", "--margin column"]),
+    ("--margin_scale 2", ["--margin_scale", "--margin similarity"]),
+    ("--margin 1 --margin_scale 2", ["--margin_scale", "--margin similarity"]),
+    ("--margin similarity --margin_scale 0", ["--margin_scale 0", "above"]),
+    ("--pair_weight norm --sequence_parallel_size 2", ["--pair_weight", "--sequence_parallel_size"]),
+]
+
+
+@pytest.mark.parametrize(("line", "words"), REFUSED, ids=[line for line, _ in REFUSED])
+def test_what_does_not_go_together_is_one_line_that_names_it(line, words):
+    with pytest.raises(UserError) as caught:
+        parse(["--model_name_or_path", "none", *line.split()])
+    text = str(caught.value)
+    assert "\n" not in text
+    assert [word for word in words if word not in text] == []
+
+
+# Section 4: real trainings; that they go on to the byte is in test_checkpoints.py
+
+OTHER_WAYS = [
+    (1, ["--gradient_accumulation_steps", 4, "--per_device_train_batch_size", 4, "--merge", "prompt"]),
+    (2, ["--per_device_train_batch_size", 8, "--zero_stage", 3]),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", ["--pair_weight norm", "--margin similarity --margin_scale 0.5"])
+def test_a_training_is_the_same_however_a_step_is_divided(flags, demo, tmp_path):
+    flags = [*flags.split(), "--max_steps", 6, "--max_grad_norm", 0]
+    same = runs.train(demo, tmp_path / "one", *flags, "--merge", "prompt")
+    plain = runs.train(demo, tmp_path / "plain", "--max_steps", 6, "--max_grad_norm", 0, "--merge", "prompt")
+    assert abs(same.losses[0] - plain.losses[0]) > 1e-3  # the flag does something
+    assert same.final["accuracy"] > 0.5
+    for processes, others in OTHER_WAYS[:1]:
+        other = runs.train(demo, tmp_path / f"{processes}", *flags, *others, processes=processes)
+        assert other.losses == pytest.approx(same.losses, abs=2e-5)
+    apart = runs.train(demo, tmp_path / "apart", *flags)
+    processes, others = OTHER_WAYS[1]
+    other = runs.train(demo, tmp_path / "two", *flags, *others, processes=processes)
+    assert other.losses == pytest.approx(apart.losses, abs=2e-5)
