@@ -14,6 +14,7 @@ from reward_model.batching.layout import Layout
 from reward_model.batching.merging import merge
 from reward_model.common.errors import UserError
 from reward_model.config.options import parse
+from reward_model.config.settings import resolve
 from reward_model.data.comparisons import Comparison
 from reward_model.models.forward import ForwardPass
 from reward_model.models.loading import load_for_training
@@ -179,7 +180,101 @@ def test_a_step_without_a_finite_mean_changes_nothing_and_the_state_comes_back_t
     assert torch.equal(again.mean, running.mean)
 
 
-# Section 2: the states that a model gives
+# Section 2: the contrastive term
+
+
+def slow_contrastive(one, other, temperature, names=None):
+    losses = []
+    for i in range(len(one)):
+        rest = [j for j in range(len(other)) if j == i or names is None or names[j] != names[i]]
+        parts = {j: math.exp(cosine(one[i], other[j]) / temperature) for j in rest}
+        losses.append(-math.log(parts[i] / sum(parts.values())))
+    return losses
+
+
+@pytest.mark.parametrize(("temperature", "names"), [(0.05, None), (1.0, None), (0.5, [0, 1, 2, 0, 4, 1])])
+def test_each_vector_is_told_from_all_of_another_name(temperature, names):
+    one, other = drawn(6, H), drawn(6, H, seed=1)
+    found = terms.contrastive_loss(one, other, temperature, names and torch.tensor(names))
+    assert found.tolist() == pytest.approx(slow_contrastive(one, other, temperature, names), rel=1e-9)
+
+
+def test_the_limits_of_the_contrastive_term():
+    one = drawn(4, H, dtype=torch.float32)
+    assert terms.contrastive_loss(one[:1], one[1:2]).item() == 0
+    equal = one[:1].expand(4, H)
+    assert terms.contrastive_loss(equal, equal).tolist() == pytest.approx([math.log(4)] * 4)
+    assert terms.contrastive_loss(torch.eye(4), torch.eye(4)).max().item() < 1e-7  # at 0.05: e^-20 of each other one
+    assert terms.contrastive_loss(one, 7 * one).tolist() == pytest.approx(terms.contrastive_loss(one, one).tolist())
+
+
+def test_the_gradient_of_the_contrastive_term_goes_through_both_views():
+    one, other = (drawn(4, 3, seed=seed).requires_grad_() for seed in (0, 1))
+    names = torch.tensor([0, 1, 0, 2])
+    assert torch.autograd.gradcheck(lambda a, b: terms.contrastive_loss(a, b, 0.5, names), (one, other))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_contrastive_term_is_finite_in_half_precision(dtype):
+    one = (drawn(5, H) * 1e3).to(dtype).requires_grad_()
+    found = terms.contrastive_loss(one, one.detach(), 0.01)
+    found.sum().backward()
+    assert found.dtype == torch.float32
+    assert found.isfinite().all()
+    assert one.grad.isfinite().all()
+
+
+def texts_of(made, layout):
+    return [(*m.texts.prompt, *response) for m in merge(made, layout) for response in m.texts.responses]
+
+
+@layouts
+def test_texts_have_equal_names_where_they_are_equal(layout):
+    """Prompts that differ, answers that differ in order alone, and texts that no merging brings together."""
+    made = [*rows(count=9), Comparison([], [[1, 7, 3, 8], [7, 1, 3, 8]], [0], [1]), Comparison([9], [[7, 3, 8], [1]])]
+    batch, texts = collate(made, layout), texts_of(made, layout)
+    names = batch.tokens.text_names().tolist()
+    assert len(set(texts)) < len(texts)
+    assert len(set(names)) == len(set(texts)) == len(set(zip(texts, names)))
+
+
+@layouts
+def test_the_term_of_a_batch_is_of_its_responses_or_of_the_differences_of_its_pairs(layout):
+    made = [*rows(), rows()[0]]  # the first pair was judged twice
+    batch, _, states, _ = collated(made, layout)
+    texts = texts_of(made, layout)
+    other = states.detach() + 0.5 * drawn(*states.shape, seed=9)
+    objective = Objective(loss_of("--contrastive_weight 1 --contrastive_temperature 0.2"))
+    expected = slow_contrastive(states, other, 0.2, texts)
+    assert objective.contrastive(batch, states, other).item() == pytest.approx(sum(expected) / len(states), rel=1e-9)
+    flags = "--contrastive_weight 1 --contrastive_temperature 0.2 --contrastive difference"
+    pairs = list(zip(batch.pairs.better.tolist(), batch.pairs.worse.tolist()))
+    one, two = ([each[c] - each[r] for c, r in pairs] for each in (states, other))
+    one, two = torch.stack([*one, *(-v for v in one)]), torch.stack([*two, *(-v for v in two)])
+    names = [(texts[c], texts[r]) for c, r in [*pairs, *(pair[::-1] for pair in pairs)]]
+    assert len(set(names)) < len(names)
+    expected = slow_contrastive(one, two, 0.2, names)
+    found = Objective(loss_of(flags)).contrastive(batch, states, other)
+    assert found.item() == pytest.approx(sum(expected) / len(expected), rel=1e-9)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_two_views_want_dropout(family, tmp_path):
+    tokenizer = models.write(family, tmp_path)
+    scorer = load_for_training(str(tmp_path), torch.float32, 0)
+    scorer.keeps_states = True
+    forward = ForwardPass(scorer, scorer, torch.float32, CPU, tokenizer.pad_token_id)
+    before = torch.get_rng_state()
+    if family == "gpt2":
+        forward.require_two_views(tokenizer.eos_token_id)
+    else:
+        with pytest.raises(UserError, match=r"two passes of LlamaModel give equal states.*--dropout") as caught:
+            forward.require_two_views(tokenizer.eos_token_id)
+        assert "\n" not in str(caught.value)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# Section 3: the states that a model gives
 
 
 @pytest.mark.parametrize(("family", "pooling"), [("opt", None), ("gpt2", "mean"), ("bert", None), ("roberta", None)])
@@ -196,7 +291,7 @@ def test_the_states_are_what_the_head_is_given(family, pooling, tmp_path):
     assert torch.equal(head_layer(scorer)(forward.states).squeeze(-1), plain)
 
 
-# Section 3: what does not go together
+# Section 4: what does not go together
 
 REFUSED = [
     ("--pair_weight cosine", ["--pair_weight", "cosine", "norm"]),
@@ -208,6 +303,12 @@ REFUSED = [
     ("--margin_scale 2", ["--margin_scale", "--margin similarity"]),
     ("--margin 1 --margin_scale 2", ["--margin_scale", "--margin similarity"]),
     ("--margin similarity --margin_scale 0", ["--margin_scale 0", "above"]),
+    ("--contrastive_weight -1", ["--contrastive_weight", "-1"]),
+    ("--contrastive_weight 1 --contrastive_temperature 0", ["--contrastive_temperature", "0"]),
+    ("--contrastive difference", ["--contrastive without --contrastive_weight"]),
+    ("--contrastive_temperature 0.1", ["--contrastive_temperature without --contrastive_weight"]),
+    ("--contrastive_weight 1 --loss mse", ["--contrastive_weight", "mse"]),
+    ("--contrastive_weight 1 --loss_level token", ["--contrastive_weight", "--loss_level token"]),
     ("--pair_weight norm --sequence_parallel_size 2", ["--pair_weight", "--sequence_parallel_size"]),
 ]
 
@@ -221,7 +322,13 @@ def test_what_does_not_go_together_is_one_line_that_names_it(line, words):
     assert [word for word in words if word not in text] == []
 
 
-# Section 4: real trainings; that they go on to the byte is in test_checkpoints.py
+def test_one_pair_at_a_time_has_nothing_to_be_told_from():
+    config = parse(["--model_name_or_path", "none", "--contrastive_weight", "1", "--per_device_train_batch_size", "1"])
+    with pytest.raises(UserError, match="--contrastive_weight and --per_device_train_batch_size 1: one pair has no"):
+        resolve(config, "fp32", 1, 64, 100)
+
+
+# Section 5: real trainings; that they go on to the byte is in test_checkpoints.py
 
 OTHER_WAYS = [
     (1, ["--gradient_accumulation_steps", 4, "--per_device_train_batch_size", 4, "--merge", "prompt"]),
@@ -244,3 +351,23 @@ def test_a_training_is_the_same_however_a_step_is_divided(flags, demo, tmp_path)
     processes, others = OTHER_WAYS[1]
     other = runs.train(demo, tmp_path / "two", *flags, *others, processes=processes)
     assert other.losses == pytest.approx(apart.losses, abs=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["states", "difference"])
+def test_a_training_with_the_contrastive_term(what, demo, tmp_path):
+    flags = ["--contrastive_weight", 0.5, "--contrastive", what, "--dropout", 0.1, "--max_steps", 6]
+    refused = runs.launch(
+        "--model_name_or_path", demo / "model", "--data_path", demo / "data", "--max_seq_len", 256,
+        "--data_output_path", demo / "cache", "--contrastive_weight", 1,
+    )  # fmt: skip
+    assert refused.returncode == 1
+    assert "no dropout is at work" in refused.stdout + refused.stderr
+    one = runs.train(demo, tmp_path / "one", *flags)
+    assert "each response is told from the others of one forward pass of one process" in one.output
+    again = runs.train(demo, tmp_path / "again", *flags, "--merge", "batch")
+    assert again.losses == one.losses  # the masks follow from the seed
+    two = ["--per_device_train_batch_size", 8, "--zero_stage", 3, "--gradient_checkpointing"]
+    other = runs.train(demo, tmp_path / "two", *flags, *two, processes=2)
+    for each in (one, other):
+        assert each.losses[-1] < each.losses[0]

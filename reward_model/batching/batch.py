@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from reward_model.batching.blocks import Blocks
 from reward_model.batching.fields import TensorFields
@@ -102,6 +103,24 @@ class Tokens(TensorFields):
         is_second = is_second & (self.segment_lengths > 0)[:, None]  # of a text of one segment the last token stays 0
         ids = torch.zeros_like(self.input_ids).flatten()
         return ids.scatter_(0, self.spans.flatten(), is_second.flatten().to(ids.dtype)).view_as(self.input_ids)
+
+    def text_names(self) -> torch.Tensor:
+        """A number for each response, equal for equal texts, prompt included; others differ but for 2⁻⁶⁴. (n,) int64
+
+        A sum over the tokens of a text, each of which counts by its id and its position, mixed as SplitMix64 does.
+        """
+        mixed = self.input_ids * -7046029254386353131 + self.position_ids * -4658895280553007687  # wraps around
+        for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
+            mixed = (mixed ^ (mixed >> shift)) * factor
+        mixed = (mixed ^ (mixed >> 31)) * self.attention_mask
+        flat, width = mixed.flatten(), mixed.shape[1]
+        inside = torch.arange(self.spans.shape[1], device=flat.device) < self.span_lengths[:, None]  # (n, r)
+        names = (flat[self.spans] * inside).sum(1)
+        first = self.spans[:, 0]  # at which a response begins
+        before = F.pad(mixed.cumsum(1), (1, 0)).flatten()  # (b · (s + 1),): of the tokens of a row before a column
+        row = first // width * (width + 1)
+        begin, end = self.prompt_begin.flatten()[first], self.prompt_end.flatten()[first]
+        return names + before[row + torch.maximum(begin, end)] - before[row + begin]
 
 
 class _Segment(NamedTuple):

@@ -341,6 +341,8 @@ class LossConfig(Group):
         "length_penalty": NOT_NEGATIVE,
         "score_penalty_weight": NOT_NEGATIVE,
         "margin_scale": POSITIVE,
+        "contrastive_weight": NOT_NEGATIVE,
+        "contrastive_temperature": POSITIVE,
     }
 
     loss: list[str] = flag(
@@ -395,6 +397,19 @@ class LossConfig(Group):
         "Without it, there is none.",
     )
     score_penalty_weight: float = flag(0.01, metavar="WEIGHT", help="The weight of --score_penalty.")
+    contrastive_weight: float = flag(
+        0.0,
+        metavar="WEIGHT",
+        help="The weight of a contrastive term: a second forward pass, with other dropout, has to find each hidden "
+        "state of the first one among all of the micro-batch.",
+    )
+    contrastive: Literal["states", "difference"] = flag(
+        "states",
+        help="What is found again: the state of each response, or the difference between the states of each pair.",
+    )
+    contrastive_temperature: float = flag(
+        0.05, metavar="TAU", help="What cosines of the contrastive term are divided by."
+    )
     compute_fp32_loss: bool = flag(False, help="Upstream's flag, without effect: the loss is always in float32.")
 
     def __post_init__(self) -> None:

@@ -26,6 +26,8 @@ class Loss:
     pair_weight: ``norm``: pairs are weighed by the distance of their hidden states; None: all weigh the same.
     label_smoothing: a number, or ``column``.
     prior_beta: B1 and B3 of ``prior_length`` and ``prior_cosine``.
+    contrastive_weight: of the contrastive term; 0: there is none.
+    contrastive: ``states`` or ``difference``.
     score_penalty: a name of :data:`reward_model.reward_model.SCORE_PENALTIES`; None: none.
     """
 
@@ -42,6 +44,9 @@ class Loss:
     score_penalty_weight: float
     margin_scale: float = 0.0
     pair_weight: str | None = None
+    contrastive_weight: float = 0.0
+    contrastive: str = "states"
+    contrastive_temperature: float = 0.05
 
     @property
     def reads_states(self) -> bool:
@@ -51,7 +56,11 @@ class Loss:
     @property
     def terms_on_states(self) -> list[str]:
         """The flags by which the loss is of hidden states, too."""
-        said = {"--margin similarity": self.margin == SIMILARITY, "--pair_weight": self.pair_weight}
+        said = {
+            "--margin similarity": self.margin == SIMILARITY,
+            "--pair_weight": self.pair_weight,
+            "--contrastive_weight": self.contrastive_weight,
+        }
         return [flag for flag, is_on in said.items() if is_on]
 
 
@@ -92,6 +101,9 @@ def resolve_loss(config: LossConfig, given: frozenset[str] = frozenset()) -> Los
         score_penalty_weight=config.score_penalty_weight,
         margin_scale=config.margin_scale if margin == SIMILARITY else 0.0,
         pair_weight=config.pair_weight,
+        contrastive_weight=config.contrastive_weight,
+        contrastive=config.contrastive,
+        contrastive_temperature=config.contrastive_temperature,
     )
     _require_states(loss, kinds)
     return loss
@@ -153,6 +165,9 @@ def _refuse_foreign_flags(config: LossConfig, names: list[str], given: frozenset
             raise UserError(f"--{flag} goes with --loss {' or '.join(owners)}, not {' '.join(names)}")
     if config.score_penalty is None and "score_penalty_weight" in given:
         raise UserError("--score_penalty_weight without --score_penalty: name the penalty")
+    for flag in ("contrastive", "contrastive_temperature"):
+        if flag in given and not config.contrastive_weight:
+            raise UserError(f"--{flag} without --contrastive_weight: give the term a weight, such as 1")
     if config.margin != SIMILARITY and "margin_scale" in given:
         raise UserError("--margin_scale goes with --margin similarity: add it")
     if "prior_cosine" in names and not config.prior_model:

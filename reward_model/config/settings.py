@@ -103,10 +103,16 @@ def resolve(
         )
     if config.training.optim == "paged_adamw_8bit" and not on_gpu:
         raise UserError("--optim paged_adamw_8bit: only a GPU has memory to page out of; take adamw_8bit on a CPU")
+    loss = resolve_loss(config.loss, config.given)
+    if loss.contrastive_weight and setup.micro_batch == 1 and config.batches.batch_element == "pair":
+        raise UserError(
+            "--contrastive_weight and --per_device_train_batch_size 1: one pair has no other pair to be told from; "
+            "give 2 or more"
+        )
     return Settings(
         model=config.model,
         data=config.data,
-        loss=resolve_loss(config.loss, config.given),
+        loss=loss,
         batches=replace(
             config.batches,
             per_device_train_batch_size=setup.micro_batch,

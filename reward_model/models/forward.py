@@ -155,6 +155,31 @@ class ForwardPass:
         if apart > 10 * attention_choice.TOLERANCES[self.dtype] * together.abs().max().item():
             logger.warning(f"{name}: pads change a score by {apart:.1g}, so that it depends on the rest of its batch")
 
+    @torch.no_grad()
+    def require_two_views(self, end: int) -> None:
+        """See to it that two passes in training differ, for a loss that compares them; all ranks call it.
+
+        Args:
+            end: id that ends a text.
+
+        Raises:
+            UserError: they do not.
+        """
+        ids = np.random.default_rng(0).integers(embedding_rows(self.scorer), size=60).tolist()
+        rows = [Comparison([], [[*part, end]]) for part in (ids[:24], ids[24:])]
+        self.module.train()
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            states = []
+            for _ in range(2):
+                self._scores_of(rows)
+                states.append(self.states)
+        if torch.equal(*states):
+            name = type(self.scorer.backbone).__name__
+            raise UserError(
+                f"--contrastive_weight: two passes of {name} give equal states, as no dropout is at work: give it "
+                "one, by --dropout 0.1 where its config.json names a dropout, or by --lora_dropout"
+            )
+
     def _scores_of(self, rows: list[Comparison]) -> torch.Tensor:
         batch = collate(rows, self.layout).to(self.device)
         return self(batch, batch.tokens.ends).float()

@@ -24,7 +24,15 @@ from reward_model.config.objectives import PAIR_LOSSES, kind_of
 from reward_model.data.comparisons import GRADES, BadRow, Comparison, Comparisons, answers
 from reward_model.objectives import losses
 from reward_model.objectives.losses import LIST_FUNCTIONS
-from reward_model.objectives.terms import RunningDistance, distances, norm_weights, similarity_margin
+from reward_model.objectives.terms import (
+    RunningDistance,
+    contrastive_loss,
+    differences,
+    distances,
+    names_of_differences,
+    norm_weights,
+    similarity_margin,
+)
 from reward_model.reward_model import pairwise_loss, score_penalty, span_loss
 
 MOST_GRADES = 1_000
@@ -197,6 +205,19 @@ class Objective:
             lengths = batch.tokens.response_lengths[points.responses]
             total = total + loss.length_penalty * losses.length_penalty(own, lengths, points.response_weights)
         return total
+
+    def contrastive(self, batch: Batch, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """The mean contrastive term of a batch, 0-d float32, in which all negatives are of this batch.
+
+        Args:
+            one, other: What the head was given of each response in two passes, (n, h).
+        """
+        names = batch.tokens.text_names()  # a text may stand in a batch twice, and is not told from itself
+        if self.loss.contrastive == "difference":
+            names = names_of_differences(batch.pairs, names)
+            one, other = differences(one, batch.pairs), differences(other, batch.pairs)
+        found = contrastive_loss(one, other, self.loss.contrastive_temperature, names)
+        return found.sum() / max(1, len(found))
 
     def start_thresholds(self, train_set: Comparisons) -> torch.Tensor | None:
         """The initial thresholds between the grades of the training rows, or None if the loss has no thresholds.

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a loss takes from hidden states: the weight and the margin of a pair.
+"""What a loss takes from hidden states: the weight and the margin of a pair, and a contrastive term.
 
 A state is what the score head is given of a response. All is computed in float32 at least, and no gradient goes through
 a weight or a margin.
 
-Notation: p pairs, h hidden units; h_c, h_r the states of a pair's chosen and rejected response.
+Notation: p pairs, n responses, m vectors, h hidden units; h_c, h_r the states of a pair's chosen and rejected response.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +64,43 @@ def similarity_margin(chosen: torch.Tensor, rejected: torch.Tensor, scale: float
     """
     cosine = F.cosine_similarity(at_least_float32(chosen.detach()), at_least_float32(rejected.detach()), dim=-1)
     return scale * (2 * angular_similarity(cosine) - 1)
+
+
+def contrastive_loss(
+    one: torch.Tensor, other: torch.Tensor, temperature: float = 0.05, names: torch.Tensor | None = None
+) -> torch.Tensor:
+    """−log softmax_j(cos(one_i, other_j)/τ) at j = i: each vector is told from all others by another view of it.
+
+    SimCSE (Gao et al. 2021) as Secrets of RLHF II has it (arXiv 2401.06080, eq. 9), where the two views are two passes
+    with different dropout. Read: its section 3.1, which says neither τ nor the weight of the term; 0.05 is SimCSE's.
+
+    Args:
+        one, other: the vectors in two views (m, h). The gradient goes through both.
+        temperature: τ.
+        names: whole numbers (m,); vectors of one name are not told from each other. None: all differ.
+
+    Returns:
+        (m,), float32 at least; 0 for m = 1, and log m where all vectors are equal.
+    """
+    one, other = (F.normalize(at_least_float32(each), dim=-1) for each in (one, other))
+    cosines = one @ other.T / temperature  # (m, m)
+    if names is not None:
+        same = names[:, None] == names[None, :]
+        same.fill_diagonal_(False)
+        cosines = cosines.masked_fill(same, -math.inf)
+    return cosines.logsumexp(1) - cosines.diagonal()
+
+
+def differences(states: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+    """h_c − h_r of all pairs, then h_r − h_c of all (Secrets II, section 3.1.1). (n, h) → (2p, h), float32 at least."""
+    found = at_least_float32(states[pairs.better]) - at_least_float32(states[pairs.worse])
+    return torch.cat([found, -found])
+
+
+def names_of_differences(pairs: Pairs, names: torch.Tensor) -> torch.Tensor:
+    """A number for each of :func:`differences`, equal for pairs of the same two texts. Names of texts (n,) → (2p,)"""
+    better, worse = names[pairs.better], names[pairs.worse]
+    return torch.cat([better * 3 + worse, worse * 3 + better])  # odd factors lose nothing as they wrap around
 
 
 class RunningDistance:

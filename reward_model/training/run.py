@@ -265,6 +265,12 @@ def prepare(
     if start.checkpoint and context.sequence.size == 1:
         attention = start.state["attention"]  # another one would round otherwise
     logger.info(forward.choose_attention(data.longest, attention, to_time))
+    if settings.loss.contrastive_weight:
+        forward.require_two_views(data.special.end)
+        logger.info(
+            "contrastive term: each response is told from the others of one forward pass of one process, so that the "
+            "numbers depend on --per_device_train_batch_size and on the number of processes"
+        )
     if settings.engine.compile:
         logger.info(compile_layers(scorer, settings.model.gradient_checkpointing))
     for line in planner.advice(train[1], forward.layout.kind):

@@ -288,7 +288,17 @@ class Trainer:
         if self.objective.distance and states is not None:
             self.objective.distance.add(batch.pairs, states, batch.weight)
         loss = self.objective(batch, scores, every, self.forward.thresholds, states)
+        if states is not None and self.settings.loss.contrastive_weight:
+            loss = self.with_second_view(loss, batch, states)
         return loss, scores[batch.pairs.better], scores[batch.pairs.worse]
+
+    def with_second_view(self, loss: torch.Tensor, batch: Batch, states: torch.Tensor) -> torch.Tensor:
+        """The loss with the contrastive term, and of both passes, as Secrets of RLHF II has it of all augmentations."""
+        scores = self.forward(batch, batch.tokens.ends)  # with another dropout mask
+        again = self.forward.states
+        assert again is not None
+        loss = (loss + self.objective(batch, scores, None, self.forward.thresholds, again)) / 2
+        return loss + self.settings.loss.contrastive_weight * self.objective.contrastive(batch, states, again)
 
     def evaluate_if_due(self) -> None:
         """Score the evaluation rows if they are to be scored after this step.

@@ -43,6 +43,8 @@ ARMS = {
     "prior, cosine": ("pairs", "pairs", ["--loss", "prior_cosine", "--prior_model", "{model}"]),
     "margin, similarity": ("pairs", "pairs", ["--margin", "similarity"]),
     "norm_bt": ("pairs", "pairs", ["--pair_weight", "norm"]),
+    "contrastive": ("pairs", "pairs", ["--contrastive_weight", 1]),
+    "contrastive, difference": ("pairs", "pairs", ["--contrastive_weight", 1, "--contrastive", "difference"]),
     "center": ("pairs", "penalties on logistic", ["--score_penalty", "center"]),
     "center 0.1": ("pairs", "penalties on logistic", ["--score_penalty", "center", "--score_penalty_weight", 0.1]),
     "l2 0.1": ("pairs", "penalties on logistic", ["--score_penalty", "l2", "--score_penalty_weight", 0.1]),
