@@ -304,6 +304,8 @@ SETTINGS = [
     (1, "--merge prompt --loss plackett_luce"),
     (1, "--pair_weight norm --margin similarity"),
     (1, "--contrastive_weight 1 --zero_stage 3"),
+    (1, "--sft_weight 0.01 --keep_best loss --eval_interval 1"),
+    (2, "--sft_weight 0.01 --zero_stage 3 --gradient_checkpointing"),
     (2, "--zero_stage 1 --dtype bf16"),
     (2, "--zero_stage 2 --gradient_accumulation_steps 2 --per_device_train_batch_size 8 --eval_interval 2"),
     (2, "--zero_stage 3 --dtype bf16"),

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a loss takes from hidden states, against slow references, and real trainings with each flag."""
 
+import json
 import math
 
 import models
@@ -8,19 +9,31 @@ import pytest
 import runs
 import torch
 from flags import loss_of
+from safetensors import safe_open
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from reward_model.batching.collate import collate
 from reward_model.batching.layout import Layout
 from reward_model.batching.merging import merge
 from reward_model.common.errors import UserError
+from reward_model.config.groups import TrainingConfig
 from reward_model.config.options import parse
 from reward_model.config.settings import resolve
 from reward_model.data.comparisons import Comparison
+from reward_model.models import attention_choice, language_head
 from reward_model.models.forward import ForwardPass
+from reward_model.models.language_head import keep_language_head
 from reward_model.models.loading import load_for_training
-from reward_model.models.scorer import head_layer
+from reward_model.models.scorer import head_layer, resize_embedding
 from reward_model.objectives import terms
 from reward_model.objectives.objective import Objective
+from reward_model.training.engine import parameter_groups
 
 PAD, H = 0, 5
 LAYOUTS = [Layout(kind, PAD) for kind in ("packed", "shared", "separate", "unpadded")]
@@ -291,7 +304,168 @@ def test_the_states_are_what_the_head_is_given(family, pooling, tmp_path):
     assert torch.equal(head_layer(scorer)(forward.states).squeeze(-1), plain)
 
 
-# Section 4: what does not go together
+# Section 4: a language model's loss of chosen answers
+
+
+def asked(prompt, answers, shared=0, better=(0,), worse=(1,)):
+    """A row whose prompt has so many tokens of the answers, as they have them in common."""
+    count = len(prompt) - shared
+    row = Comparison(prompt, answers, list(better), list(worse), [math.nan] * len(better), prompt_tokens=count)
+    assert row.asked == count
+    return row
+
+
+ANSWERS = [
+    asked([11, 12, 13], [[21, 22, 3], [23, 3]]),
+    asked([11, 12, 13, 21], [[24, 25, 3], [26, 3]], shared=1),  # all answers begin with 21
+    asked([14], [[27, 3], [28, 29, 30, 3], [31, 3]], better=(1, 1, 0), worse=(0, 2, 2)),
+    asked([], [[32, 33, 3], [34, 3]]),
+    asked([15, 16], [[3], [35, 3]]),
+]
+
+
+def slow_answers(row, k):
+    """Of an answer each token that something is before, and the text before it."""
+    text = [*row.prompt, *row.responses[k]]
+    return [(tuple(text[:i]), text[i]) for i in range(max(1, row.asked), len(text))]
+
+
+@layouts
+def test_the_tokens_of_chosen_answers_and_what_they_weigh(layout):
+    """By the texts before them: whatever stands where, each answer's tokens share what its pairs weigh."""
+    batch = collate(ANSWERS, layout)
+    found = terms.chosen_tokens(batch)
+    expected, weights = {}, iter(batch.pairs.weights.tolist())
+    for row in ANSWERS:
+        for k in row.better:
+            tokens, weight = slow_answers(row, k), next(weights)
+            for token in tokens:
+                expected[token] = expected.get(token, 0) + weight / len(tokens)
+    flat, width = batch.tokens.input_ids.flatten().tolist(), batch.tokens.input_ids.shape[1]
+    begin, end = batch.tokens.prompt_begin.flatten().tolist(), batch.tokens.prompt_end.flatten().tolist()
+    own = batch.tokens.begin.flatten().tolist()
+    got = {}
+    for before, token, weight in zip(*(each.tolist() for each in found)):
+        row = before // width * width
+        prompt = flat[row + begin[before] : row + end[before]] if end[before] > begin[before] else []
+        key = (*prompt, *flat[row + own[before] : before + 1]), token
+        got[key] = got.get(key, 0) + weight
+    assert got == pytest.approx(expected, rel=1e-6)
+    assert sum(got.values()) == pytest.approx(1, rel=1e-6)
+
+
+def test_a_batch_without_pairs_has_one_token_that_weighs_nothing():
+    for made in ([Comparison([1], [[2]], targets=[1.0])], [asked([], [[3], [4]])]):
+        found = terms.chosen_tokens(collate(made, LAYOUTS[0]))
+        assert [len(each) for each in found] == [1, 1, 1]
+        assert found.weights.tolist() == [0]
+
+
+LANGUAGE_MODELS = ["gpt2", "opt", "llama", "gpt_neox"]  # the embedding again, one of fewer units, and two of their own
+
+
+def likelihood(model, rows):
+    """The mean over pairs of an answer's mean loss, each text by itself through a language model of Transformers."""
+    losses = []
+    for row in rows:
+        for k in row.better:
+            text = [*row.prompt, *row.responses[k]]
+            logs = model(input_ids=torch.tensor([text])).logits[0].log_softmax(-1)
+            own = [-logs[i - 1, text[i]] for i in range(max(1, row.asked), len(text))]
+            losses.append(sum(own) / len(own))
+    return sum(losses) / len(losses)
+
+
+@pytest.fixture
+def one_rank(monkeypatch):
+    monkeypatch.setattr(attention_choice, "first_text", lambda text: text)
+    monkeypatch.setattr(attention_choice, "largest", lambda value: value)
+
+
+@pytest.mark.parametrize("attention", ["separate", "slices"])
+@pytest.mark.parametrize("family", LANGUAGE_MODELS)
+def test_the_language_head_is_that_of_transformers(family, attention, tmp_path, one_rank, monkeypatch):
+    """Values and gradients, in separate rows and with shared prompts."""
+    tokenizer = models.write(family, tmp_path)
+    scorer = load_for_training(str(tmp_path), torch.float32, 0).eval()
+    keep_language_head(scorer, str(tmp_path), trains=True)
+    monkeypatch.setattr(language_head, "LOGITS", 3 * models.VOCABULARY)  # three tokens at a time
+    forward = ForwardPass(scorer, scorer, torch.float32, CPU, tokenizer.pad_token_id)
+    forward.choose_attention(16, attention)
+    scorer.eval()
+    batch = collate(ANSWERS, forward.layout)
+    answers = terms.chosen_tokens(batch)
+    plain = forward(batch, batch.tokens.ends)
+    assert forward.token_losses is None
+    assert torch.equal(forward(batch, batch.tokens.ends, followed_by=(answers.before, answers.ids)), plain)
+    loss = (forward.token_losses * answers.weights).sum()
+    loss.backward()
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    expected = likelihood(whole, ANSWERS)
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    ours = {name: each.grad for name, each in scorer.backbone.named_parameters() if each.grad is not None}
+    theirs = {name: each.grad for name, each in whole.base_model.named_parameters()}
+    assert len(ours) > 5
+    for name, gradient in ours.items():
+        assert torch.allclose(gradient, theirs[name], atol=2e-5), name
+    if family in ("llama", "gpt_neox"):
+        own = whole.get_output_embeddings().weight.grad
+        assert torch.allclose(scorer.language_head.weight.grad, own, atol=1e-5)
+    else:
+        assert scorer.language_head.weight is scorer.backbone.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_tokens_that_were_added_have_rows_and_a_frozen_head_stays_frozen(family, tmp_path):
+    models.write(family, tmp_path)
+    scorer = load_for_training(str(tmp_path), torch.bfloat16, 0)
+    resize_embedding(scorer, models.VOCABULARY + 3)
+    keep_language_head(scorer, str(tmp_path), trains=False)
+    head = scorer.language_head
+    assert head.weight.shape[0] == models.VOCABULARY + 8
+    assert head.weight.dtype == torch.bfloat16
+    assert head.weight.requires_grad is (family == "opt")  # the embedding's
+    losses = head(torch.zeros(2, head.weight.shape[1], dtype=torch.bfloat16), torch.tensor([0, models.VOCABULARY + 2]))
+    assert losses.dtype == torch.float32
+    assert losses.tolist() == pytest.approx([math.log(models.VOCABULARY + 8)] * 2, rel=1e-3)
+
+
+def refused_head(folder, **changes):
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    scorer = load_for_training(str(folder), torch.float32, 0)
+    with pytest.raises(UserError) as caught:
+        keep_language_head(scorer, str(folder), trains=True)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_models_without_a_language_head_are_refused(tmp_path):
+    for family in ("bert", "gemma2", "llama"):
+        models.write(family, tmp_path / family)
+    assert "only a decoder" in refused_head(tmp_path / "bert")
+    assert "changes its logits by final_logit_softcapping 30.0" in refused_head(tmp_path / "gemma2")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
+    saved.model.save_pretrained(tmp_path / "llama")  # without lm_head
+    assert "has no language-model head (lm_head.weight)" in refused_head(tmp_path / "llama")
+    models.write("llama", tmp_path / "rm")
+    found = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm", num_labels=1)
+    found.save_pretrained(tmp_path / "rm")
+    assert "is a reward model, which has lost its language-model head" in refused_head(tmp_path / "rm")
+
+
+def test_a_head_of_its_own_learns_at_the_rate_of_the_model(tmp_path):
+    models.write("llama", tmp_path)
+    scorer = load_for_training(str(tmp_path), torch.float32, 0)
+    keep_language_head(scorer, str(tmp_path), trains=True)
+    groups = parameter_groups(scorer, TrainingConfig(learning_rate=1e-5, head_learning_rate=1e-3))
+    rates = {id(each): group["lr"] for group in groups for each in group["params"]}
+    assert rates[id(scorer.language_head.weight)] == 1e-5
+    assert rates[id(head_layer(scorer).weight)] == 1e-3
+
+
+# Section 5: what does not go together
 
 REFUSED = [
     ("--pair_weight cosine", ["--pair_weight", "cosine", "norm"]),
@@ -309,6 +483,12 @@ REFUSED = [
     ("--contrastive_temperature 0.1", ["--contrastive_temperature without --contrastive_weight"]),
     ("--contrastive_weight 1 --loss mse", ["--contrastive_weight", "mse"]),
     ("--contrastive_weight 1 --loss_level token", ["--contrastive_weight", "--loss_level token"]),
+    ("--sft_weight 1", ["--sft_weight 1", "[0, 1)"]),
+    ("--sft_weight -0.1", ["--sft_weight", "-0.1"]),
+    ("--sft_weight 0.01 --loss mse", ["--sft_weight", "mse"]),
+    ("--sft_weight 0.01 --loss_level token", ["--sft_weight", "--loss_level token"]),
+    ("--sft_weight 0.01 --pooling mean", ["--sft_weight", "--pooling mean"]),
+    ("--sft_weight 0.01 --sequence_parallel_size 2", ["--sft_weight", "--sequence_parallel_size"]),
     ("--pair_weight norm --sequence_parallel_size 2", ["--pair_weight", "--sequence_parallel_size"]),
 ]
 
@@ -322,13 +502,21 @@ def test_what_does_not_go_together_is_one_line_that_names_it(line, words):
     assert [word for word in words if word not in text] == []
 
 
-def test_one_pair_at_a_time_has_nothing_to_be_told_from():
-    config = parse(["--model_name_or_path", "none", "--contrastive_weight", "1", "--per_device_train_batch_size", "1"])
-    with pytest.raises(UserError, match="--contrastive_weight and --per_device_train_batch_size 1: one pair has no"):
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("--per_device_train_batch_size 1", "--contrastive_weight and --per_device_train_batch_size 1: one pair"),
+        ("--zero_stage 3 --gradient_checkpointing", "--gradient_checkpointing at ZeRO stage 3: .* take --zero_stage 2"),
+    ],
+)
+def test_settings_that_the_contrastive_term_does_not_go_with(line, words):
+    config = parse(["--model_name_or_path", "none", "--contrastive_weight", "1", *line.split()])
+    with pytest.raises(UserError, match=words) as caught:
         resolve(config, "fp32", 1, 64, 100)
+    assert "\n" not in str(caught.value)
 
 
-# Section 5: real trainings; that they go on to the byte is in test_checkpoints.py
+# Section 6: real trainings; that they go on to the byte is in test_checkpoints.py
 
 OTHER_WAYS = [
     (1, ["--gradient_accumulation_steps", 4, "--per_device_train_batch_size", 4, "--merge", "prompt"]),
@@ -367,7 +555,64 @@ def test_a_training_with_the_contrastive_term(what, demo, tmp_path):
     assert "each response is told from the others of one forward pass of one process" in one.output
     again = runs.train(demo, tmp_path / "again", *flags, "--merge", "batch")
     assert again.losses == one.losses  # the masks follow from the seed
-    two = ["--per_device_train_batch_size", 8, "--zero_stage", 3, "--gradient_checkpointing"]
-    other = runs.train(demo, tmp_path / "two", *flags, *two, processes=2)
-    for each in (one, other):
+    two = ["--per_device_train_batch_size", 8, "--zero_stage"]
+    others = [
+        runs.train(demo, tmp_path / "three", *flags, *two, 3, processes=2),
+        runs.train(demo, tmp_path / "two", *flags, *two, 2, "--gradient_checkpointing", processes=2),
+    ]
+    assert others[0].losses == pytest.approx(others[1].losses, abs=2e-5)  # the masks are those of the ranks
+    for each in (one, *others):
         assert each.losses[-1] < each.losses[0]
+
+
+def names_in(folder):
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return set(file.keys())
+
+
+@pytest.fixture(scope="module")
+def with_language_head(demo, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sft") / "out"
+    return runs.train(demo, folder, *SFT), folder
+
+
+SFT = ["--sft_weight", 0.2, "--max_steps", 6, "--max_grad_norm", 0]
+WAYS = [
+    (2, ["--zero_stage", 3, "--per_device_train_batch_size", 8, "--gradient_checkpointing"]),
+    (2, ["--zero_stage", 1, "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2]),
+    (1, ["--zero_stage", 2, "--attention", "separate"]),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "flags"), WAYS)
+def test_a_language_head_learns_the_same_in_every_way(processes, flags, with_language_head, demo, tmp_path):
+    one, folder = with_language_head
+    plain = runs.train(demo, tmp_path / "plain", *SFT[2:])
+    assert "language-model head: lm_head" in one.output
+    assert one.losses[0] > plain.losses[0] + 0.5  # log 1024 of a new model's, against log 2
+    assert one.losses[-1] < one.losses[0]
+    other = runs.train(demo, tmp_path / "other", *SFT, *flags, processes=processes)
+    assert other.losses == pytest.approx(one.losses, abs=5e-5)
+    assert names_in(tmp_path / "other") == names_in(folder) == names_in(tmp_path / "plain")
+
+
+@pytest.mark.slow
+def test_a_training_with_the_language_head_of_the_embedding_and_with_adapters(demo, tmp_path):
+    """Tied in GPT-2, whose gradient has two sources; and frozen beside LoRA."""
+    folder = tmp_path / "tied"
+    folder.mkdir()
+    tokenizer = AutoTokenizer.from_pretrained(demo / "model")
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(len(tokenizer), 256, 64, 2, 2, bos_token_id=0, eos_token_id=0)).save_pretrained(folder)
+    start = ["--model_name_or_path", folder]
+    one = runs.train(demo, tmp_path / "one", *start, *SFT, "--dropout", 0)
+    assert "language-model head: lm_head, the input embedding" in one.output
+    for stage in (2, 3):
+        flags = ["--zero_stage", stage, "--per_device_train_batch_size", 8, "--dropout", 0]
+        two = runs.train(demo, tmp_path / f"{stage}", *start, *SFT, *flags, processes=2)
+        assert two.losses == pytest.approx(one.losses, abs=5e-5)
+    adapters = runs.train(demo, tmp_path / "lora", *SFT, "--lora_dim", 8, "--lora_learning_rate", 5e-3)
+    assert "parameters, frozen" in adapters.output
+    assert adapters.losses[-1] < adapters.losses[0]

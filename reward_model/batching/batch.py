@@ -104,6 +104,35 @@ class Tokens(TensorFields):
         ids = torch.zeros_like(self.input_ids).flatten()
         return ids.scatter_(0, self.spans.flatten(), is_second.flatten().to(ids.dtype)).view_as(self.input_ids)
 
+    def answer_tokens(self, responses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The tokens of answers, from after what was asked to the end token, as a language model predicts them.
+
+        The first token of a text without a prompt is not among them, as nothing is before it. The host waits for the
+        device, for how many there are.
+
+        Args:
+            responses: Numbers of responses, (k,), at least one.
+
+        Returns:
+            Indices of the tokens before them, their ids, and which of the k responses each belongs to; (m,) each.
+        """
+        lengths, first = self.response_lengths[responses], self.spans[responses, 0]  # (k,)
+        width = self.input_ids.shape[1]
+        prompt_begin, prompt_end = self.prompt_begin.flatten()[first], self.prompt_end.flatten()[first]
+        shared = (prompt_end - prompt_begin).clamp(min=0)  # tokens of the prompt, which are not in the span
+        skipped = shared + self.span_lengths[responses] - lengths  # tokens of the text before the answer
+        in_text = torch.arange(int(shared.max()) + self.spans.shape[1], device=first.device)
+        in_text = in_text.expand(len(responses), -1)  # (k, longest text)
+
+        def place(at: torch.Tensor) -> torch.Tensor:
+            in_prompt = (first // width * width + prompt_begin)[:, None] + at
+            return torch.where(at < shared[:, None], in_prompt, first[:, None] + at - shared[:, None])
+
+        is_answer = (in_text >= skipped.clamp(min=1)[:, None]) & (in_text < (skipped + lengths)[:, None])
+        owners, columns = is_answer.nonzero(as_tuple=True)
+        before = place(in_text - 1)[owners, columns]
+        return before, self.input_ids.flatten()[place(in_text)[is_answer]], owners
+
     def text_names(self) -> torch.Tensor:
         """A number for each response, equal for equal texts, prompt included; others differ but for 2⁻⁶⁴. (n,) int64
 

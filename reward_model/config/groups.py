@@ -343,6 +343,7 @@ class LossConfig(Group):
         "margin_scale": POSITIVE,
         "contrastive_weight": NOT_NEGATIVE,
         "contrastive_temperature": POSITIVE,
+        "sft_weight": (0, 1, True),
     }
 
     loss: list[str] = flag(
@@ -409,6 +410,12 @@ class LossConfig(Group):
     )
     contrastive_temperature: float = flag(
         0.05, metavar="TAU", help="What cosines of the contrastive term are divided by."
+    )
+    sft_weight: float = flag(
+        0.0,
+        metavar="ALPHA",
+        help="The share of the loss that is a language model's of the chosen responses (GRM's is 0.01), by the "
+        "language-model head of a pretrained decoder, which is kept while it trains and left out of the saved model.",
     )
     compute_fp32_loss: bool = flag(False, help="Upstream's flag, without effect: the loss is always in float32.")
 

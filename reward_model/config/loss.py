@@ -28,6 +28,7 @@ class Loss:
     prior_beta: B1 and B3 of ``prior_length`` and ``prior_cosine``.
     contrastive_weight: of the contrastive term; 0: there is none.
     contrastive: ``states`` or ``difference``.
+    sft_weight: the share of the language model's loss of chosen responses; 0: there is none.
     score_penalty: a name of :data:`reward_model.reward_model.SCORE_PENALTIES`; None: none.
     """
 
@@ -47,19 +48,21 @@ class Loss:
     contrastive_weight: float = 0.0
     contrastive: str = "states"
     contrastive_temperature: float = 0.05
+    sft_weight: float = 0.0
 
     @property
     def reads_states(self) -> bool:
-        """Whether the loss is of hidden states, too, and not of scores alone."""
-        return bool(self.terms_on_states)
+        """Whether the loss is of what the score head is given, too, and not of scores alone."""
+        return self.margin == SIMILARITY or bool(self.pair_weight or self.contrastive_weight)
 
     @property
-    def terms_on_states(self) -> list[str]:
-        """The flags by which the loss is of hidden states, too."""
+    def terms(self) -> list[str]:
+        """The flags by which the loss is of hidden states, too, those of a language-model head included."""
         said = {
             "--margin similarity": self.margin == SIMILARITY,
             "--pair_weight": self.pair_weight,
             "--contrastive_weight": self.contrastive_weight,
+            "--sft_weight": self.sft_weight,
         }
         return [flag for flag, is_on in said.items() if is_on]
 
@@ -104,6 +107,7 @@ def resolve_loss(config: LossConfig, given: frozenset[str] = frozenset()) -> Los
         contrastive_weight=config.contrastive_weight,
         contrastive=config.contrastive,
         contrastive_temperature=config.contrastive_temperature,
+        sft_weight=config.sft_weight,
     )
     _require_states(loss, kinds)
     return loss
@@ -111,11 +115,11 @@ def resolve_loss(config: LossConfig, given: frozenset[str] = frozenset()) -> Los
 
 def _require_states(loss: Loss, kinds: list[str]) -> None:
     """Refuse what is of hidden states at the ends of pairs where there are no pairs, or where every token counts."""
-    for flag in loss.terms_on_states:
+    for flag in loss.terms:
         if "pairs" not in kinds:
             raise UserError(f"{flag} is of pairs: --loss {' '.join(loss.weights)} learns from none")
         if loss.level == "token":
-            raise UserError(f"{flag} is of the states at the end of each response: leave --loss_level token out")
+            raise UserError(f"{flag} goes with scores at the end of each response: leave --loss_level token out")
 
 
 def _margin(margin: str | None, names: list[str]) -> float | str:

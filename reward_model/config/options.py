@@ -121,9 +121,14 @@ def _require_agreement(config: RunConfig) -> None:
     engine, loss, output = config.engine, config.loss, config.output
     if engine.compile and engine.sequence_parallel_size > 1:
         raise UserError("--compile and --sequence_parallel_size were not tried together: leave one of them out")
-    on_states = resolve_loss(loss, config.given).terms_on_states
-    if on_states and engine.sequence_parallel_size > 1:
-        raise UserError(f"{on_states[0]} and --sequence_parallel_size were not tried together: leave one of them out")
+    terms = resolve_loss(loss, config.given).terms
+    if terms and engine.sequence_parallel_size > 1:
+        raise UserError(f"{terms[0]} and --sequence_parallel_size were not tried together: leave one of them out")
+    if loss.sft_weight and config.model.pooling not in (None, "last"):
+        raise UserError(
+            f"--sft_weight and --pooling {config.model.pooling}: only a decoder that is scored at its last token has a "
+            "language-model head to keep"
+        )
     require_bits(config.model, config.training, engine.zero_stage, engine.offload)
     if engine.offload and engine.zero_stage == 0 and not engine.deepspeed_config:
         raise UserError("--offload and --zero_stage 0: stage 0 offloads nothing; take --zero_stage 1, 2 or 3")

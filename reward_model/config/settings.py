@@ -89,7 +89,8 @@ def resolve(
         on_gpu: the run is on GPUs.
 
     Raises:
-        UserError: the DeepSpeed file cannot be used, or contradicts a flag; bitsandbytes is asked for and not there.
+        UserError: the DeepSpeed file cannot be used, or contradicts a flag; its micro-batch or ZeRO stage does not go
+            with the loss; bitsandbytes is asked for and not there.
     """
     setup = set_up_deepspeed(config, default_dtype, world_size, hidden_size, vocab_size, on_gpu)
     require_bits(config.model, config.training, setup.zero_stage, setup.offload)
@@ -108,6 +109,11 @@ def resolve(
         raise UserError(
             "--contrastive_weight and --per_device_train_batch_size 1: one pair has no other pair to be told from; "
             "give 2 or more"
+        )
+    if loss.contrastive_weight and setup.zero_stage == 3 and config.model.gradient_checkpointing:
+        raise UserError(  # layers that are recomputed there have a backward pass of their own for each forward pass
+            "--contrastive_weight and --gradient_checkpointing at ZeRO stage 3: DeepSpeed takes one gradient of each "
+            "weight in a backward pass, and two passes give two; take --zero_stage 2, or leave one of them out"
         )
     return Settings(
         model=config.model,

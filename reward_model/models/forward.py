@@ -49,6 +49,7 @@ class ForwardPass:
     thresholds: those that an ordinal loss has learned, as of the last call; None: there are none.
     states: what the head was given in the last call, in the shape of ``at`` with one more dimension h; None: the scorer
         keeps none.
+    token_losses: −log p of the tokens that the last call asked for, (m,); None: it asked for none.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class ForwardPass:
         self.attention = SEPARATE
         self.thresholds: torch.Tensor | None = None
         self.states: torch.Tensor | None = None
+        self.token_losses: torch.Tensor | None = None
 
     @property
     def layout(self) -> Layout:
@@ -92,13 +94,21 @@ class ForwardPass:
         self.attention = attention
         self.scorer.backbone.set_attn_implementation(attention.attention or self.own_attention)
 
-    def __call__(self, batch: Batch, at: torch.Tensor, states: bool = False) -> torch.Tensor:
+    def __call__(
+        self,
+        batch: Batch,
+        at: torch.Tensor,
+        states: bool = False,
+        followed_by: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         """Scores at tokens of a batch, a float32 tensor of the shape of ``at``.
 
         Args:
             batch: A batch on this device.
             at: Indices of tokens, such as ``batch.tokens.ends``, shape (n,), or ``batch.tokens.spans``, shape (n, r).
             states: Whether to return the hidden states instead, which have one more dimension h.
+            followed_by: Indices of tokens, (m,), and the ids after them, (m,), whose losses by the scorer's
+                language-model head are kept; not where ranks share texts.
         """
         if self.attention.attention == attention.SEQUENCE:
             return self._over_ranks(batch, at, states)
@@ -109,12 +119,15 @@ class ForwardPass:
             options["texts"] = tokens.spans, tokens.span_lengths
         if self.scorer.takes_segment_ids:
             options["segment_ids"] = tokens.segment_ids()
+        if followed_by is not None:
+            options["followed_by"] = followed_by
         return self._kept(self.module(tokens.input_ids, mask, at, states=states, **options))
 
     def _kept(self, found: torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]) -> torch.Tensor:
         """The scores of what the scorer gives; what is beside them is kept until the next call."""
         found, beside = found if isinstance(found, tuple) else (found, {})
         self.thresholds, self.states = beside.get("thresholds"), beside.get("states")
+        self.token_losses = beside.get("token_losses")
         return found
 
     def _over_ranks(self, batch: Batch, at: torch.Tensor, states: bool) -> torch.Tensor:

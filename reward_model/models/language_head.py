@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from reward_model.common.errors import UserError, first_line
 from reward_model.common.logging import logger
@@ -22,6 +23,7 @@ from reward_model.models.saved_forms import form_of
 from reward_model.models.scorer import Scorer, count, embedding_rows, head_layer
 
 LOGITS = 2**24  # that are there at a time: 64 MiB of float32, and as much again for their gradient
+OTHER_NAMES = ("lm_head", "embed_out")  # in a checkpoint; Transformers 5 renames GPT-NeoX's as it loads it
 # fields of a config by which a model changes its logits, and the values at which it does not
 CHANGES = {"final_logit_softcapping": (None, 0), "logit_scale": (None, 1), "logits_scaling": (None, 1)}
 
@@ -80,8 +82,8 @@ def keep_language_head(scorer: Scorer, name_or_path: str, trains: bool, trust_re
     for field, neutral in CHANGES.items():
         if getattr(text, field, None) not in neutral:
             raise UserError(
-                f"{flag}: the logits of {name_or_path} are changed by {field} {getattr(text, field)}, which is not done "
-                "here; leave the flag out"
+                f"{flag}: {name_or_path} changes its logits by {field} {getattr(text, field)}, which is not done here; "
+                "leave the flag out"
             )
     if is_tied:
         weight, bias = scorer.backbone.get_input_embeddings().weight, None
@@ -99,8 +101,12 @@ def _output_of(config, name_or_path: str, trust_remote_code: bool) -> tuple[str,
     """The name of a language model's last layer, and whether its weight is the input embedding's."""
     why = ""
     try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        kind = AutoModelForCausalLM._model_mapping.get(type(config), None)
+        remote = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
+        if remote and trust_remote_code:
+            kind = get_class_from_dynamic_module(remote, name_or_path)
+        with torch.device("meta"):  # by its class: Transformers' from_config would divide it under ZeRO 3
+            model = kind(config)
         output = model.get_output_embeddings()
         if isinstance(output, nn.Linear):
             name = next(name for name, module in model.named_modules() if module is output)
@@ -113,20 +119,22 @@ def _output_of(config, name_or_path: str, trust_remote_code: bool) -> tuple[str,
 
 def _read(scorer: Scorer, name_or_path: str, name: str, trains: bool) -> tuple[nn.Parameter, nn.Parameter | None]:
     """The weight and the bias of a head of its own, with as many rows as the embedding has."""
-    found = find_weights(name_or_path, [f"{name}.weight", f"{name}.bias"])
-    if f"{name}.weight" not in found:
+    found: dict[str, str] = {}
+    for each in (name, *OTHER_NAMES):
+        found = found or find_weights(name_or_path, [f"{each}.weight", f"{each}.bias"])
+    stored = {name.rpartition(".")[2]: name for name in found.values()}
+    if "weight" not in stored:
         raise UserError(
             f"--sft_weight: {name_or_path} has no language-model head ({name}.weight); start from a language model "
             "that was saved with it"
         )
-    tensors = read_weights(name_or_path, found.values())
-    dtype, missing = head_layer(scorer).weight.dtype, 0
+    tensors = read_weights(name_or_path, stored.values())
+    dtype = head_layer(scorer).weight.dtype
     made: dict[str, nn.Parameter] = {}
     for part in ("weight", "bias"):
-        stored = found.get(f"{name}.{part}")
-        if stored is None:
+        if part not in stored:
             continue
-        tensor = tensors[stored]
+        tensor = tensors[stored[part]]
         missing = max(0, embedding_rows(scorer) - len(tensor))  # of tokens that were added for the training
         tensor = torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])
         made[part] = nn.Parameter(tensor.to(dtype), requires_grad=trains)

@@ -43,6 +43,7 @@ class Scorer(nn.Module):
         self.model = model
         self.pooling = pooling
         self.thresholds: Thresholds | None = None  # of an ordinal loss, which learns them
+        self.language_head: nn.Module | None = None  # of a loss that asks for the likelihood of answers
         self.keeps_states = False
         takes_cache = "use_cache" in inspect.signature(self.backbone.forward).parameters  # decoders keep one by default
         self.backbone_options = {"use_cache": False} if takes_cache else {}
@@ -79,11 +80,13 @@ class Scorer(nn.Module):
         states: bool = False,
         texts: tuple[torch.Tensor, torch.Tensor] | None = None,
         segment_ids: torch.Tensor | None = None,
+        followed_by: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Scores at given tokens, in the shape of ``at``; ``mean`` and ``classifier``: of whole texts, (n,). float32.
 
         With what else there is, by name: ``thresholds`` of an ordinal loss, as ZeRO 3 has the whole of a weight only
-        while the engine computes; with ``keeps_states`` the ``states`` that the head is given, one more dimension h.
+        while the engine computes; with ``keeps_states`` the ``states`` that the head is given, one more dimension h;
+        with ``followed_by`` the ``token_losses``, −log p of each of these tokens by the language-model head, (m,).
 
         Args:
             input_ids: (b, s).
@@ -94,15 +97,27 @@ class Scorer(nn.Module):
             texts: where several texts stand in one row, the indices of their tokens, (n, r), and their lengths, (n,);
                 only ``mean`` and ``classifier`` look at them.
             segment_ids: (b, s), for a model that takes them; None: zeros.
+            followed_by: indices into the b·s tokens, (m,), and the id of the token after each in its text, (m,).
         """
         beside: dict[str, torch.Tensor] = {}
-        scores = self._scores(input_ids, attention_mask, at, position_ids, states, texts, segment_ids, beside)
+        scores = self._scores(
+            input_ids, attention_mask, at, position_ids, states, texts, segment_ids, followed_by, beside
+        )
         if self.thresholds is not None:
             beside["thresholds"] = self.thresholds()
         return (scores, beside) if beside else scores
 
     def _scores(
-        self, input_ids, attention_mask, at, position_ids, states, texts, segment_ids, beside: dict[str, torch.Tensor]
+        self,
+        input_ids,
+        attention_mask,
+        at,
+        position_ids,
+        states,
+        texts,
+        segment_ids,
+        followed_by,
+        beside: dict[str, torch.Tensor],
     ) -> torch.Tensor:
         model = self.unwrapped
         options = {} if position_ids is None else {"position_ids": position_ids}
@@ -125,6 +140,9 @@ class Scorer(nn.Module):
             picked = hidden.flatten(0, 1).index_select(0, at.flatten()).unflatten(0, at.shape)
             if states:
                 return picked
+            if followed_by is not None and self.language_head is not None:
+                before, tokens = followed_by
+                beside["token_losses"] = self.language_head(hidden.flatten(0, 1).index_select(0, before), tokens)
         if self.keeps_states:
             beside["states"] = picked
         return head(picked).squeeze(-1)

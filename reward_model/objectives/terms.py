@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a loss takes from hidden states: the weight and the margin of a pair, and a contrastive term.
+"""What a loss takes from hidden states: weights and margins of pairs, a contrastive and a language model's term.
 
 A state is what the score head is given of a response. All is computed in float32 at least, and no gradient goes through
 a weight or a margin.
@@ -10,11 +10,12 @@ Notation: p pairs, n responses, m vectors, h hidden units; h_c, h_r the states o
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from reward_model.batching.batch import Pairs
+from reward_model.batching.batch import Batch, Pairs
 from reward_model.objectives.losses import angular_similarity
 from reward_model.reward_model import at_least_float32
 
@@ -101,6 +102,37 @@ def names_of_differences(pairs: Pairs, names: torch.Tensor) -> torch.Tensor:
     """A number for each of :func:`differences`, equal for pairs of the same two texts. Names of texts (n,) → (2p,)"""
     better, worse = names[pairs.better], names[pairs.worse]
     return torch.cat([better * 3 + worse, worse * 3 + better])  # odd factors lose nothing as they wrap around
+
+
+class AnswerTokens(NamedTuple):
+    """Tokens whose likelihood counts: indices of those before them, their ids, and what each weighs; (m,) each."""
+
+    before: torch.Tensor
+    ids: torch.Tensor
+    weights: torch.Tensor
+
+
+def chosen_tokens(batch: Batch) -> AnswerTokens:
+    """The tokens of chosen answers: Σ weights · −log p is the mean over pairs of an answer's mean over its tokens.
+
+    GRM (arXiv 2406.10216): (1 − α)·L_reward + α·L_SFT with α = 0.01. Read: the abstract, and a public trainer of that
+    name, which takes −log σ(β Σ log p), β = 0.1, or −Σ log p, both of sums over an answer's tokens. Ours is the mean
+    over them, so that long answers do not outweigh the pairs: the first, where its logistic function is near 1, pulls
+    0.1 · (number of tokens) times as hard at the same α.
+
+    Without any pair it is tokens that weigh nothing, so that every rank computes with the head in each pass.
+    """
+    tokens, pairs = batch.tokens, batch.pairs
+    shares = pairs.weights.new_zeros(len(tokens.ends)).index_add(0, pairs.better, pairs.weights)  # of each response
+    chosen = shares.nonzero().squeeze(1)
+    if not len(chosen):
+        chosen = torch.zeros_like(tokens.ends[:1])
+    before, ids, owners = tokens.answer_tokens(chosen)
+    if not len(ids):
+        before, ids, owners = (torch.zeros_like(tokens.ends[:1]) for _ in range(3))
+        shares = torch.zeros_like(shares)
+    counts = torch.bincount(owners, minlength=len(chosen))
+    return AnswerTokens(before, ids, (shares[chosen] / counts.clamp(min=1))[owners])
 
 
 class RunningDistance:

@@ -157,7 +157,7 @@ def knows_log_2(loss: Loss) -> bool:
 
     A penalty of scores that are all 0 is 0; but the logarithmic barrier, which is negative there, is left out.
     """
-    plain = loss.weights == {"logistic": 1.0} and loss.margin == 0 and not loss.reads_states
+    plain = loss.weights == {"logistic": 1.0} and loss.margin == 0 and not loss.terms
     return plain and loss.score_penalty != "log_barrier"
 
 

@@ -31,6 +31,7 @@ from reward_model.evaluation.scoring import Loaded, Stopped
 from reward_model.models.forward import ForwardPass
 from reward_model.models.scorer import count
 from reward_model.objectives.objective import Objective
+from reward_model.objectives.terms import chosen_tokens
 from reward_model.training.best import Best
 from reward_model.training.checkpointing import Checkpointer
 from reward_model.training.health import Health, TooManyBadSteps, Watch, wrong_weights
@@ -278,18 +279,22 @@ class Trainer:
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The mean loss of a batch (0-d), and the end scores of its winners and losers (p,); float32."""
-        every = None
-        if self.settings.loss.level == "token":
-            every = self.forward(batch, batch.tokens.spans)  # (n, r)
+        every, forward, settings = None, self.forward, self.settings.loss
+        answers = chosen_tokens(batch) if settings.sft_weight else None
+        if settings.level == "token":
+            every = forward(batch, batch.tokens.spans)  # (n, r)
             scores = every[:, -1]  # beyond its end a response repeats its last token
         else:
-            scores = self.forward(batch, batch.tokens.ends)  # (n,)
-        states = self.forward.states
+            scores = forward(batch, batch.tokens.ends, followed_by=answers and (answers.before, answers.ids))  # (n,)
+        states, token_losses = forward.states, forward.token_losses
         if self.objective.distance and states is not None:
             self.objective.distance.add(batch.pairs, states, batch.weight)
-        loss = self.objective(batch, scores, every, self.forward.thresholds, states)
-        if states is not None and self.settings.loss.contrastive_weight:
+        loss = self.objective(batch, scores, every, forward.thresholds, states)
+        if states is not None and settings.contrastive_weight:
             loss = self.with_second_view(loss, batch, states)
+        if answers and token_losses is not None:
+            of_language = (token_losses * answers.weights).sum()
+            loss = (1 - settings.sft_weight) * loss + settings.sft_weight * of_language
         return loss, scores[batch.pairs.better], scores[batch.pairs.worse]
 
     def with_second_view(self, loss: torch.Tensor, batch: Batch, states: torch.Tensor) -> torch.Tensor:
