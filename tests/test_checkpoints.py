@@ -324,6 +324,13 @@ def test_every_setting_leaves_the_same_bytes(processes, flags, demo, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("processes", "flags"), [(1, ["--merge", "prompt"]), (2, ["--zero_stage", 2])])
+def test_shifted_texts_leave_the_same_bytes(processes, flags, demo, tmp_path):
+    flags = ["--meta_data", demo / "data" / "eval.jsonl", "--meta_batch_size", 3, "--meta_rate", 0.1, *flags]
+    same_bytes(demo, tmp_path, flags, [stop_at(2), stop_at(5)], processes)
+
+
+@pytest.mark.slow
 def test_on_nvme_no_checkpoint_is_written_and_that_is_said(demo, tmp_path):
     """DeepSpeed writes one, and loads it without a word, and the weights are those of the start."""
     from deepspeed.ops.op_builder import AsyncIOBuilder

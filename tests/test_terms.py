@@ -3,6 +3,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import models
 import pytest
@@ -34,6 +35,7 @@ from reward_model.models.scorer import head_layer, resize_embedding
 from reward_model.objectives import terms
 from reward_model.objectives.objective import Objective
 from reward_model.training.engine import parameter_groups
+from reward_model.training.meta import MetaStep
 
 PAD, H = 0, 5
 LAYOUTS = [Layout(kind, PAD) for kind in ("packed", "shared", "separate", "unpadded")]
@@ -465,7 +467,128 @@ def test_a_head_of_its_own_learns_at_the_rate_of_the_model(tmp_path):
     assert rates[id(head_layer(scorer).weight)] == 1e-3
 
 
-# Section 5: what does not go together
+# Section 5: weights that move towards shifted texts, and come back
+
+
+def slow_difference(scores):
+    k = len(scores)
+    pairs = [(a, b) for i, a in enumerate(scores) for b in scores[i + 1 :]]
+    return 2 / k**2 * sum(1 / (1 + math.exp(-abs(a - b))) for a, b in pairs)
+
+
+def test_how_far_answers_are_told_apart():
+    scores, rows = [0.3, -1.2, 5.0, 2.0, 2.0, 7.0], [0, 0, 0, 2, 2, 1]
+    found = terms.difference_loss(torch.tensor(scores, dtype=torch.float64), torch.tensor(rows), 3)
+    assert found.tolist() == pytest.approx([slow_difference(scores[:3]), 0, 0.25], rel=1e-9)  # (k - 1)/(2k) at k = 2
+    same = drawn(6).requires_grad_()
+    assert torch.autograd.gradcheck(lambda s: terms.difference_loss(s, torch.tensor([0, 0, 0, 0, 1, 1]), 2), same)
+
+
+SHIFTED = [Comparison([40 + i], [[41 + i, 3], [50 + i, 51, 3], [60, 3]][: 2 + i % 2]) for i in range(5)]
+
+
+def meta_step(scorer, pad, rate=0.5, prompts=3, rank=0, world_size=1):
+    forward = ForwardPass(scorer, scorer, torch.float32, CPU, pad)
+    context = SimpleNamespace(device=CPU, rank=rank, world_size=world_size)
+    return MetaStep(SHIFTED, forward, context, rate, prompts, seed=7)
+
+
+@pytest.fixture
+def tiny_scorer(tmp_path):
+    tokenizer = models.write("llama", tmp_path)
+    return load_for_training(str(tmp_path), torch.float32, 0).train(), tokenizer.pad_token_id
+
+
+def moved_by_hand(scorer, rows, rate):
+    """θ + η ∇J by torch.func, each text scored alone by its own call of the model, from the formula."""
+    weights = {name: each.detach().clone() for name, each in scorer.named_parameters()}
+
+    def difference(values):
+        total = torch.zeros(())
+        for row in rows:
+            scores = []
+            for answer in row.responses:
+                ids = torch.tensor([[*row.prompt, *answer]])
+                given = ids, torch.ones_like(ids), torch.tensor([ids.shape[1] - 1])
+                scores.append(torch.func.functional_call(scorer, values, given)[0])
+            for i, one in enumerate(scores):
+                for other in scores[i + 1 :]:
+                    total = total + torch.sigmoid((one - other).abs()) * 2 / len(scores) ** 2
+        return total / len(rows)
+
+    gradients, value = torch.func.grad_and_value(difference)(weights)
+    return {name: weights[name] + rate * gradients[name] for name in weights}, value.item()
+
+
+def test_the_gradient_is_taken_where_the_formula_says_and_the_weights_come_back(tiny_scorer):
+    scorer, pad = tiny_scorer
+    meta = meta_step(scorer, pad)
+    before = {name: each.detach().clone() for name, each in scorer.named_parameters()}
+    expected, value = moved_by_hand(scorer, [SHIFTED[i] for i in meta.rows_of(4)], 0.5)
+    assert meta.ascend(4).item() == pytest.approx(value, rel=1e-5)
+    assert all(each.grad is None for each in scorer.parameters())
+    largest = 0.0
+    for name, each in scorer.named_parameters():
+        assert torch.allclose(each, expected[name], atol=1e-6), name
+        largest = max(largest, (each - before[name]).abs().max().item())
+    assert largest > 1e-3
+    batch = collate(rows(), meta.forward.layout)
+    loss = Objective(loss_of(""))(batch, meta.forward(batch, batch.tokens.ends))
+    loss.backward()
+
+    def by_hand(values):
+        tokens = batch.tokens
+        given = tokens.input_ids, tokens.attention_mask, tokens.ends
+        return Objective(loss_of(""))(batch, torch.func.functional_call(scorer, values, given))
+
+    gradients = torch.func.grad(by_hand)(expected)
+    for name, each in scorer.named_parameters():
+        assert torch.allclose(each.grad, gradients[name], atol=1e-6), name
+    meta.come_back()
+    for name, each in scorer.named_parameters():
+        assert torch.equal(each, before[name]), name
+
+
+def test_two_ranks_move_as_one(tiny_scorer, monkeypatch):
+    """Each has a part of the rows, and they add up their gradients."""
+    scorer, pad = tiny_scorer
+    one = meta_step(scorer, pad)
+    value = one.ascend(0).item()
+    expected = [each.detach().clone() for each in scorer.parameters()]
+    one.come_back()
+    parts, summed = [], []
+    for rank in range(2):
+        mine = []
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, mine=mine: mine.append(tensor.clone()))
+        part = meta_step(scorer, pad, rank=rank, world_size=2)
+        summed.append(part.ascend(0).item())
+        part.come_back()
+        parts.append(mine)
+    assert sum(summed) == pytest.approx(value, rel=1e-5)
+    for each, whole, (first, second) in zip(scorer.parameters(), expected, zip(*parts)):
+        assert torch.allclose(each + 0.5 * (first + second), whole, atol=1e-6)
+
+
+def test_a_rank_without_rows_takes_part_and_few_weights_that_move_are_said(tiny_scorer, caplog):
+    scorer, pad = tiny_scorer
+    caplog.set_level("INFO", "reward_model")
+    alone = meta_step(scorer, pad, prompts=1, rank=1, world_size=2)
+    assert alone.ascend(0).item() == 0
+    alone.come_back()
+    assert "0.0% of the weights that train moved" in caplog.text
+    assert "raise --meta_rate" in caplog.text
+
+
+def test_every_shifted_text_comes_once_before_any_comes_again():
+    meta = MetaStep(SHIFTED, None, None, 1.0, 2, seed=7)
+    drawn_rows = [row for step in range(10) for row in meta.rows_of(step)]
+    passes = [drawn_rows[i : i + 5] for i in range(0, 20, 5)]
+    assert [sorted(each) for each in passes] == [[0, 1, 2, 3, 4]] * 4
+    assert len({tuple(each) for each in passes}) > 1
+    assert MetaStep(SHIFTED, None, None, 1.0, 9, seed=7).prompts == 5
+
+
+# Section 6: what does not go together
 
 REFUSED = [
     ("--pair_weight cosine", ["--pair_weight", "cosine", "norm"]),
@@ -489,6 +612,11 @@ REFUSED = [
     ("--sft_weight 0.01 --loss_level token", ["--sft_weight", "--loss_level token"]),
     ("--sft_weight 0.01 --pooling mean", ["--sft_weight", "--pooling mean"]),
     ("--sft_weight 0.01 --sequence_parallel_size 2", ["--sft_weight", "--sequence_parallel_size"]),
+    ("--meta_rate 0.1", ["--meta_rate without --meta_data"]),
+    ("--meta_batch_size 8", ["--meta_batch_size without --meta_data"]),
+    ("--meta_data x --meta_rate 0", ["--meta_rate", "0"]),
+    ("--meta_data x --compile", ["--meta_data and --compile"]),
+    ("--meta_data x --sequence_parallel_size 2", ["--meta_data and --sequence_parallel_size"]),
     ("--pair_weight norm --sequence_parallel_size 2", ["--pair_weight", "--sequence_parallel_size"]),
 ]
 
@@ -505,18 +633,26 @@ def test_what_does_not_go_together_is_one_line_that_names_it(line, words):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("--per_device_train_batch_size 1", "--contrastive_weight and --per_device_train_batch_size 1: one pair"),
-        ("--zero_stage 3 --gradient_checkpointing", "--gradient_checkpointing at ZeRO stage 3: .* take --zero_stage 2"),
+        (
+            "--contrastive_weight 1 --per_device_train_batch_size 1",
+            "--contrastive_weight and --per_device_train_batch_size 1: one pair has no other",
+        ),
+        (
+            "--contrastive_weight 1 --zero_stage 3 --gradient_checkpointing",
+            "--gradient_checkpointing at ZeRO stage 3: .* take --zero_stage 2",
+        ),
+        ("--meta_data x --zero_stage 3", "--meta_data at ZeRO stage 3: .* take --zero_stage 2"),
+        ("--meta_data x --dtype fp16", "--meta_data and --dtype fp16: .* take --dtype fp32, or bf16"),
     ],
 )
-def test_settings_that_the_contrastive_term_does_not_go_with(line, words):
-    config = parse(["--model_name_or_path", "none", "--contrastive_weight", "1", *line.split()])
+def test_what_does_not_go_with_what_the_deepspeed_file_may_say(line, words):
+    config = parse(["--model_name_or_path", "none", *line.split()])
     with pytest.raises(UserError, match=words) as caught:
         resolve(config, "fp32", 1, 64, 100)
     assert "\n" not in str(caught.value)
 
 
-# Section 6: real trainings; that they go on to the byte is in test_checkpoints.py
+# Section 7: real trainings; that they go on to the byte is in test_checkpoints.py
 
 OTHER_WAYS = [
     (1, ["--gradient_accumulation_steps", 4, "--per_device_train_batch_size", 4, "--merge", "prompt"]),
@@ -616,3 +752,30 @@ def test_a_training_with_the_language_head_of_the_embedding_and_with_adapters(de
     adapters = runs.train(demo, tmp_path / "lora", *SFT, "--lora_dim", 8, "--lora_learning_rate", 5e-3)
     assert "parameters, frozen" in adapters.output
     assert adapters.losses[-1] < adapters.losses[0]
+
+
+@pytest.mark.slow
+def test_a_training_with_shifted_texts(demo, tmp_path):
+    """The same in every way; and at a rate that moves nothing, the plain training."""
+    shifted = [json.loads(line) for line in (demo / "data" / "eval.jsonl").read_text().splitlines()[:12]]
+    lists = [{"prompt": row["prompt"], "responses": [row["chosen"], row["rejected"]]} for row in shifted]
+    (tmp_path / "shifted.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lists))
+    base = ["--max_steps", 6, "--max_grad_norm", 0]
+    flags = [*base, "--meta_data", tmp_path / "shifted.jsonl", "--meta_batch_size", 4, "--meta_rate", 0.5]
+    plain = runs.train(demo, tmp_path / "plain", *base)
+    one = runs.train(demo, tmp_path / "one", *flags)
+    assert "--meta_data: 12 prompts, 4 in a step, rate 0.5" in one.output
+    assert abs(one.losses[0] - plain.losses[0]) > 1e-4
+    assert all(0.25 <= step["meta_difference"] < 0.5 for step in one.train)
+    assert "meta_difference" not in plain.train[0]
+    half = ["--per_device_train_batch_size", 8]
+    for stage in (1, 2):
+        flags_of = [*flags, *half, "--zero_stage", stage]
+        two = runs.train(demo, tmp_path / f"{stage}", *flags_of, processes=2)
+        assert two.losses == pytest.approx(one.losses, abs=5e-5)
+        found = [step["meta_difference"] for step in two.train]
+        assert found == pytest.approx([step["meta_difference"] for step in one.train], abs=1e-5)
+    apart = runs.train(demo, tmp_path / "parts", *flags, *half, "--gradient_accumulation_steps", 2)
+    assert apart.losses == pytest.approx(one.losses, abs=5e-5)
+    still = runs.train(demo, tmp_path / "still", *flags[:-1], 1e-30)
+    assert still.losses == plain.losses  # what moves nothing changes no bit

@@ -154,6 +154,13 @@ class DataConfig(Group):
         "Each NAME=PATH is a set with metrics of its own; what has no name is one set. The first set decides for "
         "--keep_best and --early_stop.",
     )
+    meta_data: list[str] = flag(
+        (),
+        metavar="PATH",
+        help="Texts of another distribution, such as a policy's: two answers to a prompt or more, without judgments. "
+        "Before each step the weights move to where these differ more in score, the gradient is taken there, and the "
+        "update is made where they were (MetaRM).",
+    )
     columns: list[str] = flag(
         (),
         metavar="FIELD=COLUMN",
@@ -494,6 +501,8 @@ class TrainingConfig(Group):
         "num_warmup_steps": NOT_NEGATIVE,
         "warmup_ratio": (0, 1, True),
         "max_bad_steps": COUNT,
+        "meta_rate": POSITIVE,
+        "meta_batch_size": COUNT,
         "seed": (0, 2**32, True),  # NumPy takes no larger one
     }
 
@@ -523,6 +532,12 @@ class TrainingConfig(Group):
         metavar="K",
         help="End the run after so many steps in a row whose loss or gradient is not finite. Such a step is skipped, "
         "and its rows are written to metrics.jsonl.",
+    )
+    meta_rate: float | None = flag(
+        None, metavar="RATE", help="How far the weights move for --meta_data. Default: --learning_rate."
+    )
+    meta_batch_size: int = flag(
+        8, metavar="N", help="The number of prompts of --meta_data in a step, on all processes together."
     )
     seed: int = flag(1234, metavar="N", help="The seed of everything random.")
 

@@ -124,6 +124,12 @@ def _require_agreement(config: RunConfig) -> None:
     terms = resolve_loss(loss, config.given).terms
     if terms and engine.sequence_parallel_size > 1:
         raise UserError(f"{terms[0]} and --sequence_parallel_size were not tried together: leave one of them out")
+    for name in ("meta_rate", "meta_batch_size"):
+        if name in config.given and not config.data.meta_data:
+            raise UserError(f"--{name} without --meta_data: name the shifted texts")
+    for name, is_on in (("sequence_parallel_size", engine.sequence_parallel_size > 1), ("compile", engine.compile)):
+        if config.data.meta_data and is_on:
+            raise UserError(f"--meta_data and --{name} were not tried together: leave one of them out")
     if loss.sft_weight and config.model.pooling not in (None, "last"):
         raise UserError(
             f"--sft_weight and --pooling {config.model.pooling}: only a decoder that is scored at its last token has a "

@@ -115,6 +115,16 @@ def resolve(
             "--contrastive_weight and --gradient_checkpointing at ZeRO stage 3: DeepSpeed takes one gradient of each "
             "weight in a backward pass, and two passes give two; take --zero_stage 2, or leave one of them out"
         )
+    if config.data.meta_data and setup.zero_stage == 3:
+        raise UserError(
+            "--meta_data at ZeRO stage 3: the weights are divided among the processes, and DeepSpeed gives no gradient "
+            "of them outside of a step; take --zero_stage 2"
+        )
+    if config.data.meta_data and setup.dtype == "fp16":
+        raise UserError(
+            "--meta_data and --dtype fp16: the gradient that the weights move by is not scaled, and would vanish; take "
+            "--dtype fp32, or bf16"
+        )
     return Settings(
         model=config.model,
         data=config.data,

@@ -135,6 +135,25 @@ def chosen_tokens(batch: Batch) -> AnswerTokens:
     return AnswerTokens(before, ids, (shares[chosen] / counts.clamp(min=1))[owners])
 
 
+def difference_loss(scores: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
+    """J = (2/k²) Σ_{i<j} σ(|r_i − r_j|) of each prompt: how far a model tells its k answers apart.
+
+    MetaRM (arXiv 2405.00438; Secrets of RLHF II, arXiv 2401.06080, eq. 11). At equal scores the gradient is 0.
+
+    Args:
+        scores: Of all answers (t,).
+        rows: The prompt of each, (t,), from 0 to ``count`` − 1.
+
+    Returns:
+        (count,), float32 at least: from (k − 1)/(2k) for equal scores to below (k − 1)/k; 0 for a single answer.
+    """
+    scores = at_least_float32(scores)
+    is_pair = (rows[:, None] == rows[None, :]).triu(1)  # (t, t), i < j
+    of_first = torch.sigmoid((scores[:, None] - scores[None, :]).abs()).where(is_pair, 0.0).sum(1)
+    sizes = torch.bincount(rows, minlength=count).to(scores.dtype)
+    return scores.new_zeros(count).index_add(0, rows, of_first) * 2 / sizes.square()
+
+
 class RunningDistance:
     """μ, the running mean of the distance between the states of a pair, equal on all ranks.
 

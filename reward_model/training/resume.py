@@ -37,7 +37,9 @@ BY_CONTENT = {each.name for each in fields(DataConfig)} - {"pair_encoding"} | {"
 BEFORE = {"pair_encoding": False}  # what runs did whose run.json does not say it
 BATCHES_OF_DEEPSPEED = {"train_micro_batch_size_per_gpu", "gradient_accumulation_steps"}
 BATCHES = {"per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size"}
-CONTENTS = {"train": "the training rows", "evaluation": "the held-out rows", "model": "the model"}
+CONTENTS = {"train": "the training rows", "evaluation": "the held-out rows", "meta": "the rows of --meta_data"} | {
+    "model": "the model"
+}
 VERSIONS = ("reward_model", "torch", "deepspeed", "transformers", "peft", "bitsandbytes")
 SHOWN = 1 << 20  # bytes at either end of a weight file by which it is known
 

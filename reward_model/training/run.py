@@ -52,6 +52,7 @@ from reward_model.training.compiling import compile_layers
 from reward_model.training.data import Data, load_data
 from reward_model.training.engine import build_scorer, partition_while_loading, start_engine
 from reward_model.training.held_out import keep_temperature, write_evaluation
+from reward_model.training.meta import MetaStep
 from reward_model.training.model_card import Trained, card_of, write_card
 from reward_model.training.naming import name_model
 from reward_model.training.output_folder import described_by, locked, mark, open_folder
@@ -248,8 +249,21 @@ def prepare(
     most_responses, pad = settings.batches.max_responses, data.special.pad
     forward = ForwardPass(engine, scorer, dtype, context.device, pad, most_responses, context.sequence)
     records = Records(folder, trackers, context.is_first)
+    meta = start_meta(settings, forward, context, data)
     trainer = Trainer(
-        settings, context, engine, forward, objective, planner, records, train, held_out, steps, checkpointer, stop
+        settings,
+        context,
+        engine,
+        forward,
+        objective,
+        planner,
+        records,
+        train,
+        held_out,
+        steps,
+        checkpointer,
+        stop,
+        meta,
     )
     logger.info(described(trainer))
     if len(held_out) > 1:
@@ -283,6 +297,20 @@ def prepare(
         checkpointer.restore_random(start.checkpoint)
         logger.info(f"resumed from step {trainer.step} of {trainer.total_steps}: {start.checkpoint.folder}")
     return trainer
+
+
+def start_meta(settings: Settings, forward: ForwardPass, context: DistributedContext, data: Data) -> MetaStep | None:
+    """What moves the weights towards the rows of ``--meta_data``, and what that costs, said; None: there are none."""
+    if data.meta is None:
+        return None
+    training = settings.training
+    rate = training.meta_rate or training.learning_rate
+    meta = MetaStep(data.meta, forward, context, rate, training.meta_batch_size, training.seed)
+    logger.info(
+        f"--meta_data: {counted(len(data.meta), 'prompt')}, {meta.prompts} in a step, rate {rate:g}; a forward and a "
+        "backward pass more over these in each step, and a copy of the weights that train"
+    )
+    return meta
 
 
 def steps_of_epochs(planner: Planner, groups: RowGroups, training: TrainingConfig) -> tuple[list[int], int]:

@@ -35,6 +35,7 @@ from reward_model.objectives.terms import chosen_tokens
 from reward_model.training.best import Best
 from reward_model.training.checkpointing import Checkpointer
 from reward_model.training.health import Health, TooManyBadSteps, Watch, wrong_weights
+from reward_model.training.meta import MetaStep
 from reward_model.training.records import Records
 from reward_model.training.skipping import StepGuard, marked
 from reward_model.training.step_log import StepLog
@@ -65,6 +66,7 @@ class Trainer:
         steps: tuple[list[int], int],
         checkpointer: Checkpointer,
         stop: StopRequest,
+        meta: MetaStep | None = None,
     ):
         """
         Args:
@@ -73,13 +75,14 @@ class Trainer:
             held_out: name → rows and groups of each evaluation set; the first one decides which weights are the best.
             steps: of each epoch, and those that are taken.
             stop: that the run shall end before that.
+            meta: what moves the weights for each step's gradient; None: nothing does.
         """
         self.settings, self.context, self.engine, self.forward = settings, context, engine, forward
         self.objective, self.planner, self.records = objective, planner, records
         self.train_set, self.groups = train
         self.held_out = held_out
         self.ends, self.total_steps = list(accumulate(steps[0])), steps[1]
-        self.checkpointer, self.stop = checkpointer, stop
+        self.checkpointer, self.stop, self.meta = checkpointer, stop, meta
         self.step, self.evaluated = 0, -1
         self.found = dict.fromkeys(held_out, Evaluation())
         by = settings.evaluation.keep_best or ("loss" if settings.evaluation.early_stop else None)
@@ -167,6 +170,8 @@ class Trainer:
             plan = self.planner.epoch(self.groups, epoch, layout.kind)
             for index, batches in enumerate(self.planner.load(self.train_set, plan, layout, first=done), done):
                 self.measure_distance(batches)
+                if self.meta:
+                    log.add_difference(self.meta.ascend(self.step))
                 for batch in batches:
                     self.engine.set_gradient_accumulation_boundary(batch is batches[-1])
                     self.train_micro_batch(batch.to(self.context.device), log)
@@ -274,6 +279,8 @@ class Trainer:
         loss = marked(loss) * batch.weight / self.context.sequence.size
         # DeepSpeed takes the mean over the ranks, and here the sum over all micro-batches is meant
         self.engine.backward(loss * self.context.world_size, scale_wrt_gas=False)
+        if self.meta and self.engine.is_gradient_accumulation_boundary():
+            self.meta.come_back()
         self.engine.step()
         log.add(loss.detach(), chosen.detach(), rejected.detach(), batch)
 
