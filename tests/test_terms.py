@@ -741,7 +741,8 @@ def test_a_training_with_the_language_head_of_the_embedding_and_with_adapters(de
     tokenizer = AutoTokenizer.from_pretrained(demo / "model")
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    GPT2LMHeadModel(GPT2Config(len(tokenizer), 256, 64, 2, 2, bos_token_id=0, eos_token_id=0)).save_pretrained(folder)
+    sizes = {"vocab_size": len(tokenizer), "n_positions": 256, "n_embd": 64, "n_layer": 2, "n_head": 2}
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).save_pretrained(folder)
     start = ["--model_name_or_path", folder]
     one = runs.train(demo, tmp_path / "one", *start, *SFT, "--dropout", 0)
     assert "language-model head: lm_head, the input embedding" in one.output
