@@ -170,7 +170,7 @@ def checked(scorer, way, change=lambda tokens: tokens):
         return scorer(tokens.input_ids, mask, tokens.ends, positions, states=True)
 
     with torch.no_grad():
-        return disagreement(SimpleNamespace(states=hidden), way, TEXTS)
+        return disagreement(SimpleNamespace(states_of=hidden), way, TEXTS)
 
 
 @pytest.mark.parametrize(("family", "way"), CASES, ids=NAMES)

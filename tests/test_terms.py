@@ -36,6 +36,7 @@ from reward_model.objectives import terms
 from reward_model.objectives.objective import Objective
 from reward_model.training.engine import parameter_groups
 from reward_model.training.meta import MetaStep
+from reward_model.training.resume import differences
 
 PAD, H = 0, 5
 LAYOUTS = [Layout(kind, PAD) for kind in ("packed", "shared", "separate", "unpadded")]
@@ -569,14 +570,27 @@ def test_two_ranks_move_as_one(tiny_scorer, monkeypatch):
         assert torch.allclose(each + 0.5 * (first + second), whole, atol=1e-6)
 
 
-def test_a_rank_without_rows_takes_part_and_few_weights_that_move_are_said(tiny_scorer, caplog):
+def test_a_rank_without_rows_takes_part(tiny_scorer, caplog):
     scorer, pad = tiny_scorer
     caplog.set_level("INFO", "reward_model")
     alone = meta_step(scorer, pad, prompts=1, rank=1, world_size=2)
     assert alone.ascend(0).item() == 0
+    assert len(alone.kept) == len(list(scorer.parameters()))
     alone.come_back()
-    assert "0.0% of the weights that train moved" in caplog.text
-    assert "raise --meta_rate" in caplog.text
+    assert "no weight has a gradient" in caplog.text
+
+
+@pytest.mark.parametrize(("rate", "said"), [(1e-12, "rounded back in float32: raise --meta_rate"), (1.0, "moved")])
+def test_how_many_weights_move_is_said_once(rate, said, tiny_scorer, caplog):
+    scorer, pad = tiny_scorer
+    caplog.set_level("INFO", "reward_model")
+    meta = meta_step(scorer, pad, rate)
+    for step in range(2):
+        meta.ascend(step)
+        meta.come_back()
+    assert said in caplog.text
+    assert caplog.text.count("of the weights with a gradient moved") == 1
+    assert ("rounded back" in caplog.text) is (rate < 1)
 
 
 def test_every_shifted_text_comes_once_before_any_comes_again():
@@ -650,6 +664,24 @@ def test_what_does_not_go_with_what_the_deepspeed_file_may_say(line, words):
     with pytest.raises(UserError, match=words) as caught:
         resolve(config, "fp32", 1, 64, 100)
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_from_before_these_flags_is_the_same_without_them_and_another_with_them():
+    def described(line):
+        settings = resolve(parse(["--model_name_or_path", "none", *line.split()]), "fp32", 1, 64, 100)
+        return json.loads(settings.to_json({}))
+
+    plain = described("")
+    new = {"margin_scale", "pair_weight", "contrastive_weight", "contrastive", "contrastive_temperature", "sft_weight"}
+    new |= {"meta_data", "meta_rate", "meta_batch_size"}
+    assert new <= set(plain)
+    before = {name: value for name, value in plain.items() if name not in new}
+    assert differences(before, plain) == []
+    for line in ("--pair_weight norm", "--margin similarity", "--contrastive_weight 1", "--sft_weight 0.01"):
+        assert differences(before, described(line)), line
+    content = {"content": {"train": "a", "meta": "b"}}
+    (found,) = differences(before | {"content": {"train": "a"}}, plain | content)
+    assert found.startswith("the rows of --meta_data (by content")
 
 
 # Section 7: real trainings; that they go on to the byte is in test_checkpoints.py

@@ -102,7 +102,7 @@ class MetaStep:
 
     @torch.no_grad()
     def _move(self, trained: list[nn.Parameter], gradients: tuple[torch.Tensor | None, ...]) -> None:
-        moved = 0
+        moved = asked = 0
         for parameter, gradient in zip(trained, gradients):
             whole = torch.zeros_like(parameter, dtype=torch.float32)
             if gradient is not None:
@@ -111,16 +111,20 @@ class MetaStep:
             self.kept.append((parameter, parameter.clone()))
             parameter.copy_(parameter.float() + self.rate * whole)
             if not self.is_told:
+                asked += int((whole != 0).sum())
                 moved += int((parameter != self.kept[-1][1]).sum())
         if not self.is_told:
             self.is_told = True
-            self._tell(moved / sum(each.numel() for each in trained))
+            self._tell(moved, asked)
 
-    def _tell(self, share: float) -> None:
-        """How many of the weights moved, which rounding leaves few of in half precision."""
-        line = f"--meta_data: {share:.1%} of the weights that train moved towards the shifted texts"
-        if share < 0.5:
-            dtype = self.forward.dtype
+    def _tell(self, moved: int, asked: int) -> None:
+        """How many of the weights that have a gradient moved, which rounding leaves few of in half precision."""
+        if not asked:
+            logger.warning("--meta_data: no weight has a gradient: the scores of these texts are equal, or not finite")
+            return
+        line = f"--meta_data: {moved / asked:.1%} of the weights with a gradient moved towards the shifted texts"
+        if moved < 0.5 * asked:
+            dtype = str(self.forward.dtype).removeprefix("torch.")
             logger.warning(f"{line}; the others are rounded back in {dtype}: raise --meta_rate, or take --dtype fp32")
         else:
             logger.info(line)

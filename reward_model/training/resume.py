@@ -34,7 +34,15 @@ FREE = {each.name for each in fields(OutputConfig)} | {
     "trust_remote_code", "hang_timeout", "max_bad_steps", "score_limit",
 }  # fmt: skip
 BY_CONTENT = {each.name for each in fields(DataConfig)} - {"pair_encoding"} | {"model_name_or_path", "prior_model"}
-BEFORE = {"pair_encoding": False}  # what runs did whose run.json does not say it
+BEFORE: dict[str, Any] = {  # what runs did whose run.json does not say it
+    "pair_encoding": False,
+    "margin_scale": 0.0,
+    "contrastive_weight": 0.0,
+    "contrastive": "states",
+    "contrastive_temperature": 0.05,
+    "sft_weight": 0.0,
+    "meta_batch_size": 8,
+}
 BATCHES_OF_DEEPSPEED = {"train_micro_batch_size_per_gpu", "gradient_accumulation_steps"}
 BATCHES = {"per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size"}
 CONTENTS = {"train": "the training rows", "evaluation": "the held-out rows", "meta": "the rows of --meta_data"} | {
