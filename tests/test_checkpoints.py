@@ -327,6 +327,7 @@ def test_every_setting_leaves_the_same_bytes(processes, flags, demo, tmp_path):
 @pytest.mark.parametrize(("processes", "flags"), [(1, ["--merge", "prompt"]), (2, ["--zero_stage", 2])])
 def test_shifted_texts_leave_the_same_bytes(processes, flags, demo, tmp_path):
     flags = ["--meta_data", demo / "data" / "eval.jsonl", "--meta_batch_size", 3, "--meta_rate", 0.1, *flags]
+    flags += ["--per_device_train_batch_size", 16]
     same_bytes(demo, tmp_path, flags, [stop_at(2), stop_at(5)], processes)
 
 
