@@ -170,7 +170,7 @@ def checked(scorer, way, change=lambda tokens: tokens):
         return scorer(tokens.input_ids, mask, tokens.ends, positions, states=True)
 
     with torch.no_grad():
-        return disagreement(SimpleNamespace(states=hidden), way, TEXTS)
+        return disagreement(SimpleNamespace(states_of=hidden), way, TEXTS)
 
 
 @pytest.mark.parametrize(("family", "way"), CASES, ids=NAMES)
@@ -232,7 +232,7 @@ class Stub:
     def __init__(self, **faults):
         self.faults = faults
 
-    def states(self, batch, way, training):
+    def states_of(self, batch, way, training):
         fault = self.faults.get(way.name)
         if isinstance(fault, Exception) and training:
             raise fault

@@ -302,9 +302,14 @@ SETTINGS = [
     (1, "--tokens_per_batch 2000 --gradient_accumulation_steps 2 --zero_stage 2"),
     (1, "--lora_dim 4 --lora_dropout 0.1"),
     (1, "--merge prompt --loss plackett_luce"),
+    (1, "--pair_weight norm --margin similarity"),
+    (1, "--contrastive_weight 1 --zero_stage 3"),
+    (1, "--sft_weight 0.01 --keep_best loss --eval_interval 1"),
+    (2, "--sft_weight 0.01 --zero_stage 3 --gradient_checkpointing"),
     (2, "--zero_stage 1 --dtype bf16"),
     (2, "--zero_stage 2 --gradient_accumulation_steps 2 --per_device_train_batch_size 8 --eval_interval 2"),
     (2, "--zero_stage 3 --dtype bf16"),
+    (2, "--zero_stage 2 --dtype bf16 --pair_weight norm --contrastive_weight 1 --contrastive difference"),
     (2, "--lora_dim 4 --zero_stage 3"),
     (2, "--lora_dim 4 --zero_stage 2 --dtype bf16"),
     (2, "--keep_best loss --save_interval 2 --eval_interval 1"),
@@ -316,6 +321,14 @@ SETTINGS = [
 def test_every_setting_leaves_the_same_bytes(processes, flags, demo, tmp_path):
     stops = stop_at(2), stop_at(5, "SIGINT", rank=processes - 1)
     same_bytes(demo, tmp_path, ["--per_device_train_batch_size", 16, *flags.split()], stops, processes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "flags"), [(1, ["--merge", "prompt"]), (2, ["--zero_stage", 2])])
+def test_shifted_texts_leave_the_same_bytes(processes, flags, demo, tmp_path):
+    flags = ["--meta_data", demo / "data" / "eval.jsonl", "--meta_batch_size", 3, "--meta_rate", 0.1, *flags]
+    flags += ["--per_device_train_batch_size", 16]
+    same_bytes(demo, tmp_path, flags, [stop_at(2), stop_at(5)], processes)
 
 
 @pytest.mark.slow

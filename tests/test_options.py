@@ -120,7 +120,7 @@ WRONG = [
     ("--label_smoothing -0.1", ["--label_smoothing", "-0.1"]),
     ("--label_smoothing half", ["--label_smoothing", "half", "column or strength"]),
     ("--label_smoothing nan", ["--label_smoothing", "nan"]),
-    ("--margin wide", ["--margin", "wide", "column", "small", "large or strength"]),
+    ("--margin wide", ["--margin", "wide", "column", "small", "large", "strength", "similarity"]),
     ("--margin nan", ["--margin", "nan"]),
     ("--loss square", ["--loss", "square", "logistic", "rank_list", "mse", "bradley_terry"]),
     ("--loss", ["--loss"]),
@@ -155,6 +155,7 @@ CONTRADICTIONS = [
     ("--lora_bits 4 --lora_dim 8 --zero_stage 3", ["--lora_bits 4", "ZeRO stage 3", "--zero_stage 2"]),
     ("--optim adamw_8bit --offload --zero_stage 2", ["--optim adamw_8bit", "offload"]),
     ("--normalize_scores train", ["--normalize_scores", "--output_dir"]),
+    ("--normalize_before --heads 4 --head_anchor 0.1", ["--head_anchor", "--normalize_before"]),
     ("--normalize_before --zero_stage 3", ["--normalize_before", "ZeRO stage 3", "--zero_stage 2"]),
     ("--loss logistic focal", ["--loss logistic focal", "one loss at most"]),
     ("--loss logistic pairwise", ["--loss logistic logistic", "one loss at most"]),  # two names of one loss
@@ -292,6 +293,7 @@ def test_offload_without_a_stage_is_left_to_the_file_where_there_is_one():
         ("--margin strength", "strength"),
         ("--margin small", "small"),
         ("--loss scaled --margin large", "large"),
+        ("--loss hinge --margin similarity", "similarity"),
         ("--loss hinge", 1.0),  # at 0 equal scores would satisfy it
         ("--loss hinge mse", 1.0),
         ("--loss hinge --margin 0", 0.0),

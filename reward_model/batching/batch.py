@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from reward_model.batching.blocks import Blocks
 from reward_model.batching.fields import TensorFields
@@ -103,6 +104,53 @@ class Tokens(TensorFields):
         is_second = is_second & (self.segment_lengths > 0)[:, None]  # of a text of one segment the last token stays 0
         ids = torch.zeros_like(self.input_ids).flatten()
         return ids.scatter_(0, self.spans.flatten(), is_second.flatten().to(ids.dtype)).view_as(self.input_ids)
+
+    def answer_tokens(self, responses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The tokens of answers, from after what was asked to the end token, as a language model predicts them.
+
+        The first token of a text without a prompt is not among them, as nothing is before it. The host waits for the
+        device, for how many there are.
+
+        Args:
+            responses: Numbers of responses, (k,), at least one.
+
+        Returns:
+            Indices of the tokens before them, their ids, and which of the k responses each belongs to; (m,) each.
+        """
+        lengths, first = self.response_lengths[responses], self.spans[responses, 0]  # (k,)
+        width = self.input_ids.shape[1]
+        prompt_begin, prompt_end = self.prompt_begin.flatten()[first], self.prompt_end.flatten()[first]
+        shared = (prompt_end - prompt_begin).clamp(min=0)  # tokens of the prompt, which are not in the span
+        skipped = shared + self.span_lengths[responses] - lengths  # tokens of the text before the answer
+        in_text = torch.arange(int(shared.max()) + self.spans.shape[1], device=first.device)
+        in_text = in_text.expand(len(responses), -1)  # (k, longest text)
+
+        def place(at: torch.Tensor) -> torch.Tensor:
+            in_prompt = (first // width * width + prompt_begin)[:, None] + at
+            return torch.where(at < shared[:, None], in_prompt, first[:, None] + at - shared[:, None])
+
+        is_answer = (in_text >= skipped.clamp(min=1)[:, None]) & (in_text < (skipped + lengths)[:, None])
+        owners, columns = is_answer.nonzero(as_tuple=True)
+        before = place(in_text - 1)[owners, columns]
+        return before, self.input_ids.flatten()[place(in_text)[is_answer]], owners
+
+    def text_names(self) -> torch.Tensor:
+        """A number for each response, equal for equal texts, prompt included; others differ but for 2⁻⁶⁴. (n,) int64
+
+        A sum over the tokens of a text, each of which counts by its id and its position, mixed as SplitMix64 does.
+        """
+        mixed = self.input_ids * -7046029254386353131 + self.position_ids * -4658895280553007687  # wraps around
+        for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
+            mixed = (mixed ^ (mixed >> shift)) * factor
+        mixed = (mixed ^ (mixed >> 31)) * self.attention_mask
+        flat, width = mixed.flatten(), mixed.shape[1]
+        inside = torch.arange(self.spans.shape[1], device=flat.device) < self.span_lengths[:, None]  # (n, r)
+        names = (flat[self.spans] * inside).sum(1)
+        first = self.spans[:, 0]  # at which a response begins
+        before = F.pad(mixed.cumsum(1), (1, 0)).flatten()  # (b · (s + 1),): of the tokens of a row before a column
+        row = first // width * (width + 1)
+        begin, end = self.prompt_begin.flatten()[first], self.prompt_end.flatten()[first]
+        return names + before[row + torch.maximum(begin, end)] - before[row + begin]
 
 
 class _Segment(NamedTuple):

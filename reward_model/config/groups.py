@@ -157,6 +157,13 @@ class DataConfig(Group):
         "Each NAME=PATH is a set with metrics of its own; what has no name is one set. The first set decides for "
         "--keep_best and --early_stop.",
     )
+    meta_data: list[str] = flag(
+        (),
+        metavar="PATH",
+        help="Texts of another distribution, such as a policy's: two answers to a prompt or more, without judgments. "
+        "Before each step the weights move to where these differ more in score, the gradient is taken there, and the "
+        "update is made where they were (MetaRM).",
+    )
     columns: list[str] = flag(
         (),
         metavar="FIELD=COLUMN",
@@ -364,6 +371,10 @@ class LossConfig(Group):
         "length_penalty": NOT_NEGATIVE,
         "score_penalty_weight": NOT_NEGATIVE,
         "head_anchor": NOT_NEGATIVE,
+        "margin_scale": POSITIVE,
+        "contrastive_weight": NOT_NEGATIVE,
+        "contrastive_temperature": POSITIVE,
+        "sft_weight": (0, 1, True),
     }
 
     loss: list[str] = flag(
@@ -380,10 +391,18 @@ class LossConfig(Group):
     )
     margin: str | None = flag(
         None,
-        metavar="NUMBER|column|small|large|strength",
+        metavar="NUMBER|column|small|large|strength|similarity",
         help="By how much the better response should win: a number, the margin column of the data, Llama 2's small or "
-        "large margins from its rating column, or its strength_mean column (an ensemble's mean difference, which may "
-        "be negative). Default: 0, and 1 for hinge.",
+        "large margins from its rating column, its strength_mean column (an ensemble's mean difference, which may be "
+        "negative), or the more the more alike the model finds the two (similarity). Default: 0, and 1 for hinge.",
+    )
+    margin_scale: float = flag(
+        1.0, metavar="MARGIN", help="The margin of two equal responses, with --margin similarity."
+    )
+    pair_weight: Literal["norm"] | None = flag(
+        None,
+        help="Weigh each pair's loss by the running mean of the distance between the hidden states of its two "
+        "responses, divided by their distance (norm). Without it, pairs weigh the same.",
     )
     label_smoothing: str = flag(
         "0",
@@ -417,6 +436,25 @@ class LossConfig(Group):
         help="With --heads: the weight of the squared distance of a head's weights from its initial weights, mean over "
         "the heads, which keeps heads apart where the data say little. RewardUQ's 0.5 is of a mean over the weights: "
         "divide it by the hidden size.",
+    )
+    contrastive_weight: float = flag(
+        0.0,
+        metavar="WEIGHT",
+        help="The weight of a contrastive term: a second forward pass, with other dropout, has to find each hidden "
+        "state of the first one among all of the micro-batch.",
+    )
+    contrastive: Literal["states", "difference"] = flag(
+        "states",
+        help="What is found again: the state of each response, or the difference between the states of each pair.",
+    )
+    contrastive_temperature: float = flag(
+        0.05, metavar="TAU", help="What cosines of the contrastive term are divided by."
+    )
+    sft_weight: float = flag(
+        0.0,
+        metavar="ALPHA",
+        help="The share of the loss that is a language model's of the chosen responses (GRM's is 0.01), by the "
+        "language-model head of a pretrained decoder, which is kept while it trains and left out of the saved model.",
     )
     compute_fp32_loss: bool = flag(False, help="Upstream's flag, without effect: the loss is always in float32.")
 
@@ -495,6 +533,8 @@ class TrainingConfig(Group):
         "num_warmup_steps": NOT_NEGATIVE,
         "warmup_ratio": (0, 1, True),
         "max_bad_steps": COUNT,
+        "meta_rate": POSITIVE,
+        "meta_batch_size": COUNT,
         "seed": (0, 2**32, True),  # NumPy takes no larger one
     }
 
@@ -529,6 +569,12 @@ class TrainingConfig(Group):
         metavar="K",
         help="End the run after so many steps in a row whose loss or gradient is not finite. Such a step is skipped, "
         "and its rows are written to metrics.jsonl.",
+    )
+    meta_rate: float | None = flag(
+        None, metavar="RATE", help="How far the weights move for --meta_data. Default: --learning_rate."
+    )
+    meta_batch_size: int = flag(
+        8, metavar="N", help="The number of prompts of --meta_data in a step, on all processes together."
     )
     seed: int = flag(1234, metavar="N", help="The seed of everything random.")
 

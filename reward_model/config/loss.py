@@ -11,7 +11,8 @@ from reward_model.config.groups import LossConfig
 from reward_model.config.objectives import ALIASES, LOSSES, PRIOR_SMALLEST, kind_of
 
 TAKES_MARGIN = ("logistic", "scaled", "hinge")
-MARGINS = ("column", "small", "large", "strength")
+MARGINS = ("column", "small", "large", "strength")  # what the data say of each pair
+SIMILARITY = "similarity"  # a margin that the model says
 
 
 @dataclass(frozen=True)
@@ -20,9 +21,15 @@ class Loss:
 
     weights: name of an objective → its weight, in the order given.
     level: ``sequence`` or ``token``.
-    margin: a number, or ``column``, ``small``, ``large`` or ``strength`` for what the data say of each pair.
+    margin: a number, or ``column``, ``small``, ``large`` or ``strength`` for what the data say of each pair, or
+        ``similarity``.
+    margin_scale: the margin of two equal responses, with ``similarity``; 0 with any other margin.
+    pair_weight: ``norm``: pairs are weighed by the distance of their hidden states; None: all weigh the same.
     label_smoothing: a number, or ``column`` or ``strength``.
     prior_beta: B1 and B3 of ``prior_length`` and ``prior_cosine``.
+    contrastive_weight: of the contrastive term; 0: there is none.
+    contrastive: ``states`` or ``difference``.
+    sft_weight: the share of the language model's loss of chosen responses; 0: there is none.
     score_penalty: a name of :data:`reward_model.reward_model.SCORE_PENALTIES`; None: none.
     """
 
@@ -38,6 +45,28 @@ class Loss:
     score_penalty: str | None
     score_penalty_weight: float
     head_anchor: float = 0.0
+    margin_scale: float = 0.0
+    pair_weight: str | None = None
+    contrastive_weight: float = 0.0
+    contrastive: str = "states"
+    contrastive_temperature: float = 0.05
+    sft_weight: float = 0.0
+
+    @property
+    def reads_states(self) -> bool:
+        """Whether the loss is of what the score head is given, too, and not of scores alone."""
+        return self.margin == SIMILARITY or bool(self.pair_weight or self.contrastive_weight)
+
+    @property
+    def terms(self) -> list[str]:
+        """The flags by which the loss is of hidden states, too, those of a language-model head included."""
+        said = {
+            "--margin similarity": self.margin == SIMILARITY,
+            "--pair_weight": self.pair_weight,
+            "--contrastive_weight": self.contrastive_weight,
+            "--sft_weight": self.sft_weight,
+        }
+        return [flag for flag, is_on in said.items() if is_on]
 
 
 def resolve_loss(config: LossConfig, given: frozenset[str] = frozenset()) -> Loss:
@@ -62,10 +91,11 @@ def resolve_loss(config: LossConfig, given: frozenset[str] = frozenset()) -> Los
     _refuse_foreign_flags(config, names, given)
     if config.loss_level == "token" and set(kinds) != {"pairs"}:
         raise UserError(f"--loss_level token and --loss {' '.join(names)}: only pairs have a loss per token")
-    return Loss(
+    margin = _margin(config.margin, names)
+    loss = Loss(
         weights=dict(zip(names, weights)),
         level=config.loss_level,
-        margin=_margin(config.margin, names),
+        margin=margin,
         label_smoothing=_label_smoothing(config.label_smoothing, names, given),
         focal_gamma=config.focal_gamma,
         huber_delta=config.huber_delta,
@@ -75,7 +105,24 @@ def resolve_loss(config: LossConfig, given: frozenset[str] = frozenset()) -> Los
         score_penalty=config.score_penalty,
         score_penalty_weight=config.score_penalty_weight,
         head_anchor=config.head_anchor,
+        margin_scale=config.margin_scale if margin == SIMILARITY else 0.0,
+        pair_weight=config.pair_weight,
+        contrastive_weight=config.contrastive_weight,
+        contrastive=config.contrastive,
+        contrastive_temperature=config.contrastive_temperature,
+        sft_weight=config.sft_weight,
     )
+    _require_states(loss, kinds)
+    return loss
+
+
+def _require_states(loss: Loss, kinds: list[str]) -> None:
+    """Refuse what is of hidden states at the ends of pairs where there are no pairs, or where every token counts."""
+    for flag in loss.terms:
+        if "pairs" not in kinds:
+            raise UserError(f"{flag} is of pairs: --loss {' '.join(loss.weights)} learns from none")
+        if loss.level == "token":
+            raise UserError(f"{flag} goes with scores at the end of each response: leave --loss_level token out")
 
 
 def _margin(margin: str | None, names: list[str]) -> float | str:
@@ -86,13 +133,13 @@ def _margin(margin: str | None, names: list[str]) -> float | str:
         raise UserError("--loss scaled and --margin strength: a weight cannot be negative, as strengths may be")
     if "scaled" in names and margin not in MARGINS:
         raise UserError("--loss scaled weighs pairs by their own margins: add --margin column, small or large")
-    if margin in MARGINS:
+    if margin in (*MARGINS, SIMILARITY):
         return margin
     if margin is None:
         return 1.0 if takers == ["hinge"] else 0.0
     number = _number(margin)
     if not math.isfinite(number):
-        raise UserError(f"--margin {margin}: give a number, {', '.join(MARGINS[:-1])} or {MARGINS[-1]}")
+        raise UserError(f"--margin {margin}: give a number, {', '.join(MARGINS)} or {SIMILARITY}")
     return number
 
 
@@ -127,6 +174,11 @@ def _refuse_foreign_flags(config: LossConfig, names: list[str], given: frozenset
             raise UserError(f"--{flag} goes with --loss {' or '.join(owners)}, not {' '.join(names)}")
     if config.score_penalty is None and "score_penalty_weight" in given:
         raise UserError("--score_penalty_weight without --score_penalty: name the penalty")
+    for flag in ("contrastive", "contrastive_temperature"):
+        if flag in given and not config.contrastive_weight:
+            raise UserError(f"--{flag} without --contrastive_weight: give the term a weight, such as 1")
+    if config.margin != SIMILARITY and "margin_scale" in given:
+        raise UserError("--margin_scale goes with --margin similarity: add it")
     if "prior_cosine" in names and not config.prior_model:
         raise UserError("--loss prior_cosine compares embeddings of responses: name their encoder with --prior_model")
     slope, shift = config.prior_beta

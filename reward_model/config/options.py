@@ -122,6 +122,20 @@ def _require_agreement(config: RunConfig) -> None:
     engine, loss, output = config.engine, config.loss, config.output
     if engine.compile and engine.sequence_parallel_size > 1:
         raise UserError("--compile and --sequence_parallel_size were not tried together: leave one of them out")
+    terms = resolve_loss(loss, config.given).terms
+    if terms and engine.sequence_parallel_size > 1:
+        raise UserError(f"{terms[0]} and --sequence_parallel_size were not tried together: leave one of them out")
+    for name in ("meta_rate", "meta_batch_size"):
+        if name in config.given and not config.data.meta_data:
+            raise UserError(f"--{name} without --meta_data: name the shifted texts")
+    for name, is_on in (("sequence_parallel_size", engine.sequence_parallel_size > 1), ("compile", engine.compile)):
+        if config.data.meta_data and is_on:
+            raise UserError(f"--meta_data and --{name} were not tried together: leave one of them out")
+    if loss.sft_weight and config.model.pooling not in (None, "last"):
+        raise UserError(
+            f"--sft_weight and --pooling {config.model.pooling}: only a decoder that is scored at its last token has a "
+            "language-model head to keep"
+        )
     require_stage(config.model, config.training, engine.zero_stage, engine.offload)
     if engine.offload and engine.zero_stage == 0 and not engine.deepspeed_config:
         raise UserError("--offload and --zero_stage 0: stage 0 offloads nothing; take --zero_stage 1, 2 or 3")
@@ -130,6 +144,11 @@ def _require_agreement(config: RunConfig) -> None:
     if loss.loss_level == "token" and config.model.pooling not in (None, "last"):
         pooling = config.model.pooling
         raise UserError(f"--loss_level token and --pooling {pooling}: only pooling last has a score per token")
+    if loss.head_anchor and config.training.normalize_before:
+        raise UserError(
+            "--head_anchor and --normalize_before: heads are kept near what was drawn, and would be divided after "
+            "that; leave one of them out"
+        )
     if loss.head_anchor and config.model.heads == 1:
         raise UserError("--head_anchor without --heads: it keeps several heads apart; give their number")
     if loss.loss_level == "token" and config.model.heads > 1:

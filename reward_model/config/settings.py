@@ -89,7 +89,8 @@ def resolve(
         on_gpu: the run is on GPUs.
 
     Raises:
-        UserError: the DeepSpeed file cannot be used, or contradicts a flag; bitsandbytes is asked for and not there.
+        UserError: the DeepSpeed file cannot be used, or contradicts a flag; its micro-batch or ZeRO stage does not go
+            with the loss; bitsandbytes is asked for and not there.
     """
     setup = set_up_deepspeed(config, default_dtype, world_size, hidden_size, vocab_size, on_gpu)
     require_stage(config.model, config.training, setup.zero_stage, setup.offload)
@@ -103,10 +104,31 @@ def resolve(
         )
     if config.training.optim == "paged_adamw_8bit" and not on_gpu:
         raise UserError("--optim paged_adamw_8bit: only a GPU has memory to page out of; take adamw_8bit on a CPU")
+    loss = resolve_loss(config.loss, config.given)
+    if loss.contrastive_weight and setup.micro_batch == 1 and config.batches.batch_element == "pair":
+        raise UserError(
+            "--contrastive_weight and --per_device_train_batch_size 1: one pair has no other pair to be told from; "
+            "give 2 or more"
+        )
+    if loss.contrastive_weight and setup.zero_stage == 3 and config.model.gradient_checkpointing:
+        raise UserError(  # layers that are recomputed there have a backward pass of their own for each forward pass
+            "--contrastive_weight and --gradient_checkpointing at ZeRO stage 3: DeepSpeed takes one gradient of each "
+            "weight in a backward pass, and two passes give two; take --zero_stage 2, or leave one of them out"
+        )
+    if config.data.meta_data and setup.zero_stage == 3:
+        raise UserError(
+            "--meta_data at ZeRO stage 3: the weights are divided among the processes, and DeepSpeed gives no gradient "
+            "of them outside of a step; take --zero_stage 2"
+        )
+    if config.data.meta_data and setup.dtype == "fp16":
+        raise UserError(
+            "--meta_data and --dtype fp16: the gradient that the weights move by is not scaled, and would vanish; take "
+            "--dtype fp32, or bf16"
+        )
     return Settings(
         model=config.model,
         data=config.data,
-        loss=resolve_loss(config.loss, config.given),
+        loss=loss,
         batches=replace(
             config.batches,
             per_device_train_batch_size=setup.micro_batch,

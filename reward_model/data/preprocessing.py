@@ -217,6 +217,25 @@ def load_answers(
     return _join(_evaluation_rows(path, tokenizer, special, preprocessing, seed, None))
 
 
+def load_shifted(
+    paths: list[str], tokenizer, special: SpecialTokens, preprocessing: PreprocessingConfig, seed: int
+) -> Comparisons:
+    """The same of several, of whose rows each has to have two answers.
+
+    Raises:
+        UserError: unreadable data, a bad row under ``stop``, or nothing left.
+    """
+    parts = []
+    for path in paths:
+        parts += _evaluation_rows(path, tokenizer, special, preprocessing, seed, nothing_to_tell_apart)
+    return _at_most(parts, 0, "rows of --meta_data", seed)
+
+
+def nothing_to_tell_apart(row: Comparison) -> str | None:
+    """Why a row has no two answers whose scores could differ."""
+    return None if len(row.targets) > 1 else f"--meta_data needs two answers or more, and the row has {answers(row)}"
+
+
 def _evaluation_rows(
     path: str, tokenizer, special, preprocessing: PreprocessingConfig, seed: int, missing
 ) -> list[Comparisons]:

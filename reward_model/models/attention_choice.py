@@ -43,7 +43,7 @@ MEASURED = "reward_model_measured"  # an attention function's name among Transfo
 class Probe(Protocol):
     """Runs a model on a batch by a backend."""
 
-    def states(self, batch: Batch, backend: AttentionBackend, training: bool) -> torch.Tensor:
+    def states_of(self, batch: Batch, backend: AttentionBackend, training: bool) -> torch.Tensor:
         """What the head is given of each response, (n, h)."""
 
     def gradient(self, batch: Batch, backend: AttentionBackend) -> torch.Tensor:
@@ -225,8 +225,8 @@ def disagreement(probe: Probe, backend: AttentionBackend, texts: Texts, training
         The largest relative difference of a hidden state from the one of separate rows, and how far it moves when
         another response, or another comparison in its row, changes (0: no leak).
     """
-    separate, together = (probe.states(texts.small(each), each, training).double() for each in (SEPARATE, backend))
-    changed = probe.states(texts.small(backend, other=True), backend, training).double()[1:]
+    separate, together = (probe.states_of(texts.small(each), each, training).double() for each in (SEPARATE, backend))
+    changed = probe.states_of(texts.small(backend, other=True), backend, training).double()[1:]
     size = separate.norm(dim=1)
     return float(((together - separate).norm(dim=1) / size).max()), float(
         ((changed - together[1:]).norm(dim=1) / size[1:]).max()
@@ -235,7 +235,7 @@ def disagreement(probe: Probe, backend: AttentionBackend, texts: Texts, training
 
 def window_disagreement(probe: Probe, backend: AttentionBackend, texts: Texts) -> float:
     """The same where texts are longer than the attention's window; the largest relative difference."""
-    separate, together = (probe.states(texts.long(each), each, False).double() for each in (SEPARATE, backend))
+    separate, together = (probe.states_of(texts.long(each), each, False).double() for each in (SEPARATE, backend))
     return float(((together - separate).norm(dim=1) / separate.norm(dim=1)).max())
 
 

@@ -47,7 +47,9 @@ class ForwardPass:
 
     attention: how texts stand in rows, and what they see; separate rows until another backend is chosen.
     Beside the scores, as of the last call, None where there are none: thresholds, those that an ordinal loss has
-    learned; heads, the score by each of several heads, (…, K); anchor, their squared distance from where they began.
+    learned; heads, the score by each of several heads, (…, K); anchor, their squared distance from where they began;
+    states, what the head was given, (…, h), where the scorer keeps it; token_losses, −log p of the tokens that were
+    asked for, (m,).
     """
 
     def __init__(
@@ -78,6 +80,8 @@ class ForwardPass:
         self.thresholds: torch.Tensor | None = None
         self.heads: torch.Tensor | None = None
         self.anchor: torch.Tensor | None = None
+        self.states: torch.Tensor | None = None
+        self.token_losses: torch.Tensor | None = None
 
     @property
     def layout(self) -> Layout:
@@ -92,13 +96,21 @@ class ForwardPass:
         self.attention = attention
         self.scorer.backbone.set_attn_implementation(attention.attention or self.own_attention)
 
-    def __call__(self, batch: Batch, at: torch.Tensor, states: bool = False) -> torch.Tensor:
+    def __call__(
+        self,
+        batch: Batch,
+        at: torch.Tensor,
+        states: bool = False,
+        followed_by: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         """Scores at tokens of a batch, a float32 tensor of the shape of ``at``.
 
         Args:
             batch: A batch on this device.
             at: Indices of tokens, such as ``batch.tokens.ends``, shape (n,), or ``batch.tokens.spans``, shape (n, r).
             states: Whether to return the hidden states instead, which have one more dimension h.
+            followed_by: Indices of tokens, (m,), and the ids after them, (m,), whose losses by the scorer's
+                language-model head are kept; not where ranks share texts.
         """
         if self.attention.attention == attention.SEQUENCE:
             return self._over_ranks(batch, at, states)
@@ -109,12 +121,15 @@ class ForwardPass:
             options["texts"] = tokens.spans, tokens.span_lengths
         if self.scorer.takes_segment_ids:
             options["segment_ids"] = tokens.segment_ids()
-        return self._keep(self.module(tokens.input_ids, mask, at, states=states, **options))
+        if followed_by is not None:
+            options["followed_by"] = followed_by
+        return self._kept(self.module(tokens.input_ids, mask, at, states=states, **options))
 
-    def _keep(self, found: Any) -> torch.Tensor:
-        """The scores alone; what the module gives beside them is kept."""
-        found, extras = found if isinstance(found, tuple) else (found, {})
-        self.thresholds, self.heads, self.anchor = (extras.get(name) for name in ("thresholds", "heads", "anchor"))
+    def _kept(self, found: torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]) -> torch.Tensor:
+        """The scores alone; what the module gives beside them is kept until the next call."""
+        found, beside = found if isinstance(found, tuple) else (found, {})
+        self.thresholds, self.heads, self.anchor = (beside.get(name) for name in ("thresholds", "heads", "anchor"))
+        self.states, self.token_losses = beside.get("states"), beside.get("token_losses")
         return found
 
     def _over_ranks(self, batch: Batch, at: torch.Tensor, states: bool) -> torch.Tensor:
@@ -126,7 +141,7 @@ class ForwardPass:
         ids, positions = tokens.input_ids[:, here].contiguous(), tokens.position_ids[:, here].contiguous()
         row, column = at // width, at % width
         no_mask = torch.zeros(1, 1, 1, 1, dtype=self.dtype, device=ids.device)  # Transformers would make one of a part
-        found = self._keep(self.module(ids, no_mask, row * part + column % part, position_ids=positions, states=states))
+        found = self._kept(self.module(ids, no_mask, row * part + column % part, position_ids=positions, states=states))
         is_elsewhere = column // part != rank
         if self.heads is not None:
             self.heads = all_reduce(self.heads.masked_fill(is_elsewhere.unsqueeze(-1), 0), group=self.sequence.group)
@@ -157,6 +172,31 @@ class ForwardPass:
         apart = (together - torch.cat(alone)).abs().max().item()
         if apart > 10 * attention_choice.TOLERANCES[self.dtype] * together.abs().max().item():
             logger.warning(f"{name}: pads change a score by {apart:.1g}, so that it depends on the rest of its batch")
+
+    @torch.no_grad()
+    def require_two_views(self, end: int) -> None:
+        """See to it that two passes in training differ, for a loss that compares them; all ranks call it.
+
+        Args:
+            end: id that ends a text.
+
+        Raises:
+            UserError: they do not.
+        """
+        ids = np.random.default_rng(0).integers(embedding_rows(self.scorer), size=60).tolist()
+        rows = [Comparison([], [[*part, end]]) for part in (ids[:24], ids[24:])]
+        self.module.train()
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            states = []
+            for _ in range(2):
+                self._scores_of(rows)
+                states.append(self.states)
+        if torch.equal(*states):
+            name = type(self.scorer.backbone).__name__
+            raise UserError(
+                f"--contrastive_weight: two passes of {name} give equal states, as no dropout is at work: give it "
+                "one, by --dropout 0.1 where its config.json names a dropout, or by --lora_dropout"
+            )
 
     def _scores_of(self, rows: list[Comparison]) -> torch.Tensor:
         batch = collate(rows, self.layout).to(self.device)
@@ -228,7 +268,7 @@ class ForwardPass:
         self.use(backend)
         return str(attention_choice.Choice(backend))
 
-    def states(self, batch: Batch, backend: AttentionBackend, training: bool) -> torch.Tensor:
+    def states_of(self, batch: Batch, backend: AttentionBackend, training: bool) -> torch.Tensor:
         """What the head is given of each response, (n, h), by a backend."""
         self.use(backend)
         self.module.train(training)

@@ -170,6 +170,17 @@ def read_weights(name_or_path: str, names: Iterable[str]) -> dict[str, torch.Ten
     return {name: tensor.float() for name, tensor in found.items()}
 
 
+def find_weights(name_or_path: str, names: Iterable[str]) -> dict[str, str]:
+    """Of some weights those that a checkpoint has, by the name there, which may have more before it (a text part's)."""
+    stored = [name for path in _weight_files(name_or_path) for name in _shapes_in(path)]
+    found = {}
+    for name in names:
+        like = [each for each in stored if each == name] or [each for each in stored if each.endswith(f".{name}")]
+        if len(like) == 1:
+            found[name] = like[0]
+    return found
+
+
 def shapes_of(name_or_path: str, names: Iterable[str]) -> Shapes:
     """The shapes of some weights of a checkpoint, and of those that lie beside it; (), where no file has one.
 

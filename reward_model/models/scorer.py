@@ -37,6 +37,7 @@ class Scorer(nn.Module):
     takes_segment_ids: whether the model is told by ids which tokens are a pair's second segment: it has an embedding of
         more than one kind of segment. A tokenizer that makes no segment ids turns it off, see :meth:`read_with`.
     heads: outputs of the layer that makes the score, which is their mean; :mod:`reward_model.models.many_heads`.
+    keeps_states: whether what the head is given is returned beside the scores, for a loss that reads it.
     """
 
     def __init__(self, model: nn.Module, pooling: str):
@@ -45,6 +46,8 @@ class Scorer(nn.Module):
         self.pooling = pooling
         self.thresholds: Thresholds | None = None  # of an ordinal loss, which learns them
         self.heads = 1
+        self.language_head: nn.Module | None = None  # of a loss that asks for the likelihood of answers
+        self.keeps_states = False
         takes_cache = "use_cache" in inspect.signature(self.backbone.forward).parameters  # decoders keep one by default
         self.backbone_options = {"use_cache": False} if takes_cache else {}
         self.has_token_types = any(hasattr(module, "token_type_embeddings") for module in self.backbone.children())
@@ -80,12 +83,15 @@ class Scorer(nn.Module):
         states: bool = False,
         texts: tuple[torch.Tensor, torch.Tensor] | None = None,
         segment_ids: torch.Tensor | None = None,
+        followed_by: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Scores at given tokens, in the shape of ``at``; ``mean`` and ``classifier``: of whole texts, (n,). float32.
 
         What there is beside them comes with them in a dict: ``thresholds`` of an ordinal loss; ``heads``, the score by
         each of several heads, one more dimension K, of which the scores are the mean; ``anchor``, the squared distance
-        of these heads from their initial weights, (). ZeRO 3 has the whole of a weight only while the engine computes.
+        of these heads from their initial weights, (); with ``keeps_states`` the ``states`` that the head is given, one
+        more dimension h; with ``followed_by`` the ``token_losses``, −log p of each of these tokens by the
+        language-model head, (m,). ZeRO 3 has the whole of a weight only while the engine computes.
 
         Args:
             input_ids: (b, s).
@@ -96,21 +102,35 @@ class Scorer(nn.Module):
             texts: where several texts stand in one row, the indices of their tokens, (n, r), and their lengths, (n,);
                 only ``mean`` and ``classifier`` look at them.
             segment_ids: (b, s), for a model that takes them; None: zeros.
+            followed_by: indices into the b·s tokens, (m,), and the id of the token after each in its text, (m,).
         """
-        found = self._outputs(input_ids, attention_mask, at, position_ids, states, texts, segment_ids)
-        extras: dict[str, torch.Tensor] = {}
+        beside: dict[str, torch.Tensor] = {}
+        found = self._outputs(
+            input_ids, attention_mask, at, position_ids, states, texts, segment_ids, followed_by, beside
+        )
         if self.thresholds is not None:
-            extras["thresholds"] = self.thresholds()
+            beside["thresholds"] = self.thresholds()
         if not states and self.heads == 1:
             found = found.squeeze(-1)
         elif not states:
-            extras["heads"], found = found, found.mean(-1)
+            beside["heads"], found = found, found.mean(-1)
             layer: Any = head_layer(self)
             if layer.distance is not None:
-                extras["anchor"] = layer.distance
-        return (found, extras) if extras else found
+                beside["anchor"] = layer.distance
+        return (found, beside) if beside else found
 
-    def _outputs(self, input_ids, attention_mask, at, position_ids, states, texts, segment_ids) -> torch.Tensor:
+    def _outputs(
+        self,
+        input_ids,
+        attention_mask,
+        at,
+        position_ids,
+        states,
+        texts,
+        segment_ids,
+        followed_by,
+        beside: dict[str, torch.Tensor],
+    ) -> torch.Tensor:
         """Of the layer that makes the score, (…, K), or with ``states`` what it is given, (…, h)."""
         model = self.unwrapped
         options = {} if position_ids is None else {"position_ids": position_ids}
@@ -119,7 +139,7 @@ class Scorer(nn.Module):
         elif texts is not None and self.has_token_types:  # Transformers 4 has no more of them than the longest text has
             options["token_type_ids"] = torch.zeros_like(input_ids)
         if self.pooling == "classifier":
-            with _texts_in_rows(self.backbone, texts):
+            with _texts_in_rows(self.backbone, texts), self._given_to_the_head(beside):
                 return model(input_ids, attention_mask=attention_mask, **options).logits
         backbone, head = self.backbone, model.v_head if isinstance(model, RewardModel) else model.score
         hidden = backbone(input_ids, attention_mask=attention_mask, **self.backbone_options, **options)[0]  # (b, s, h)
@@ -127,10 +147,32 @@ class Scorer(nn.Module):
             if texts is not None:
                 hidden, attention_mask = hidden.flatten(0, 1)[texts[0]], _is_text(*texts)
             mask = attention_mask.unsqueeze(-1)
-            return head((hidden.float() * mask).sum(1) / mask.sum(1))
-        # index_select: its backward adds rows, where the one of hidden[at] sorts the indices first
-        picked = hidden.flatten(0, 1).index_select(0, at.flatten()).unflatten(0, at.shape)
-        return picked if states else head(picked)
+            picked = (hidden.float() * mask).sum(1) / mask.sum(1)
+        else:
+            # index_select: its backward adds rows, where the one of hidden[at] sorts the indices first
+            picked = hidden.flatten(0, 1).index_select(0, at.flatten()).unflatten(0, at.shape)
+            if states:
+                return picked
+            if followed_by is not None and self.language_head is not None:
+                before, tokens = followed_by
+                beside["token_losses"] = self.language_head(hidden.flatten(0, 1).index_select(0, before), tokens)
+        if self.keeps_states:
+            beside["states"] = picked
+        return head(picked)
+
+    @contextmanager
+    def _given_to_the_head(self, beside: dict[str, torch.Tensor]) -> Iterator[None]:
+        """While this lasts, what an encoder's own head gives its last layer is kept, if states are asked for."""
+        if not self.keeps_states:
+            yield
+            return
+        hook = head_layer(self).register_forward_pre_hook(
+            lambda module, inputs: beside.__setitem__("states", inputs[0])
+        )
+        try:
+            yield
+        finally:
+            hook.remove()
 
 
 def _is_text(spans: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

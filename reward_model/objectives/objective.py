@@ -20,12 +20,21 @@ import torch
 from reward_model.batching.batch import Batch
 from reward_model.common.errors import UserError
 from reward_model.config.groups import DataConfig
-from reward_model.config.loss import Loss
+from reward_model.config.loss import SIMILARITY, Loss
 from reward_model.config.objectives import PAIR_LOSSES, kind_of
 from reward_model.data.comparisons import GRADES, BadRow, Comparison, Comparisons, answers
 from reward_model.objectives import losses
 from reward_model.objectives.bootstrap import Bootstrap
 from reward_model.objectives.losses import LIST_FUNCTIONS
+from reward_model.objectives.terms import (
+    RunningDistance,
+    contrastive_loss,
+    differences,
+    distances,
+    names_of_differences,
+    norm_weights,
+    similarity_margin,
+)
 from reward_model.reward_model import pairwise_loss, score_penalty, span_loss
 
 MOST_GRADES = 1_000
@@ -34,7 +43,11 @@ PairLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Objective:
-    """The loss of a run. ``kinds`` says for each objective whether it learns from pairs, lists or points."""
+    """The loss of a run.
+
+    kinds: for each objective whether it learns from pairs, lists or points.
+    distance: the running mean by which ``--pair_weight norm`` weighs pairs; None: they weigh the same.
+    """
 
     def __init__(self, loss: Loss, seed: int = 0):
         """
@@ -47,6 +60,7 @@ class Objective:
         self.kinds = {name: kind_of(name) for name in self.weights}
         self.names = {kind: name for name, kind in self.kinds.items()}
         self.lowest_grade = 0.0
+        self.distance = RunningDistance() if loss.pair_weight == "norm" else None
 
     @property
     def by_row(self) -> bool:
@@ -60,6 +74,7 @@ class Objective:
         every: torch.Tensor | None = None,
         thresholds: torch.Tensor | None = None,
         heads: torch.Tensor | None = None,
+        states: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Mean loss of a batch, a 0-d float32 tensor: the weighted sum of the objectives, and the penalties.
 
@@ -68,6 +83,7 @@ class Objective:
             every: The score at each token of each response, shape (n, r), for ``--loss_level token``.
             thresholds: The thresholds between grades, for ``--loss ordinal``.
             heads: The score of each response by each of several heads, shape (n, K), see :meth:`of_heads`.
+            states: What the head was given of each response, (n, h), for a loss that reads states.
 
         Example: one pair, whose scores differ by 2. Its logistic loss is log(1 + exp(−2)).
 
@@ -82,11 +98,11 @@ class Objective:
         0.1269
         """
         if heads is not None:
-            return self.of_heads(batch, heads, thresholds)
+            return self.of_heads(batch, heads, thresholds, states)
         total = scores.new_zeros(())
         for name, weight in self.weights.items():
             if name in PAIR_LOSSES:
-                part = (self.pair_losses(batch, scores, every) * batch.pairs.weights).sum()
+                part = (self.pair_losses(batch, scores, every, states) * batch.pairs.weights).sum()
             elif name in LIST_FUNCTIONS:
                 lists = batch.lists
                 part = (LIST_FUNCTIONS[name](scores[lists.responses], lists.ranks) * lists.weights).sum()
@@ -95,7 +111,13 @@ class Objective:
             total = total + weight * part
         return total + self.penalties(batch, scores)
 
-    def of_heads(self, batch: Batch, heads: torch.Tensor, thresholds: torch.Tensor | None = None) -> torch.Tensor:
+    def of_heads(
+        self,
+        batch: Batch,
+        heads: torch.Tensor,
+        thresholds: torch.Tensor | None = None,
+        states: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Mean over several heads of each one's loss on its own bootstrap of the rows, a 0-d float32 tensor.
 
         A head's loss is that of a model with this head alone, in which each judged pair, list or scored row weighs as
@@ -105,14 +127,16 @@ class Objective:
 
         Args:
             heads: The score of each response by each head, shape (n, K).
+            states: What the heads were given of each response, (n, h), for a loss that reads states.
         """
         count = heads.shape[-1]
         total = heads.new_zeros(())
         for name, weight in self.weights.items():
             if name in PAIR_LOSSES:
                 pairs = batch.pairs
-                each = self.pair_loss(batch, per_token=True)(heads[pairs.better], heads[pairs.worse])  # (p, K)
-                weights, drawn = pairs.weights, self.bootstrap.weights(pairs.identity, count)
+                each = self.pair_loss(batch, True, states)(heads[pairs.better], heads[pairs.worse])  # (p, K)
+                weights = pairs.weights * self.pair_weights(batch, states)
+                drawn = self.bootstrap.weights(pairs.identity, count)
             elif name in LIST_FUNCTIONS:
                 lists = batch.lists
                 scores = heads[lists.responses].movedim(-1, 0).flatten(0, 1)  # (K·l, k), one head's lists after another
@@ -129,23 +153,37 @@ class Objective:
             total = total + torch.stack([self.penalties(batch, own) for own in heads.unbind(-1)]).mean()
         return total
 
-    def pair_losses(self, batch: Batch, scores: torch.Tensor, every: torch.Tensor | None = None) -> torch.Tensor:
+    def pair_losses(
+        self,
+        batch: Batch,
+        scores: torch.Tensor,
+        every: torch.Tensor | None = None,
+        states: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Loss of each judged pair, shape (p,)."""
         pairs, lengths = batch.pairs, batch.tokens.span_lengths
-        pair_loss = self.pair_loss(batch, per_token=every is not None)
+        pair_loss = self.pair_loss(batch, every is not None, states)
         if every is None:
-            return pair_loss(scores[pairs.better], scores[pairs.worse])
+            return pair_loss(scores[pairs.better], scores[pairs.worse]) * self.pair_weights(batch, states)
         end = torch.minimum(lengths[pairs.better], lengths[pairs.worse])  # no pad has a score
         return span_loss(every[pairs.better], every[pairs.worse], pairs.start, end, pair_loss)
 
-    def pair_loss(self, batch: Batch, per_token: bool) -> PairLoss:
+    def pair_weights(self, batch: Batch, states: torch.Tensor | None) -> torch.Tensor | float:
+        """What each judged pair weighs beside the weight of its row, shape (p,), or the same of all."""
+        if self.distance is None or self.distance.mean is None:
+            return 1.0
+        assert states is not None
+        found = distances(states[batch.pairs.better], states[batch.pairs.worse])
+        return norm_weights(found, self.distance.mean)
+
+    def pair_loss(self, batch: Batch, per_token: bool, states: torch.Tensor | None = None) -> PairLoss:
         """The function from chosen and rejected scores, shape (p,) or per token (p, r), to losses of the same shape."""
         name, pairs = self.names["pairs"], batch.pairs
 
         def per_pair(value):
             return value[:, None] if per_token and isinstance(value, torch.Tensor) else value
 
-        margin = per_pair(self.margin(batch))
+        margin = per_pair(self.margin(batch, states))
         if name == "scaled":
             return lambda c, r: losses.scaled_loss(c, r, margin)
         if name == "hinge":
@@ -166,10 +204,13 @@ class Objective:
         bound = per_pair(losses.prior_bound(similarity, *self.loss.prior_beta))
         return lambda c, r: losses.prior_constrained_loss(c, r, bound)
 
-    def margin(self, batch: Batch) -> torch.Tensor | float:
+    def margin(self, batch: Batch, states: torch.Tensor | None = None) -> torch.Tensor | float:
         """The margin of all pairs as a number, or of each judged pair, shape (p,)."""
         pairs = batch.pairs
         margin = self.loss.margin
+        if margin == SIMILARITY:
+            assert states is not None
+            return similarity_margin(states[pairs.better], states[pairs.worse], self.loss.margin_scale)
         if isinstance(margin, str):
             return {
                 "column": pairs.margin,
@@ -233,6 +274,19 @@ class Objective:
             lengths = batch.tokens.response_lengths[points.responses]
             total = total + loss.length_penalty * losses.length_penalty(own, lengths, points.response_weights)
         return total
+
+    def contrastive(self, batch: Batch, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """The mean contrastive term of a batch, 0-d float32, in which all negatives are of this batch.
+
+        Args:
+            one, other: What the head was given of each response in two passes, (n, h).
+        """
+        names = batch.tokens.text_names()  # a text may stand in a batch twice, and is not told from itself
+        if self.loss.contrastive == "difference":
+            names = names_of_differences(batch.pairs, names)
+            one, other = differences(one, batch.pairs), differences(other, batch.pairs)
+        found = contrastive_loss(one, other, self.loss.contrastive_temperature, names)
+        return found.sum() / max(1, len(found))
 
     def start_thresholds(self, train_set: Comparisons) -> torch.Tensor | None:
         """The initial thresholds between the grades of the training rows, or None if the loss has no thresholds.

@@ -16,7 +16,7 @@ from reward_model.config.settings import Settings
 from reward_model.data.chat_template import give_template, settle_template
 from reward_model.data.comparisons import Comparisons
 from reward_model.data.encoding import Encoding
-from reward_model.data.preprocessing import PreprocessingConfig, load_answers, load_comparisons
+from reward_model.data.preprocessing import PreprocessingConfig, load_answers, load_comparisons, load_shifted
 from reward_model.data.sources import Splits
 from reward_model.data.tokenizer import SpecialTokens, choose_special_tokens, load_tokenizer
 from reward_model.data.weakest import NONE, Weakest, rearrange
@@ -31,7 +31,8 @@ class Data:
 
     evaluation: name → rows of each evaluation set. The first one decides which weights are the best; a set that is
     named by none has the name ''. reference: those that scores are normalized by; None: they are not. longest: tokens
-    of the longest text of all. weakest: what ``--flip_share`` and ``--drop_share`` came to.
+    of the longest text of all. weakest: what ``--flip_share`` and ``--drop_share`` came to. meta: the rows of
+    ``--meta_data``; None: there are none.
     """
 
     encoding: Encoding
@@ -40,6 +41,7 @@ class Data:
     reference: Comparisons | None
     longest: int
     weakest: Weakest = NONE
+    meta: Comparisons | None = None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -115,7 +117,8 @@ def load_data(
         reference = known[normalize]
     else:
         reference = load_answers(normalize, tokenizer, special, preprocessing, seed)
-    parts = (train, *evaluation.values(), *([] if reference is None else [reference]))
+    meta = load_shifted(data.meta_data, tokenizer, special, preprocessing, seed) if data.meta_data else None
+    parts = (train, *evaluation.values(), *(part for part in (reference, meta) if part is not None))
     longest = int(max(part.lengths.max() for part in parts))
     require_positions(text, tokenizer, longest)
     if "prior_cosine" in objective.kinds:
@@ -123,7 +126,7 @@ def load_data(
         train = answer_similarity.with_cosines(
             train, tokenizer, settings.loss.prior_model, context, model.trust_remote_code
         )
-    return Data(Encoding(tokenizer, special, pairs), train, evaluation, reference, longest, weakest)
+    return Data(Encoding(tokenizer, special, pairs), train, evaluation, reference, longest, weakest, meta)
 
 
 def require_positions(config, tokenizer, longest: int) -> None:

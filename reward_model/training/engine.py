@@ -12,6 +12,7 @@ from transformers import get_scheduler
 from reward_model.common.errors import UserError, first_line
 from reward_model.config.groups import TrainingConfig
 from reward_model.config.settings import Settings
+from reward_model.models.language_head import keep_language_head
 from reward_model.models.loading import DTYPES, load_for_training
 from reward_model.models.lora import add_lora
 from reward_model.models.scorer import Scorer, resize_embedding
@@ -53,6 +54,8 @@ def build_scorer(settings: Settings, rows: int) -> Scorer:
     if settings.loss.level == "token" and scorer.pooling != "last":
         raise UserError("--loss_level token: this model has no score per token; leave the flag out")
     resize_embedding(scorer, rows)
+    if settings.loss.sft_weight:
+        keep_language_head(scorer, model.model_name_or_path, not model.lora_dim, model.trust_remote_code)
     if model.gradient_checkpointing:
         recompute_layers(scorer, engine.zero_stage == 3, bool(model.lora_dim), model.offload_activations)
     if model.lora_dim:
@@ -64,8 +67,9 @@ def build_scorer(settings: Settings, rows: int) -> Scorer:
 
 
 def parameter_groups(scorer: Scorer, training: TrainingConfig) -> list[dict[str, Any]]:
-    """AdamW's groups: matrices decay, biases and norms do not; LoRA and what is no backbone have learning rates."""
-    inside = {id(parameter) for parameter in scorer.backbone.parameters()}
+    """AdamW's groups: matrices decay, biases and norms do not; LoRA and the head of scores have learning rates."""
+    pretrained = [scorer.backbone, *([scorer.language_head] if scorer.language_head else [])]
+    inside = {id(parameter) for part in pretrained for parameter in part.parameters()}
     groups: dict[tuple[float, float], list] = {}
     for name, parameter in scorer.named_parameters():
         if not parameter.requires_grad:

@@ -153,11 +153,12 @@ class Watch:
 
 
 def knows_log_2(loss: Loss) -> bool:
-    """Whether the loss of equal scores is log 2, and no less with any penalty: logistic without a margin.
+    """Whether the loss of equal scores is log 2, and no less with any penalty: logistic, without a margin or a weight.
 
     A penalty of scores that are all 0 is 0; but the logarithmic barrier, which is negative there, is left out.
     """
-    return loss.weights == {"logistic": 1.0} and loss.margin == 0 and loss.score_penalty != "log_barrier"
+    plain = loss.weights == {"logistic": 1.0} and loss.margin == 0 and not loss.terms
+    return plain and loss.score_penalty != "log_barrier"
 
 
 @dataclass

@@ -46,9 +46,19 @@ METRICS = {  # of metrics.jsonl → their heading
     "label_accuracy": "right labels",
 }
 SETTINGS = (  # of run.json, those that matter to who reads a card
-    *("loss", "loss_weight", "loss_level", "margin", "label_smoothing", "score_penalty", "score_penalty_weight"),
-    *("length_penalty", "flip_share", "drop_share"),
-    *("learning_rate", "head_learning_rate", "lora_dim", "lora_alpha", "lora_learning_rate"),
+    *("loss", "loss_weight", "loss_level", "margin", "margin_scale", "pair_weight", "label_smoothing"),
+    *("score_penalty", "score_penalty_weight", "contrastive_weight", "contrastive", "contrastive_temperature"),
+    *(
+        "sft_weight",
+        "length_penalty",
+        "flip_share",
+        "drop_share",
+        "learning_rate",
+        "head_learning_rate",
+        "lora_dim",
+        "lora_alpha",
+    ),
+    *("lora_learning_rate", "meta_rate", "meta_batch_size"),
     *("lora_bits", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("world_size", "lr_scheduler_type", "warmup_ratio", "num_warmup_steps", "weight_decay", "max_seq_len", "merge"),
     *("pooling", "pair_encoding", "dropout", "chat", "dtype", "zero_stage", "offload", "optim", "keep_best", "seed"),
@@ -57,6 +67,8 @@ SETTINGS = (  # of run.json, those that matter to who reads a card
 BELONGS_TO = {  # setting → the one without which it says nothing
     **dict.fromkeys(("lora_alpha", "lora_learning_rate", "lora_bits"), "lora_dim"),
     "score_penalty_weight": "score_penalty",
+    **dict.fromkeys(("meta_rate", "meta_batch_size"), "meta_data"),
+    **dict.fromkeys(("contrastive", "contrastive_temperature"), "contrastive_weight"),
 }
 
 

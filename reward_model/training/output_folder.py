@@ -76,6 +76,8 @@ def described_by(settings: Settings, context: DistributedContext, data: Data) ->
             "evaluation": hash_of_sets(data.evaluation),
             "model": hash_of_model(settings.model.model_name_or_path),
         }
+        if data.meta is not None:
+            content["meta"] = hash_of_rows(data.meta)
     versions = {"reward_model": reward_model.__version__, "python": platform.python_version()}
     uses_bits = settings.model.lora_bits or settings.training.optim != "adamw_torch_fused"
     packages = (*PACKAGES, "bitsandbytes") if uses_bits else PACKAGES

@@ -35,10 +35,22 @@ FREE = {each.name for each in fields(OutputConfig)} | {
     "trust_remote_code", "hang_timeout", "max_bad_steps", "score_limit",
 }  # fmt: skip
 BY_CONTENT = {each.name for each in fields(DataConfig)} - {"pair_encoding"} | {"model_name_or_path", "prior_model"}
-BEFORE = {"pair_encoding": False, "heads": 1, "head_anchor": 0.0}  # what runs did whose run.json does not say it
+BEFORE: dict[str, Any] = {  # what runs did whose run.json does not say it
+    "pair_encoding": False,
+    "heads": 1,
+    "head_anchor": 0.0,
+    "margin_scale": 0.0,
+    "contrastive_weight": 0.0,
+    "contrastive": "states",
+    "contrastive_temperature": 0.05,
+    "sft_weight": 0.0,
+    "meta_batch_size": 8,
+}
 BATCHES_OF_DEEPSPEED = {"train_micro_batch_size_per_gpu", "gradient_accumulation_steps"}
 BATCHES = {"per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size"}
-CONTENTS = {"train": "the training rows", "evaluation": "the held-out rows", "model": "the model"}
+CONTENTS = {"train": "the training rows", "evaluation": "the held-out rows", "meta": "the rows of --meta_data"} | {
+    "model": "the model"
+}
 VERSIONS = ("reward_model", "torch", "deepspeed", "transformers", "peft", "bitsandbytes")
 SHOWN = 1 << 20  # bytes at either end of a weight file by which it is known
 

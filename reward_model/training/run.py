@@ -53,6 +53,7 @@ from reward_model.training.compiling import compile_layers
 from reward_model.training.data import Data, load_data
 from reward_model.training.engine import build_scorer, partition_while_loading, start_engine
 from reward_model.training.held_out import keep_temperature, write_evaluation
+from reward_model.training.meta import MetaStep
 from reward_model.training.model_card import Trained, card_of, write_card
 from reward_model.training.naming import name_model
 from reward_model.training.output_folder import described_by, locked, mark, open_folder
@@ -228,6 +229,7 @@ def prepare(
     dtype, seed = DTYPES[settings.engine.dtype], settings.training.seed
     if thresholds is not None:
         scorer.thresholds = Thresholds(thresholds, dtype)
+    scorer.keeps_states = settings.loss.reads_states
     eval_batch = settings.evaluation.per_device_eval_batch_size
     planner = Planner(settings.batches, eval_batch, seed, context, objective.by_row)
     most = settings.evaluation.eval_iters * eval_batch * context.data_size
@@ -252,8 +254,21 @@ def prepare(
     most_responses, pad = settings.batches.max_responses, data.special.pad
     forward = ForwardPass(engine, scorer, dtype, context.device, pad, most_responses, context.sequence)
     records = Records(folder, trackers, context.is_first)
+    meta = start_meta(settings, forward, context, data)
     trainer = Trainer(
-        settings, context, engine, forward, objective, planner, records, train, held_out, steps, checkpointer, stop
+        settings,
+        context,
+        engine,
+        forward,
+        objective,
+        planner,
+        records,
+        train,
+        held_out,
+        steps,
+        checkpointer,
+        stop,
+        meta,
     )
     logger.info(described(trainer))
     if len(held_out) > 1:
@@ -269,6 +284,12 @@ def prepare(
     if start.checkpoint and context.sequence.size == 1:
         attention = start.state["attention"]  # another one would round otherwise
     logger.info(forward.choose_attention(data.longest, attention, to_time))
+    if settings.loss.contrastive_weight:
+        forward.require_two_views(data.special.end)
+        logger.info(
+            "contrastive term: each response is told from the others of one forward pass of one process, so that the "
+            "numbers depend on --per_device_train_batch_size and on the number of processes"
+        )
     if settings.engine.compile:
         logger.info(compile_layers(scorer, settings.model.gradient_checkpointing))
     for line in planner.advice(train[1], forward.layout.kind):
@@ -294,6 +315,20 @@ def begin_at_one(scorer: Scorer, settings: Settings, context: DistributedContext
         f"the untrained scores of {found.answers} answers had standard deviation {found.std:.4g}; the head was divided "
         "by it (--normalize_before)"
     )
+
+
+def start_meta(settings: Settings, forward: ForwardPass, context: DistributedContext, data: Data) -> MetaStep | None:
+    """What moves the weights towards the rows of ``--meta_data``, and what that costs, said; None: there are none."""
+    if data.meta is None:
+        return None
+    training = settings.training
+    rate = training.meta_rate or training.learning_rate
+    meta = MetaStep(data.meta, forward, context, rate, training.meta_batch_size, training.seed)
+    logger.info(
+        f"--meta_data: {counted(len(data.meta), 'prompt')}, {meta.prompts} in a step, rate {rate:g}; a forward and a "
+        "backward pass more over these in each step, and a copy of the weights that train"
+    )
+    return meta
 
 
 def steps_of_epochs(planner: Planner, groups: RowGroups, training: TrainingConfig) -> tuple[list[int], int]:

@@ -26,7 +26,7 @@ from reward_model.training.skipping import Outcome
 # that say so of the step, which are all of them or none; asked: ranks that are asked to end
 SUMS = (
     *("loss", "pairs", "correct", "chosen", "rejected", "tokens", "computed", "passes", "rows", "grad_norm"),
-    *("skipped", "bad", "asked"),
+    *("skipped", "bad", "asked", "difference"),
 )
 
 
@@ -37,6 +37,7 @@ class StepLog:
         self.context, self.records, self.bar, self.health = context, records, bar, health
         self.sums = self._zeros()
         self.pending: tuple | None = None
+        self.has_difference = False
         self.is_asked = False  # of any rank, to end the run
         self.seconds = 0.0  # of the last step
         self.clock = time.perf_counter()
@@ -57,6 +58,11 @@ class StepLog:
             self.sums[1:5] += torch.stack([part.sum(dtype=torch.float64) for part in parts])
             self.sums[5] += batch.tokens.attention_mask.sum()
             self.sums[8] += len(batch.points.row_weights)
+
+    def add_difference(self, difference: torch.Tensor) -> None:
+        """Count this rank's part of how far apart shifted texts are scored (0-d)."""
+        self.has_difference = True
+        self.sums[13] += difference
 
     def end_step(
         self,
@@ -101,7 +107,7 @@ class StepLog:
         step, epoch, seconds, read, learning_rate, has_norm, rows_of_step = self.pending
         self.pending = None
         loss, pairs, correct, chosen, rejected, tokens, computed, passes, rows, grad_norm, *flags = read()
-        skipped, bad, asked = flags
+        skipped, bad, asked, difference = flags
         self.is_asked = self.is_asked or asked > 0
         if not (math.isfinite(loss) or skipped):  # DeepSpeeds before 0.19 take such a step at some settings
             raise UserError(
@@ -131,6 +137,8 @@ class StepLog:
             values["accuracy"] = correct / pairs
             values["gap"] = (chosen - rejected) / pairs
             values["chosen_mean"], values["rejected_mean"] = chosen / pairs, rejected / pairs
+        if self.has_difference:
+            values["meta_difference"] = difference
         if has_norm and math.isfinite(grad_norm):  # float16's overflows have none
             values["grad_norm"] = grad_norm
         self.records.add(values)

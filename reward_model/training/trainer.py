@@ -27,13 +27,15 @@ from reward_model.common.words import at_step, counted
 from reward_model.config.settings import Settings
 from reward_model.data.comparisons import Comparisons
 from reward_model.evaluation.evaluate import Evaluation, described, evaluate
-from reward_model.evaluation.scoring import Stopped
+from reward_model.evaluation.scoring import Loaded, Stopped
 from reward_model.models.forward import ForwardPass
 from reward_model.models.scorer import count
 from reward_model.objectives.objective import Objective
+from reward_model.objectives.terms import chosen_tokens
 from reward_model.training.best import Best
 from reward_model.training.checkpointing import Checkpointer
 from reward_model.training.health import Health, TooManyBadSteps, Watch, wrong_weights
+from reward_model.training.meta import MetaStep
 from reward_model.training.records import Records
 from reward_model.training.skipping import StepGuard, marked
 from reward_model.training.step_log import StepLog
@@ -64,6 +66,7 @@ class Trainer:
         steps: tuple[list[int], int],
         checkpointer: Checkpointer,
         stop: StopRequest,
+        meta: MetaStep | None = None,
     ):
         """
         Args:
@@ -72,13 +75,14 @@ class Trainer:
             held_out: name → rows and groups of each evaluation set; the first one decides which weights are the best.
             steps: of each epoch, and those that are taken.
             stop: that the run shall end before that.
+            meta: what moves the weights for each step's gradient; None: nothing does.
         """
         self.settings, self.context, self.engine, self.forward = settings, context, engine, forward
         self.objective, self.planner, self.records = objective, planner, records
         self.train_set, self.groups = train
         self.held_out = held_out
         self.ends, self.total_steps = list(accumulate(steps[0])), steps[1]
-        self.checkpointer, self.stop = checkpointer, stop
+        self.checkpointer, self.stop, self.meta = checkpointer, stop, meta
         self.step, self.evaluated = 0, -1
         self.found = dict.fromkeys(held_out, Evaluation())
         by = settings.evaluation.keep_best or ("loss" if settings.evaluation.early_stop else None)
@@ -113,6 +117,7 @@ class Trainer:
             "attention": self.forward.attention.name,
             "best": self.best and self.best.state(),
             "lowest_grade": float(self.objective.lowest_grade),
+            "distance": self.objective.distance and self.objective.distance.state(),
             "thresholds": 0 if thresholds is None else sum(count(each) for each in thresholds.parameters()),
             "probe": [whole(text) for text in texts],
             "probe_second": [second_segment(text) for text in texts],
@@ -125,6 +130,8 @@ class Trainer:
         self.found = {name: Evaluation(state["metrics"].get(name, {})) for name in self.held_out}
         if self.best and state["best"] and state["best"]["by"] == self.best.by:
             self.best = Best(**state["best"])
+        if self.objective.distance:
+            self.objective.distance.restore(state["distance"], self.context.device)
         self.health.restore(state["health"])
         self.records.lines = state["lines"]  # to which train() cuts the file
 
@@ -162,9 +169,14 @@ class Trainer:
             self.engine.train()
             plan = self.planner.epoch(self.groups, epoch, layout.kind)
             for index, batches in enumerate(self.planner.load(self.train_set, plan, layout, first=done), done):
+                self.measure_distance(batches)
+                if self.meta:
+                    log.add_difference(self.meta.ascend(self.step))
                 for batch in batches:
                     self.engine.set_gradient_accumulation_boundary(batch is batches[-1])
                     self.train_micro_batch(batch.to(self.context.device), log)
+                if self.objective.distance:
+                    self.objective.distance.end_step()
                 self.step += 1
                 rate, norm = self.engine.get_lr()[0], self.engine.get_global_grad_norm()
                 rows, outcome = partial(plan.rows, index), self.guard.after_step()
@@ -243,6 +255,22 @@ class Trainer:
             raise Interrupted(f"{what}; the same command goes on from here")
         raise UserError(f"{what} before the end of the run, without a checkpoint of this step")
 
+    @torch.no_grad()
+    def measure_distance(self, batches: Loaded) -> None:
+        """Before the first step: the mean distance of its pairs, by which ``--pair_weight norm`` begins."""
+        distance = self.objective.distance
+        if distance is None or distance.mean is not None:
+            return
+        self.engine.eval()
+        for loaded in batches:
+            beat(f"the distances of step {self.step + 1}")
+            batch = loaded.to(self.context.device)
+            self.forward(batch, batch.tokens.ends)
+            assert self.forward.states is not None
+            distance.add(batch.pairs, self.forward.states, batch.weight)
+        distance.end_step()
+        self.engine.train()
+
     def train_micro_batch(self, batch: Batch, log: StepLog) -> None:
         """Forward and backward pass of a batch on this device, and the optimizer's step if it is the last of one."""
         beat(f"a micro-batch of step {self.step + 1}")
@@ -251,21 +279,41 @@ class Trainer:
         loss = marked(loss) * batch.weight / self.context.sequence.size
         # DeepSpeed takes the mean over the ranks, and here the sum over all micro-batches is meant
         self.engine.backward(loss * self.context.world_size, scale_wrt_gas=False)
+        if self.meta and self.engine.is_gradient_accumulation_boundary():
+            self.meta.come_back()
         self.engine.step()
         log.add(loss.detach(), chosen.detach(), rejected.detach(), batch)
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The mean loss of a batch (0-d), and the end scores of its winners and losers (p,); float32."""
-        every = None
-        if self.settings.loss.level == "token":
-            every = self.forward(batch, batch.tokens.spans)  # (n, r)
+        every, forward, settings = None, self.forward, self.settings.loss
+        answers = chosen_tokens(batch) if settings.sft_weight else None
+        if settings.level == "token":
+            every = forward(batch, batch.tokens.spans)  # (n, r)
             scores = every[:, -1]  # beyond its end a response repeats its last token
         else:
-            scores = self.forward(batch, batch.tokens.ends)  # (n,)
-        loss = self.objective(batch, scores, every, self.forward.thresholds, self.forward.heads)
-        if self.forward.anchor is not None:
-            loss = loss + self.settings.loss.head_anchor * self.forward.anchor
+            scores = forward(batch, batch.tokens.ends, followed_by=answers and (answers.before, answers.ids))  # (n,)
+        states, token_losses = forward.states, forward.token_losses
+        if self.objective.distance and states is not None:
+            self.objective.distance.add(batch.pairs, states, batch.weight)
+        loss = self.objective(batch, scores, every, forward.thresholds, forward.heads, states)
+        anchor = forward.anchor
+        if states is not None and settings.contrastive_weight:
+            loss = self.with_second_view(loss, batch, states)
+        if anchor is not None:
+            loss = loss + settings.head_anchor * anchor
+        if answers and token_losses is not None:
+            of_language = (token_losses * answers.weights).sum()
+            loss = (1 - settings.sft_weight) * loss + settings.sft_weight * of_language
         return loss, scores[batch.pairs.better], scores[batch.pairs.worse]
+
+    def with_second_view(self, loss: torch.Tensor, batch: Batch, states: torch.Tensor) -> torch.Tensor:
+        """The loss with the contrastive term, and of both passes, as Secrets of RLHF II has it of all augmentations."""
+        scores = self.forward(batch, batch.tokens.ends)  # with another dropout mask
+        again = self.forward.states
+        assert again is not None
+        loss = (loss + self.objective(batch, scores, None, self.forward.thresholds, self.forward.heads, again)) / 2
+        return loss + self.settings.loss.contrastive_weight * self.objective.contrastive(batch, states, again)
 
     def evaluate_if_due(self) -> None:
         """Score the evaluation rows if they are to be scored after this step.

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -73,6 +74,8 @@ OWN_FLAGS = {"scaled": "--margin large", "prior_cosine": "--prior_model none", "
 FLAGS = [f"--loss {name} {OWN_FLAGS.get(name, '')}".strip() for name in (*PAIR_LOSSES, *LIST_LOSSES, *POINT_LOSSES)]
 FLAGS += [f"--loss logistic mse --length_penalty 1 --score_penalty {kind}" for kind in SCORE_PENALTIES]
 FLAGS += [f"--loss {name} --loss_level token" for name in ("logistic", "focal")]
+FLAGS += ["--margin similarity --pair_weight norm", "--contrastive_weight 1"]
+FLAGS += ["--contrastive_weight 1 --contrastive difference"]
 
 SIZES = {"vocab_size": 32, "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
 CONFIGS = {
@@ -124,12 +127,16 @@ def micro_batch(family: str, backend: AttentionBackend, flags: str, kind: type[O
             model = AutoModelForSequenceClassification.from_config(config, dtype=DTYPE)
             multiply_in_float32(model)
             scorer = Scorer(model, "last").train()
+            scorer.keeps_states = loss_options.reads_states
+            if objective.distance:
+                objective.distance.mean = torch.ones((), dtype=torch.float64)
             if "ordinal" in flags:
                 scorer.thresholds = Thresholds(torch.tensor([-0.5, 0.5]), DTYPE)
         forward = ForwardPass(scorer, scorer, DTYPE, CUDA, pad=0)
         forward.use(backend)
         batch = replace(given, buffer=mode.from_tensor(given.buffer)).to(CUDA)  # one buffer, cut there
         trainer = SimpleNamespace(settings=SimpleNamespace(loss=loss_options), forward=forward, objective=objective)
+        trainer.with_second_view = partial(Trainer.with_second_view, trainer)
         loss, chosen, rejected = Trainer.loss(trainer, batch)
         (marked(loss) * batch.weight).backward()
         for parameter in scorer.parameters():
