@@ -48,16 +48,8 @@ METRICS = {  # of metrics.jsonl → their heading
 SETTINGS = (  # of run.json, those that matter to who reads a card
     *("loss", "loss_weight", "loss_level", "margin", "margin_scale", "pair_weight", "label_smoothing"),
     *("score_penalty", "score_penalty_weight", "contrastive_weight", "contrastive", "contrastive_temperature"),
-    *(
-        "sft_weight",
-        "length_penalty",
-        "flip_share",
-        "drop_share",
-        "learning_rate",
-        "head_learning_rate",
-        "lora_dim",
-        "lora_alpha",
-    ),
+    *("sft_weight", "length_penalty", "flip_share", "drop_share", "heads", "head_anchor"),
+    *("learning_rate", "head_learning_rate", "lora_dim", "lora_alpha"),
     *("lora_learning_rate", "meta_rate", "meta_batch_size"),
     *("lora_bits", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("world_size", "lr_scheduler_type", "warmup_ratio", "num_warmup_steps", "weight_decay", "max_seq_len", "merge"),

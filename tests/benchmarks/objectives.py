@@ -65,7 +65,7 @@ ARMS = {
     "huber": ("points", "scores", ["--loss", "huber", "--huber_delta", 0.2]),
     "bce": ("labels", "scores", ["--loss", "bce"]),
     "ordinal": ("grades", "scores", ["--loss", "ordinal"]),
-    "logistic + mse": ("scored_pairs", "both", ["--loss", "logistic", "mse"]),
+    "logistic + mse": ("scored_pairs", "both", ["--loss", "logistic", "mse", "--on_bad_row", "skip"]),
 }
 STEPS = {"lists": LIST_STEP, "points": POINT_STEP, "labels": POINT_STEP, "grades": POINT_STEP}
 COLUMNS = {
