@@ -143,6 +143,13 @@ def test_rows_that_are_no_pairs_stay_as_they_are(models, tmp_path, capfd):
     assert "one model: strength_std is 0" in said
 
 
+def test_prompts_that_are_cut_are_counted(models, tmp_path, capfd):
+    rows = [row_of(0), row_of(1) | {"prompt": "the cat sat on the mat " * 20}]
+    summary, _ = judged(models[:1], write_rows(tmp_path / "rows.jsonl", rows), max_seq_len=48)
+    assert summary["judged"] == 2
+    assert "the prompts of 1 row lost their left, to fit 48 tokens (--max_seq_len)" in capfd.readouterr().out
+
+
 def test_layouts_and_parquet(models, tmp_path):
     """A column that names the winner decides what is chosen; the row keeps its own columns."""
     rows = [row_of(i) for i in range(6)]

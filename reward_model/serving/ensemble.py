@@ -181,6 +181,7 @@ class Scoring:
         done = path.stat().st_size // (BLOCK * NUMBER.itemsize) if path.exists() else 0
         left: Counter[str] = Counter()
         first: dict[str, int] = {}
+        cut = 0
         source, stored = settled(str(self.config.data), self.config.names, self.reading.chat)
         with path.open("ab") as file:
             file.truncate(done * BLOCK * NUMBER.itemsize)  # of a block that was not written to its end
@@ -190,7 +191,8 @@ class Scoring:
             for start, block in blocks(stored):
                 turn, rank = divmod(start // BLOCK, self.context.world_size)
                 if rank == self.context.rank and turn >= done:
-                    differences, reasons = self._differences(start, block, source)
+                    differences, reasons, shortened = self._differences(start, block, source)
+                    cut += shortened
                     for at, reason in reasons:
                         left[reason] += 1
                         first.setdefault(reason, at)
@@ -199,14 +201,18 @@ class Scoring:
                 bar.update(len(block))
             bar.close()
             os.fsync(file.fileno())
+        if cut:
+            what = f"the prompts of {counted(cut, 'row')} lost their left, to fit {self.reading.max_seq_len} tokens"
+            logger.warning(f"{self.judge.model}: {what} (--max_seq_len)")
         for reason, count in left.most_common():
             which = f"{counted(count, 'row')} not judged, row {first[reason]} the first of them"
             logger.warning(f"{self.judge.model}: {which}: {reason}")
 
     def _differences(
         self, start: int, block: list[tuple[int, dict]], source: Source
-    ) -> tuple[np.ndarray, list[tuple[int, str]]]:
-        """r(chosen) − r(rejected) of each row of a block, NaN where there is none, and why not: row and reason."""
+    ) -> tuple[np.ndarray, list[tuple[int, str]], int]:
+        """r(chosen) − r(rejected) of each row of a block, NaN where there is none; why not, as row and reason; and of
+        how many rows the prompt was cut."""
         found = np.full(len(block), np.nan)
         mine = [at for at in range(len(block)) if self.judge.rows is None or self.judge.rows[start + at]]
         reasons = []
@@ -220,20 +226,21 @@ class Scoring:
             else:
                 texts.append(row.texts)
                 places.append(at)
-        good = []
+        good, cut = [], 0
         for at, each in zip(places, self.reward.encoded(texts, self.reading.max_seq_len)):
             if isinstance(each, BadRow):
                 reasons.append((block[at][0], str(each)))
             else:
                 assert isinstance(each, Encoded)
                 good.append((at, each.row))
+                cut += each.cut
         scores = self.reward.score_rows([row for _, row in good], self.config.tokens_per_batch) if good else []
         for (at, _), (chosen, rejected) in zip(good, scores):
             if math.isfinite(chosen - rejected):
                 found[at] = chosen - rejected
             else:
                 reasons.append((block[at][0], "a score is not finite; --dtype fp32 has a wider range"))
-        return found, reasons
+        return found, reasons, cut
 
 
 def sha256_of_array(values: np.ndarray) -> str:
