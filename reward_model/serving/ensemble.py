@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -119,8 +119,35 @@ def judge_with(judges: Sequence[Judge], config: EnsembleConfig, context: Distrib
     for number, judge in enumerate(judges):
         logger.info(f"{judge.model}: model {number + 1} of {len(judges)}")
         found.append(Scoring.load(judge, config, context).run(parts, number, given))
-    distributed.from_first(None)  # all files are whole
-    return write(judges, found, config, context.world_size) if context.is_first else {}
+    of_ranks = distributed.gather_objects(found)  # and all files are whole
+    for number, judge in enumerate(judges):
+        for line in notes_in_words([notes[number] for notes in of_ranks]):
+            logger.warning(f"{judge.model}: {line}")
+    temperatures = [notes.temperature for notes in found]
+    return write(judges, temperatures, config, context.world_size) if context.is_first else {}
+
+
+class Notes(NamedTuple):
+    """What is told of a model's share of the rows.
+
+    temperature: of the model. cut: rows whose prompt lost its left. left: why rows were not judged → how many, and the
+    number of the first.
+    """
+
+    temperature: float
+    cut: int
+    left: dict[str, tuple[int, int]]
+
+
+def notes_in_words(of_ranks: Sequence[Notes]) -> Iterator[str]:
+    """The same of one model, from all ranks, in lines."""
+    if cut := sum(notes.cut for notes in of_ranks):
+        yield f"the prompts of {counted(cut, 'row')} lost their left, to fit the longest text (--max_seq_len)"
+    for reason in dict.fromkeys(reason for notes in of_ranks for reason in notes.left):
+        found = [notes.left[reason] for notes in of_ranks if reason in notes.left]
+        first = min(number for _, number in found)
+        count = sum(count for count, _ in found)
+        yield f"{counted(count, 'row')} not judged, row {first} the first of them: {reason}"
 
 
 @dataclass(frozen=True)
@@ -146,8 +173,8 @@ class Scoring:
         logger.info(reward.choose_attention(reading.max_seq_len, config.attention))
         return cls(judge, reward, reading, config, context)
 
-    def run(self, parts: Path, number: int, given: dict[str, Any]) -> float:
-        """Write the differences of this rank's blocks of rows, those that are not there yet; the model's temperature.
+    def run(self, parts: Path, number: int, given: dict[str, Any]) -> Notes:
+        """Write the differences of this rank's blocks of rows, those that are not there yet.
 
         Raises:
             UserError: what is there was begun with another model, other data, flags or ranks.
@@ -157,16 +184,13 @@ class Scoring:
         wanted = {"model": fingerprint(self.reward), "input": given, "flags": self._flags()}
         try:
             if path.exists() and beside.exists():
-                require_same(path, json.loads(beside.read_text(encoding="utf-8")), wanted)
+                require_same(path, _read(beside), wanted)
             else:
                 path.unlink(missing_ok=True)
                 write_whole(beside, json.dumps(wanted, indent=1) + "\n")
-            self._append(path)
+            return self._append(path)
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}") from error
-        except ValueError as error:
-            raise UserError(f"--resume: {beside} is not JSON") from error
-        return self.reward.temperature
 
     def _flags(self) -> dict[str, Any]:
         """That change a number, or which rank has it."""
@@ -177,7 +201,7 @@ class Scoring:
             found["rows"] = sha256_of_array(self.judge.rows)
         return found
 
-    def _append(self, path: Path) -> None:
+    def _append(self, path: Path) -> Notes:
         done = path.stat().st_size // (BLOCK * NUMBER.itemsize) if path.exists() else 0
         left: Counter[str] = Counter()
         first: dict[str, int] = {}
@@ -201,12 +225,7 @@ class Scoring:
                 bar.update(len(block))
             bar.close()
             os.fsync(file.fileno())
-        if cut:
-            what = f"the prompts of {counted(cut, 'row')} lost their left, to fit {self.reading.max_seq_len} tokens"
-            logger.warning(f"{self.judge.model}: {what} (--max_seq_len)")
-        for reason, count in left.most_common():
-            which = f"{counted(count, 'row')} not judged, row {first[reason]} the first of them"
-            logger.warning(f"{self.judge.model}: {which}: {reason}")
+        return Notes(self.reward.temperature, cut, {reason: (left[reason], first[reason]) for reason in left})
 
     def _differences(
         self, start: int, block: list[tuple[int, dict]], source: Source
@@ -241,6 +260,14 @@ class Scoring:
             else:
                 reasons.append((block[at][0], "a score is not finite; --dtype fp32 has a wider range"))
         return found, reasons, cut
+
+
+def _read(beside: Path) -> dict[str, Any]:
+    """What a part was begun with. Raises UserError: it is not JSON."""
+    try:
+        return json.loads(beside.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"--resume: {beside} is not JSON") from error
 
 
 def sha256_of_array(values: np.ndarray) -> str:
