@@ -28,7 +28,7 @@ from reward_model.config.ensemble import EnsembleConfig
 from reward_model.data.strengths import COLUMNS, strength_of_differences
 from reward_model.inference import load
 from reward_model.serving import ensemble as module
-from reward_model.serving.ensemble import BLOCK, Judge, Scoring, parts_of, require_free
+from reward_model.serving.ensemble import BLOCK, Judge, Notes, Scoring, notes_in_words, parts_of, require_free
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -141,6 +141,22 @@ def test_rows_that_are_no_pairs_stay_as_they_are(models, tmp_path, capfd):
     assert "3 of 5 rows judged by no model, and written without strengths" in said
     assert "1 row could not be read, and left out" in said
     assert "one model: strength_std is 0" in said
+
+
+def test_prompts_that_are_cut_are_counted(models, tmp_path, capfd):
+    rows = [row_of(0), row_of(1) | {"prompt": "the cat sat on the mat " * 20}]
+    summary, _ = judged(models[:1], write_rows(tmp_path / "rows.jsonl", rows), max_seq_len=48)
+    assert summary["judged"] == 2
+    assert "the prompts of 1 row lost their left, to fit the longest text (--max_seq_len)" in capfd.readouterr().out
+
+
+def test_what_all_ranks_left_out_is_told_together():
+    notes = [Notes(1.0, 2, {"a": (3, 9)}), Notes(1.0, 1, {"a": (1, 4), "b": (1, 7)}), Notes(1.0, 0, {})]
+    assert list(notes_in_words(notes)) == [
+        "the prompts of 3 rows lost their left, to fit the longest text (--max_seq_len)",
+        "4 rows not judged, row 4 the first of them: a",
+        "1 row not judged, row 7 the first of them: b",
+    ]
 
 
 def test_layouts_and_parquet(models, tmp_path):

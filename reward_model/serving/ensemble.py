@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -119,8 +119,35 @@ def judge_with(judges: Sequence[Judge], config: EnsembleConfig, context: Distrib
     for number, judge in enumerate(judges):
         logger.info(f"{judge.model}: model {number + 1} of {len(judges)}")
         found.append(Scoring.load(judge, config, context).run(parts, number, given))
-    distributed.from_first(None)  # all files are whole
-    return write(judges, found, config, context.world_size) if context.is_first else {}
+    of_ranks = distributed.gather_objects(found)  # and all files are whole
+    for number, judge in enumerate(judges):
+        for line in notes_in_words([notes[number] for notes in of_ranks]):
+            logger.warning(f"{judge.model}: {line}")
+    temperatures = [notes.temperature for notes in found]
+    return write(judges, temperatures, config, context.world_size) if context.is_first else {}
+
+
+class Notes(NamedTuple):
+    """What is told of a model's share of the rows.
+
+    temperature: of the model. cut: rows whose prompt lost its left. left: why rows were not judged → how many, and the
+    number of the first.
+    """
+
+    temperature: float
+    cut: int
+    left: dict[str, tuple[int, int]]
+
+
+def notes_in_words(of_ranks: Sequence[Notes]) -> Iterator[str]:
+    """The same of one model, from all ranks, in lines."""
+    if cut := sum(notes.cut for notes in of_ranks):
+        yield f"the prompts of {counted(cut, 'row')} lost their left, to fit the longest text (--max_seq_len)"
+    for reason in dict.fromkeys(reason for notes in of_ranks for reason in notes.left):
+        found = [notes.left[reason] for notes in of_ranks if reason in notes.left]
+        first = min(number for _, number in found)
+        count = sum(count for count, _ in found)
+        yield f"{counted(count, 'row')} not judged, row {first} the first of them: {reason}"
 
 
 @dataclass(frozen=True)
@@ -146,8 +173,8 @@ class Scoring:
         logger.info(reward.choose_attention(reading.max_seq_len, config.attention))
         return cls(judge, reward, reading, config, context)
 
-    def run(self, parts: Path, number: int, given: dict[str, Any]) -> float:
-        """Write the differences of this rank's blocks of rows, those that are not there yet; the model's temperature.
+    def run(self, parts: Path, number: int, given: dict[str, Any]) -> Notes:
+        """Write the differences of this rank's blocks of rows, those that are not there yet.
 
         Raises:
             UserError: what is there was begun with another model, other data, flags or ranks.
@@ -157,16 +184,13 @@ class Scoring:
         wanted = {"model": fingerprint(self.reward), "input": given, "flags": self._flags()}
         try:
             if path.exists() and beside.exists():
-                require_same(path, json.loads(beside.read_text(encoding="utf-8")), wanted)
+                require_same(path, _read(beside), wanted)
             else:
                 path.unlink(missing_ok=True)
                 write_whole(beside, json.dumps(wanted, indent=1) + "\n")
-            self._append(path)
+            return self._append(path)
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}") from error
-        except ValueError as error:
-            raise UserError(f"--resume: {beside} is not JSON") from error
-        return self.reward.temperature
 
     def _flags(self) -> dict[str, Any]:
         """That change a number, or which rank has it."""
@@ -177,10 +201,11 @@ class Scoring:
             found["rows"] = sha256_of_array(self.judge.rows)
         return found
 
-    def _append(self, path: Path) -> None:
+    def _append(self, path: Path) -> Notes:
         done = path.stat().st_size // (BLOCK * NUMBER.itemsize) if path.exists() else 0
         left: Counter[str] = Counter()
         first: dict[str, int] = {}
+        cut = 0
         source, stored = settled(str(self.config.data), self.config.names, self.reading.chat)
         with path.open("ab") as file:
             file.truncate(done * BLOCK * NUMBER.itemsize)  # of a block that was not written to its end
@@ -190,7 +215,8 @@ class Scoring:
             for start, block in blocks(stored):
                 turn, rank = divmod(start // BLOCK, self.context.world_size)
                 if rank == self.context.rank and turn >= done:
-                    differences, reasons = self._differences(start, block, source)
+                    differences, reasons, shortened = self._differences(start, block, source)
+                    cut += shortened
                     for at, reason in reasons:
                         left[reason] += 1
                         first.setdefault(reason, at)
@@ -199,14 +225,13 @@ class Scoring:
                 bar.update(len(block))
             bar.close()
             os.fsync(file.fileno())
-        for reason, count in left.most_common():
-            which = f"{counted(count, 'row')} not judged, row {first[reason]} the first of them"
-            logger.warning(f"{self.judge.model}: {which}: {reason}")
+        return Notes(self.reward.temperature, cut, {reason: (left[reason], first[reason]) for reason in left})
 
     def _differences(
         self, start: int, block: list[tuple[int, dict]], source: Source
-    ) -> tuple[np.ndarray, list[tuple[int, str]]]:
-        """r(chosen) − r(rejected) of each row of a block, NaN where there is none, and why not: row and reason."""
+    ) -> tuple[np.ndarray, list[tuple[int, str]], int]:
+        """r(chosen) − r(rejected) of each row of a block, NaN where there is none; why not, as row and reason; and of
+        how many rows the prompt was cut."""
         found = np.full(len(block), np.nan)
         mine = [at for at in range(len(block)) if self.judge.rows is None or self.judge.rows[start + at]]
         reasons = []
@@ -220,20 +245,29 @@ class Scoring:
             else:
                 texts.append(row.texts)
                 places.append(at)
-        good = []
+        good, cut = [], 0
         for at, each in zip(places, self.reward.encoded(texts, self.reading.max_seq_len)):
             if isinstance(each, BadRow):
                 reasons.append((block[at][0], str(each)))
             else:
                 assert isinstance(each, Encoded)
                 good.append((at, each.row))
+                cut += each.cut
         scores = self.reward.score_rows([row for _, row in good], self.config.tokens_per_batch) if good else []
         for (at, _), (chosen, rejected) in zip(good, scores):
             if math.isfinite(chosen - rejected):
                 found[at] = chosen - rejected
             else:
                 reasons.append((block[at][0], "a score is not finite; --dtype fp32 has a wider range"))
-        return found, reasons
+        return found, reasons, cut
+
+
+def _read(beside: Path) -> dict[str, Any]:
+    """What a part was begun with. Raises UserError: it is not JSON."""
+    try:
+        return json.loads(beside.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"--resume: {beside} is not JSON") from error
 
 
 def sha256_of_array(values: np.ndarray) -> str:
