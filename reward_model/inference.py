@@ -18,10 +18,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from reward_model.batching.batch import Batch
 from reward_model.batching.collate import collate
 from reward_model.batching.layout import Layout
 from reward_model.batching.planner import Planner
@@ -42,11 +42,12 @@ from reward_model.data.preprocessing import compare
 from reward_model.data.rows import Texts, texts_to_score
 from reward_model.data.tokenizer import choose_special_tokens, load_tokenizer
 from reward_model.data.whole_texts import WholeTexts
-from reward_model.evaluation.judged import Judged, judge, scored_at
+from reward_model.evaluation.judged import Judged, columns_of, judge, scored_at
 from reward_model.models.adapters import is_adapter, merged, merged_before
 from reward_model.models.attention import SEPARATE, AttentionBackend, window
 from reward_model.models.forward import ForwardPass
 from reward_model.models.loading import DTYPES, load_for_training
+from reward_model.models.many_heads import beta_of, take_heads
 from reward_model.models.pair_encoding import for_scoring, told
 from reward_model.models.saved_forms import form_of, load_form
 from reward_model.models.saving import NAMING
@@ -56,8 +57,22 @@ from reward_model.objectives.losses import likeliest_grade
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # owner/name
 
 
+class RowScores(NamedTuple):
+    """The scores of a row's responses, and what there is beside them, a number for each response.
+
+    beside: of a model with several heads ``std``, the standard deviation of their scores (the population's), and
+    ``lower``, score − β·std; of one with a single head nothing.
+    """
+
+    scores: list[float]
+    beside: dict[str, list[float]]
+
+
 class RewardScorer:
-    """A saved model with its tokenizer, scoring as the trainer's evaluation does."""
+    """A saved model with its tokenizer, scoring as the trainer's evaluation does.
+
+    beta: of the lower bound r − β·u, u the standard deviation over several heads; ``score_beta`` in ``config.json``.
+    """
 
     def __init__(
         self,
@@ -89,6 +104,7 @@ class RewardScorer:
         self.mean = getattr(scorer.config, "score_mean", 0.0)  # of a normalized model: its head has no bias to take it
         self.thresholds = [value - self.mean for value in getattr(scorer.config, "score_thresholds", [])]
         self.lowest_grade = getattr(scorer.config, "lowest_grade", 0)
+        self.beta = beta_of(scorer)
         self.temperature = getattr(scorer.config, "score_temperature", None) or 1.0  # of a probability, not of scores
         self.sharing: AttentionBackend | None = None  # of score_rows, once it is chosen
         self.longest = 0  # tokens of the longest text for which it was chosen
@@ -121,7 +137,7 @@ class RewardScorer:
         if self.pad is None and self.scorer.pooling == "classifier":  # takes no pads, see score_ids
             rows = (data[i] for i in range(len(data)))
             texts = [row.text(k) for row in rows for k in range(len(row.responses))]
-            return Judged.of(data, np.array(self._score_texts(texts)))
+            return self._judged(Judged.of(data, *columns_of(self._columns_of_texts(texts).double().numpy())))
         batches = BatchConfig(merge="prompt", per_device_train_batch_size=batch_size, tokens_per_batch=tokens_per_batch)
         planner = Planner(batches, batch_size, seed, context, by_row=False)
         groups = planner.evaluation_groups(data, 0)
@@ -136,7 +152,11 @@ class RewardScorer:
             found, _ = judge(self.forward, data, plan, loaded, context, pad)
         finally:
             self.forward.use(SEPARATE)
-        return replace(found, scores=found.scores - self.mean)
+        return self._judged(found)
+
+    def _judged(self, found: Judged) -> Judged:
+        """Raw scores as this model gives them, with the bounds of several heads beside them."""
+        return found.on_scale(1.0, self.mean).with_bounds(self.beta)
 
     def grades(self, scores: Sequence[float]) -> list[int]:
         """The likeliest grade of each score, by the thresholds that ``--loss ordinal`` has learned.
@@ -296,10 +316,14 @@ class RewardScorer:
             self.has_said_long = True
         return longest
 
-    @torch.no_grad()
     def _score_texts(self, texts: Sequence[Comparison], batch_size: int = 16) -> list[float]:
         """The score of the one response of each of some rows."""
-        scores = torch.empty(len(texts))
+        return (self._columns_of_texts(texts, batch_size)[:, 0] - self.mean).tolist()
+
+    @torch.no_grad()
+    def _columns_of_texts(self, texts: Sequence[Comparison], batch_size: int = 16) -> torch.Tensor:
+        """The raw score of each, and beside it that of every head where there are several; (n, 1) or (n, 1 + K)."""
+        found = torch.empty(len(texts), self._columns)
         self._require_positions(texts)
         order = sorted(range(len(texts)), key=lambda i: texts[i].tokens)  # texts of one length need no pads
         if self.pad is None and self.scorer.pooling == "classifier":
@@ -310,8 +334,27 @@ class RewardScorer:
             batch = collate(rows, self.forward.layout).to(self.forward.device)
             beyond = [pads_at_end(row.prompt + row.responses[0], self.pad) for row in rows]
             beyond = torch.tensor(beyond, device=self.forward.device)
-            scores[chosen] = self.forward(batch, batch.tokens.ends - beyond).float().cpu()
-        return (scores - self.mean).tolist()
+            found[chosen] = self._columns_at(batch, batch.tokens.ends - beyond)
+        return found
+
+    @property
+    def _columns(self) -> int:
+        return 1 if self.scorer.heads == 1 else 1 + self.scorer.heads
+
+    def _columns_at(self, batch: Batch, at: torch.Tensor) -> torch.Tensor:
+        """The same of the responses of a batch, on the host."""
+        scores = self.forward(batch, at).float()
+        heads = self.forward.heads
+        columns = scores[:, None] if heads is None else torch.cat([scores[:, None], heads.float()], dim=1)
+        return columns.cpu()
+
+    def _row_scores(self, columns: torch.Tensor) -> RowScores:
+        """Of the responses of a row."""
+        scores = [score - self.mean for score in columns[:, 0].tolist()]
+        if self.scorer.heads == 1:
+            return RowScores(scores, {})
+        spread = columns[:, 1:].std(1, correction=0).tolist()
+        return RowScores(scores, {"std": spread, "lower": [r - self.beta * u for r, u in zip(scores, spread)]})
 
     # --- rows: a prompt and its responses, encoded together ---
 
@@ -401,18 +444,22 @@ class RewardScorer:
         self.scorer.eval()  # trying backends out has trained, too
         return said
 
-    @torch.no_grad()
     def score_rows(self, rows: Sequence[Comparison], tokens_per_batch: int = TOKENS) -> list[list[float]]:
-        """The scores of each row's responses, in the order given; a prompt is encoded once where the model allows it.
+        """The scores of each row's responses, in the order given; as :meth:`assess_rows`, without what is beside."""
+        return [row.scores for row in self.assess_rows(rows, tokens_per_batch)]
+
+    @torch.no_grad()
+    def assess_rows(self, rows: Sequence[Comparison], tokens_per_batch: int = TOKENS) -> list[RowScores]:
+        """Each row's responses, in the order given; a prompt is encoded once where the model allows it.
 
         Args:
             rows: as :meth:`rows` makes them. Those of one prompt share it, too, where they come into one batch.
             tokens_per_batch: the most tokens of a forward pass, pads included; a single longer text stays whole.
         """
         if self.pad is None and self.scorer.pooling == "classifier":  # takes no pads, see score_ids
-            flat = iter(self._score_texts([row.text(k) for row in rows for k in range(len(row.responses))]))
-            return [[next(flat) for _ in row.responses] for row in rows]
-        found: list[list[float]] = [[0.0] * len(row.responses) for row in rows]
+            columns = self._columns_of_texts([row.text(k) for row in rows for k in range(len(row.responses))])
+            return [self._row_scores(part) for part in columns.split([len(row.responses) for row in rows])]
+        found = [torch.zeros(len(row.responses), self._columns) for row in rows]
         longest = self._require_positions(rows)
         if self.sharing is None or longest > max(self.longest, window(self.scorer.config)):
             logger.info(self.choose_attention(longest))
@@ -424,15 +471,15 @@ class RewardScorer:
             pieces = [piece for i, row in enumerate(rows) for piece in _pieces(i, row, layout, tokens_per_batch)]
             for part in _batches(pieces, layout, tokens_per_batch):
                 batch = collate([piece.row for piece in part], layout).to(self.forward.device)
-                scores = self.forward(batch, scored_at(batch, pad)).float()
+                columns = self._columns_at(batch, scored_at(batch, pad))[batch.points.responses.cpu()]
                 places = batch.points.row_indices[batch.points.rows].tolist()
                 filled = [piece.first for piece in part]
-                for place, score in zip(places, scores[batch.points.responses].tolist()):
-                    found[part[place].of][filled[place]] = score - self.mean
+                for place, values in zip(places, columns):
+                    found[part[place].of][filled[place]] = values
                     filled[place] += 1
         finally:
             self.forward.use(SEPARATE)
-        return found
+        return [self._row_scores(each) for each in found]
 
 
 class _Piece(NamedTuple):
@@ -613,6 +660,7 @@ def load(
         scorer = load_for_training(
             str(folder), dtype or "auto", seed=0, expect_head=True, trust_remote_code=trust_remote_code
         )
+    take_heads(scorer, folder)
     try:
         pad = _pad_of(scorer, tokenizer, its_form == "dschat")
         return RewardScorer(scorer, tokenizer, device, pad, told(folder, scorer.config))

@@ -24,7 +24,7 @@ from reward_model.common.errors import UserError
 from reward_model.config.scoring import ScoreConfig
 from reward_model.data.files import read_file
 from reward_model.data.preprocessing import PreprocessingConfig, tokenize
-from reward_model.inference import load, load_to_read
+from reward_model.inference import RowScores, load, load_to_read
 from reward_model.serving import stream
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -469,7 +469,7 @@ def test_what_cannot_be_done_is_one_line(words, said, folder, tmp_path, capsys):
 
 def test_scores_that_are_not_finite_are_errors(folder, reward, monkeypatch):
     scoring = stream.Scoring.load(str(folder), ScoreConfig())
-    monkeypatch.setattr(type(scoring.reward), "score_rows", lambda self, rows, tokens: [[math.nan] for _ in rows])
+    monkeypatch.setattr(type(scoring.reward), "assess_rows", lambda self, rows, tokens: [RowScores([math.nan], {})])
     (found,) = scoring.outcomes([ROWS[2]])
     assert found["row"] == 1 and "not finite" in found["error"]
 

@@ -39,7 +39,7 @@ from reward_model.data.comparisons import Comparison
 from reward_model.data.encoding import Encoded
 from reward_model.data.tokenizer import choose_special_tokens
 from reward_model.data.whole_texts import WholeTexts
-from reward_model.inference import load_to_read
+from reward_model.inference import RowScores, load_to_read
 from reward_model.serving import api
 from reward_model.serving.batcher import Batcher, Ending, Full, Job
 
@@ -361,7 +361,8 @@ def test_a_row_that_fails_takes_no_other_with_it(folder, loaded, capsys):
         def sometimes(rows):
             if any(row.responses == [spoilt] for row in rows):
                 raise RuntimeError("out of memory\nsecond line")
-            return [[math.nan] if len(row.responses[0]) == 12 else each for row, each in zip(rows, score(rows))]
+            broken = RowScores([math.nan], {})
+            return [broken if len(row.responses[0]) == 12 else each for row, each in zip(rows, score(rows))]
 
         running.service.batcher.score = sometimes
         with ThreadPoolExecutor(8) as pool:
@@ -426,11 +427,13 @@ def job(*texts):
 
 def test_the_queue_alone():
     seen = []
-    batcher = Batcher(lambda rows: [[float(sum(row.responses[0]))] for row in rows], 4, 3, lambda *a: seen.append(a))
+    batcher = Batcher(
+        lambda rows: [RowScores([float(sum(row.responses[0]))], {}) for row in rows], 4, 3, lambda *a: seen.append(a)
+    )
     with pytest.raises(Ending):
         batcher.submit(job([1]))  # not started
     batcher.start()
-    assert batcher.submit(job([1, 2], [3], [4])).result(5) == [[3.0], [3.0], [4.0]]
+    assert batcher.submit(job([1, 2], [3], [4])).result(5) == [([3.0], {}), ([3.0], {}), ([4.0], {})]
     batcher.rate = 0.0
     with pytest.raises(Full) as full:
         batcher.submit(job([1], [1], [1], [1]))
@@ -440,7 +443,7 @@ def test_the_queue_alone():
         batcher.submit(fails).result(5)
     last = batcher.submit(job([5]))
     batcher.end(5)
-    assert last.result(5) == [[5.0]] and not batcher.is_alive
+    assert last.result(5) == [([5.0], {})] and not batcher.is_alive
     with pytest.raises(Ending):
         batcher.submit(job([1]))
     assert sum(rows for rows, _, _ in seen) == 4 and max(tokens for _, tokens, _ in seen) <= 4 + 1

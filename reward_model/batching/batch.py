@@ -21,6 +21,7 @@ import torch
 
 from reward_model.batching.blocks import Blocks
 from reward_model.batching.fields import TensorFields
+from reward_model.batching.identity import pair_identities, row_identity
 from reward_model.batching.layout import Layout
 from reward_model.batching.merging import PlacedRow
 from reward_model.data.comparisons import Comparison, common_prefix
@@ -154,13 +155,15 @@ class Pairs(TensorFields):
     similarity: torch.Tensor  # (p,) float32
     start: torch.Tensor  # (p,) int64; first place in the two spans at which they differ
     weights: torch.Tensor  # (p,) float32; weight in the batch's mean loss; the pairs of a row share its weight
+    identity: torch.Tensor  # (p,) int64; by which whatever is drawn for a pair is drawn, see ``identity.py``
 
     @classmethod
-    def collate(cls, placed: Sequence[PlacedRow], spans: Sequence[list[int]]) -> Pairs:
+    def collate(cls, placed: Sequence[PlacedRow], spans: Sequence[list[int]], texts: Sequence[list[bytes]]) -> Pairs:
         """Collect the judged pairs, one row's after the other.
 
         Args:
             spans: The token ids in the span of each of the n responses.
+            texts: Of each row the digests of its texts.
         """
         better = [row.responses[k] for row in placed for k in row.comparison.better]
         worse = [row.responses[k] for row in placed for k in row.comparison.worse]
@@ -178,6 +181,7 @@ class Pairs(TensorFields):
             similarity=known("similarity"),
             start=_integers([_shared_tokens(spans[b], spans[w]) for b, w in zip(better, worse)]),
             weights=_floats([row.weight / len(row.comparison.better) for row in placed for _ in row.comparison.better]),
+            identity=_integers([n for row, own in zip(placed, texts) for n in pair_identities(row.comparison, own)]),
         )
 
 
@@ -193,11 +197,17 @@ class Lists(TensorFields):
     responses: torch.Tensor  # (l, k) int64; 0 where a list has fewer
     ranks: torch.Tensor  # (l, k) int64; 0 is the best, equal ranks are tied, −1 where a list has fewer
     weights: torch.Tensor  # (l,) float32; weight in the batch's mean loss
+    identity: torch.Tensor  # (l,) int64; of its row
 
     @classmethod
-    def collate(cls, placed: Sequence[PlacedRow]) -> Lists:
-        """Collect the ranked lists. A judged pair with ranks is a list of two."""
-        ranked = [row for row in placed if row.comparison.ranks]
+    def collate(cls, placed: Sequence[PlacedRow], texts: Sequence[list[bytes]]) -> Lists:
+        """Collect the ranked lists. A judged pair with ranks is a list of two.
+
+        Args:
+            texts: Of each row the digests of its texts.
+        """
+        known = [(row, row_identity(row.comparison, own)) for row, own in zip(placed, texts) if row.comparison.ranks]
+        ranked = [row for row, _ in known]
         longest = max((len(row.responses) for row in ranked), default=0)
 
         def padded(lists: list[list[int]], pad: int) -> torch.Tensor:
@@ -207,6 +217,7 @@ class Lists(TensorFields):
             responses=padded([row.responses for row in ranked], 0),
             ranks=padded([row.comparison.ranks for row in ranked], -1),
             weights=_floats([row.weight for row in ranked]),
+            identity=_integers([number for _, number in known]),
         )
 
 
@@ -221,10 +232,15 @@ class Points(TensorFields):
     weights: torch.Tensor  # (t,) float32; weight in the batch's mean loss; 0 where there is no target
     row_weights: torch.Tensor  # (c,) float32; the weight of each row; they sum to 1
     row_indices: torch.Tensor  # (c,) int64; each row's position in the list that was collated
+    identity: torch.Tensor  # (c,) int64; of each row
 
     @classmethod
-    def collate(cls, placed: Sequence[PlacedRow]) -> Points:
-        """Collect every row's responses, whether they have a target or not. Those that have share the row's weight."""
+    def collate(cls, placed: Sequence[PlacedRow], texts: Sequence[list[bytes]]) -> Points:
+        """Collect every row's responses, whether they have a target or not. Those that have share the row's weight.
+
+        Args:
+            texts: Of each row the digests of its texts.
+        """
         targets, weights = [], []
         for row in placed:
             given = row.comparison.targets or [math.nan] * len(row.responses)
@@ -239,6 +255,7 @@ class Points(TensorFields):
             weights=_floats(weights),
             row_weights=_floats([row.weight for row in placed]),
             row_indices=_integers([row.index for row in placed]),
+            identity=_integers([row_identity(row.comparison, own) for row, own in zip(placed, texts)]),
         )
 
 

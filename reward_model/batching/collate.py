@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from reward_model.batching.batch import Batch, Lists, PackedBatch, Pairs, Points, Tokens
 from reward_model.batching.blocks import Blocks
+from reward_model.batching.identity import text_digests
 from reward_model.batching.layout import Layout
 from reward_model.batching.merging import merge, place
 from reward_model.batching.plan import MicroBatch
@@ -55,12 +56,13 @@ def collate(
     rows = layout.rows([part.texts for part in merged])
     spans = [response for row in rows for c in row for response in c.responses]
     tokens = Tokens.collate(rows, layout, placed)
+    digests = [text_digests(row.comparison) for row in placed]
     columns = tokens.begin.numpy(), tokens.prompt_begin.numpy(), tokens.prompt_end.numpy()
     return Batch(
         tokens=tokens,
-        pairs=Pairs.collate(placed, spans),
-        lists=Lists.collate(placed),
-        points=Points.collate(placed),
+        pairs=Pairs.collate(placed, spans, digests),
+        lists=Lists.collate(placed, digests),
+        points=Points.collate(placed, digests),
         blocks=Blocks.of(*columns, layout.block) if layout.block > 1 else Blocks.none(),
         weight=weight,
     )

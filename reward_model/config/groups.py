@@ -114,6 +114,7 @@ POSITIVE = (0, math.inf, False)
 COUNT = (1, math.inf, True)
 
 
+MOST_HEADS = 64  # a score's standard deviation over so many is known to 9 %
 SET_NAME = re.compile(r"[\w.-]+", re.ASCII)  # of an evaluation set, which is a part of TensorBoard's tags
 
 
@@ -262,6 +263,7 @@ class ModelConfig(Group):
 
     _argument_group_name: ClassVar[str] = "model"
     _bounds: ClassVar[Bounds] = {
+        "heads": (1, MOST_HEADS + 1, True),
         "dropout": (0, 1, True),
         "lora_dim": NOT_NEGATIVE,
         "lora_alpha": POSITIVE,
@@ -273,6 +275,12 @@ class ModelConfig(Group):
         False, help="Run the code that a model from the hub or a folder brings. Look at it first."
     )
     new_head: bool = flag(False, help="Draw a new score head, whatever head the model has.")
+    heads: int = flag(
+        1,
+        metavar="K",
+        help="The number of score heads on the one backbone, each with its own initial weights and its own bootstrap "
+        f"of the rows. The score is their mean, and their standard deviation goes with it. At most {MOST_HEADS}.",
+    )
     dropout: float | None = flag(
         None,
         metavar="PROBABILITY",
@@ -340,6 +348,7 @@ class LossConfig(Group):
         "prior_beta": NUMBER,
         "length_penalty": NOT_NEGATIVE,
         "score_penalty_weight": NOT_NEGATIVE,
+        "head_anchor": NOT_NEGATIVE,
     }
 
     loss: list[str] = flag(
@@ -385,6 +394,13 @@ class LossConfig(Group):
         "Without it, there is none.",
     )
     score_penalty_weight: float = flag(0.01, metavar="WEIGHT", help="The weight of --score_penalty.")
+    head_anchor: float = flag(
+        0.0,
+        metavar="WEIGHT",
+        help="With --heads: the weight of the squared distance of a head's weights from its initial weights, mean over "
+        "the heads, which keeps heads apart where the data say little. RewardUQ's 0.5 is of a mean over the weights: "
+        "divide it by the hidden size.",
+    )
     compute_fp32_loss: bool = flag(False, help="Upstream's flag, without effect: the loss is always in float32.")
 
     def __post_init__(self) -> None:

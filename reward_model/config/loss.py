@@ -37,6 +37,7 @@ class Loss:
     length_penalty: float
     score_penalty: str | None
     score_penalty_weight: float
+    head_anchor: float = 0.0
 
 
 def resolve_loss(config: LossConfig, given: frozenset[str] = frozenset()) -> Loss:
@@ -73,6 +74,7 @@ def resolve_loss(config: LossConfig, given: frozenset[str] = frozenset()) -> Los
         length_penalty=config.length_penalty,
         score_penalty=config.score_penalty,
         score_penalty_weight=config.score_penalty_weight,
+        head_anchor=config.head_anchor,
     )
 
 

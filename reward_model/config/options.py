@@ -129,6 +129,13 @@ def _require_agreement(config: RunConfig) -> None:
     if loss.loss_level == "token" and config.model.pooling not in (None, "last"):
         pooling = config.model.pooling
         raise UserError(f"--loss_level token and --pooling {pooling}: only pooling last has a score per token")
+    if loss.head_anchor and config.model.heads == 1:
+        raise UserError("--head_anchor without --heads: it keeps several heads apart; give their number")
+    if loss.loss_level == "token" and config.model.heads > 1:
+        raise UserError(
+            f"--loss_level token and --heads {config.model.heads}: a score at every token by every head takes K times "
+            "the memory of one, and was not tried; take --loss_level sequence"
+        )
     if output.output_dir and output.save_format != "hf" and config.model.pooling not in (None, "last"):
         raise UserError(
             f"--save_format {output.save_format} and --pooling {config.model.pooling}: step 3 scores the last token"

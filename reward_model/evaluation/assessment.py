@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from reward_model.data.comparisons import Comparison
 from reward_model.evaluation.baselines import baselines, longer_wins
+from reward_model.evaluation.bounds import bounds
 from reward_model.evaluation.calibration import calibration, tempered
 from reward_model.evaluation.intervals import share
 from reward_model.evaluation.judged import Judged
@@ -38,7 +39,7 @@ def assess(judged: Judged, texts: Sequence[list[int]] | None = None, seed: int =
     Returns:
         ``rows``, ``answers``, ``pairs``, ``prompts``; ``accuracy`` with its interval and its ties, ``loss``; ``scores``
         of chosen, rejected and all; ``histogram`` and ``gaps``; ``calibration``; ``length``; ``by_subset``,
-        ``by_margin``; ``lists``, ``points``, ``specificity``; ``baselines``; ``scatter``.
+        ``by_margin``; ``lists``, ``points``, ``specificity``; ``bounds``, of several heads; ``baselines``; ``scatter``.
     """
     found: dict[str, Any] = {
         "format": FORMAT,
@@ -53,6 +54,7 @@ def assess(judged: Judged, texts: Sequence[list[int]] | None = None, seed: int =
     if len(judged):
         found |= _of_pairs(judged, texts, seed, stored)
     parts = {"lists": list_metrics(judged, seed), "points": _of_points(judged), "specificity": specificity(judged)}
+    parts["bounds"] = bounds(judged)
     found |= {name: part for name, part in parts.items() if part}
     found["length"] = found.get("length", {}) | {"correlation": correlation(judged.scores, judged.lengths)}
     found["scatter"] = _scatter(judged, seed)

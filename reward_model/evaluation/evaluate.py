@@ -16,6 +16,7 @@ from reward_model.batching.plan import MicroBatch
 from reward_model.common.distributed import DistributedContext
 from reward_model.common.words import counted
 from reward_model.data.comparisons import Comparisons
+from reward_model.evaluation.bounds import spread_metrics
 from reward_model.evaluation.judged import Judged, judge
 from reward_model.evaluation.list_metrics import lists_of
 from reward_model.evaluation.metrics import pair_metrics, point_metrics
@@ -59,7 +60,7 @@ def evaluate(
         return read_points(batch, scores, objective, forward.thresholds)
 
     judged, (losses, right) = judge(forward, data, plan, batches, context, is_asked=is_asked, also=also)
-    if not np.isfinite(judged.scores).all():
+    if not np.isfinite(judged.scores).all():  # the mean of heads of which one is not finite is none, too
         return None
     metrics: dict[str, Any] = {}
     scores: dict[str, np.ndarray] = {}
@@ -74,7 +75,7 @@ def evaluate(
         scores = scores or {"scored answers": of_known}
     if hits := [best_has_highest(judged, members) for members in lists_of(judged)]:
         metrics |= {"lists": len(hits), "best_of_list_accuracy": float(np.mean(hits))}
-    return Evaluation(metrics, scores, judged)
+    return Evaluation(metrics | spread_metrics(judged), scores, judged)
 
 
 def best_has_highest(judged: Judged, members: np.ndarray) -> bool:

@@ -19,6 +19,8 @@ def lines_of(found: dict) -> Iterator[str]:
     yield from _scores(found)
     if "calibration" in found:
         yield from _calibration(found["calibration"])
+    if "bounds" in found:
+        yield from _bounds(found["bounds"])
     yield from _length(found)
     for part in found.get("by_subset", [])[:SUBSETS_SHOWN]:
         yield _line(f"subset {part['subset'] or '(none)'}", f"{_share(part)}, {counted(part['pairs'], 'pair')}")
@@ -63,6 +65,22 @@ def _calibration(found: dict) -> Iterator[str]:
     if "tempered" not in found:
         what = "each half of the prompts has to have 20 pairs, some of them wrong and most of them right"
         yield _line("", f"no temperature could be tried: {what}")
+
+
+def _bounds(bounds: dict) -> Iterator[str]:
+    gaps = f", of gaps {bounds['gap_std']:.3f}" if "gap_std" in bounds else ""
+    yield _line("heads", f"{bounds['heads']}; standard deviation of scores {bounds['score_std']:.3f}{gaps}, on average")
+    if "sure" not in bounds:
+        return
+    what = f"lower bound σ(gap − {bounds['beta']:g}·std) too high by"
+    yield _line("", f"{what} {bounds['lower_bound_error']:.4f} on average (largest {bounds['largest']:.3f})")
+    sure, unsure = (
+        "none" if bounds[f"accuracy_{name}"] is None else f"{bounds[f'accuracy_{name}']:.4f}"
+        for name in ("sure", "unsure")
+    )
+    yield _line("", f"accuracy {sure} of the {bounds['sure']:.0%} with |gap| > {bounds['beta']:g}·std, else {unsure}")
+    bins = ", ".join(f"{b['value']:.3f} at {_range(b['low'], b['high'])}" for b in bounds["by_spread"])
+    yield _line("by std of gap", bins)
 
 
 def _length(found: dict) -> Iterator[str]:

@@ -16,6 +16,7 @@ from reward_model.data.tokenizer import load_tokenizer
 from reward_model.models import saving
 from reward_model.models.loading import load_for_training
 from reward_model.models.lora import OF_SCORES, SCORES
+from reward_model.models.many_heads import FILE, FOLDER, take_heads
 from reward_model.models.scorer import Scorer
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -48,7 +49,8 @@ def merged(name_or_path: str, cache: Path, trust_remote_code: bool = False) -> s
     """
     folder = Path(name_or_path)
     base, digest = _base_of(folder), hashlib.sha256()
-    for name in (CONFIG, WEIGHTS, *([SCORES] if (folder / SCORES).is_file() else [])):
+    beside = [name for name in (SCORES, f"{FOLDER}/{FILE}") if (folder / name).is_file()]
+    for name in (CONFIG, WEIGHTS, *beside):
         digest.update(sha256_of(folder / name).encode())
     place = cache / "adapters" / digest.hexdigest()[:32]
     if not (place / "config.json").is_file():
@@ -85,6 +87,7 @@ def _merge(folder: Path, base: str, place: Path, trust_remote_code: bool) -> Non
         str(folder) if (folder / "tokenizer_config.json").is_file() else base, trust_remote_code=trust_remote_code
     )
     tell_scores(scorer, folder)
+    take_heads(scorer, folder)
     staging = place.with_name(f".{place.name}.{os.getpid()}.partial")
     try:
         saving.save(scorer, tokenizer, staging)

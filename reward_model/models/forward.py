@@ -46,7 +46,8 @@ class ForwardPass:
     """What computes the scores of a batch.
 
     attention: how texts stand in rows, and what they see; separate rows until another backend is chosen.
-    thresholds: those that an ordinal loss has learned, as of the last call; None: there are none.
+    Beside the scores, as of the last call, None where there are none: thresholds, those that an ordinal loss has
+    learned; heads, the score by each of several heads, (…, K); anchor, their squared distance from where they began.
     """
 
     def __init__(
@@ -75,6 +76,8 @@ class ForwardPass:
         self.first_position = first_position(scorer)
         self.attention = SEPARATE
         self.thresholds: torch.Tensor | None = None
+        self.heads: torch.Tensor | None = None
+        self.anchor: torch.Tensor | None = None
 
     @property
     def layout(self) -> Layout:
@@ -106,9 +109,12 @@ class ForwardPass:
             options["texts"] = tokens.spans, tokens.span_lengths
         if self.scorer.takes_segment_ids:
             options["segment_ids"] = tokens.segment_ids()
-        found = self.module(tokens.input_ids, mask, at, states=states, **options)
-        if isinstance(found, tuple):
-            found, self.thresholds = found
+        return self._keep(self.module(tokens.input_ids, mask, at, states=states, **options))
+
+    def _keep(self, found: Any) -> torch.Tensor:
+        """The scores alone; what the module gives beside them is kept."""
+        found, extras = found if isinstance(found, tuple) else (found, {})
+        self.thresholds, self.heads, self.anchor = (extras.get(name) for name in ("thresholds", "heads", "anchor"))
         return found
 
     def _over_ranks(self, batch: Batch, at: torch.Tensor, states: bool) -> torch.Tensor:
@@ -120,10 +126,11 @@ class ForwardPass:
         ids, positions = tokens.input_ids[:, here].contiguous(), tokens.position_ids[:, here].contiguous()
         row, column = at // width, at % width
         no_mask = torch.zeros(1, 1, 1, 1, dtype=self.dtype, device=ids.device)  # Transformers would make one of a part
-        found = self.module(ids, no_mask, row * part + column % part, position_ids=positions, states=states)
-        if isinstance(found, tuple):
-            found, self.thresholds = found
+        found = self._keep(self.module(ids, no_mask, row * part + column % part, position_ids=positions, states=states))
         is_elsewhere = column // part != rank
+        if self.heads is not None:
+            self.heads = all_reduce(self.heads.masked_fill(is_elsewhere.unsqueeze(-1), 0), group=self.sequence.group)
+            return self.heads.mean(-1)
         found = found.masked_fill(is_elsewhere.unsqueeze(-1) if states else is_elsewhere, 0)
         return all_reduce(found, group=self.sequence.group)
 

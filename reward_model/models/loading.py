@@ -35,6 +35,7 @@ from reward_model.models.heads import (
     say_bias,
     unread,
 )
+from reward_model.models.many_heads import begin_heads, say_left
 from reward_model.models.quantization import prepare_quantized, quantizing, say_quantized
 from reward_model.models.saved_forms import form_of, load_form, no_pooler, on_drop_in, pooling_of, set_dropout
 from reward_model.models.scorer import (
@@ -57,6 +58,8 @@ def load_for_training(
     new_head: bool = False,
     bits: int | None = None,
     device: str = "cpu",
+    heads: int = 1,
+    anchored: bool = False,
 ) -> Scorer:
     """A pretrained model with a score head, new or its own, in any form that a run saves.
 
@@ -69,19 +72,26 @@ def load_for_training(
         trust_remote_code: run the code that the model brings.
         new_head: draw a new head, whatever head there is.
         bits: 4 or 8: the backbone's linear layers are quantized, and frozen; the model is put on ``device``.
+        heads: K score heads, whose mean is the score. anchored: they compute how far they are from where they began.
 
     Raises:
         UserError: no model there, weights missing, a head that cannot be read, or a model that cannot be quantized.
     """
     with never_asking(trust_remote_code):
-        return _load(
+        scorer, is_new = _load(
             name_or_path, dtype, seed, pooling, dropout, expect_head, trust_remote_code, new_head, bits, device
         )
+        if heads > 1:
+            begin_heads(scorer, heads, seed, name_or_path, is_new, anchored)
+        elif not is_new and not expect_head:
+            say_left(scorer, name_or_path)
+        return scorer
 
 
 def _load(
     name_or_path: str, dtype, seed, pooling, dropout, expect_head, trust_remote_code, new_head, bits, device
-) -> Scorer:
+) -> tuple[Scorer, bool]:
+    """The model with one head, and whether that is new."""
     form = form_of(Path(name_or_path)) if Path(name_or_path).is_dir() else None
     if form and bits:
         raise UserError(f"--lora_bits {bits}: {name_or_path} is in a form that is not quantized; leave the flag out")
@@ -100,9 +110,11 @@ def _load(
         init_head(scorer, seed)
     if bits:
         say_quantized(scorer, bits)
-    head = "new" if draws or not has_head else "loaded"
-    logger.info(f"model: {type(scorer.unwrapped).__name__}, pooling {scorer.pooling}, {head} head")
-    return scorer
+    is_new = draws or not has_head
+    logger.info(
+        f"model: {type(scorer.unwrapped).__name__}, pooling {scorer.pooling}, {'new' if is_new else 'loaded'} head"
+    )
+    return scorer, is_new
 
 
 def _load_own(name_or_path: str, form, dtype, pooling, dropout, trust_remote_code: bool) -> Scorer:

@@ -157,6 +157,8 @@ OF_SCORES = (
     "score_temperature",
     "score_thresholds",
     "lowest_grade",
+    "score_heads",
+    "score_beta",
     "reward_model",
     SCORE_PAIRS,
 )

@@ -29,6 +29,7 @@ from reward_model.common.pulse import beat
 from reward_model.common.words import in_bytes
 from reward_model.models.for_transformers_4 import write_old_keys
 from reward_model.models.lora import OF_SCORES, merge_lora, save_adapter
+from reward_model.models.many_heads import Tensors, split_state, tell_heads, write_heads
 from reward_model.models.quantization import dequantized, is_quantized
 from reward_model.models.scorer import SCORE_PAIRS, Scorer, embedding_name, gathered
 from reward_model.models.st_modules import require_modules, write_modules
@@ -92,13 +93,15 @@ def save(
     beat("to save the model")
     if not is_writer:
         return []
+    state, heads = split_state(scorer, state)
     tell_raw_score(scorer.config)
+    tell_heads(scorer)
     staging = folder / ".saving"
     while True:
         try:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
-            _write_forms(scorer, tokenizer, staging, save_format, state)
+            _write_forms(scorer, tokenizer, staging, save_format, state, heads)
             return _move_into(folder, staging)
         except Exception as error:
             shutil.rmtree(staging, ignore_errors=True)
@@ -117,12 +120,16 @@ def _write_forms(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     save_format: str,
-    state: dict[str, torch.Tensor],
+    state: Tensors,
+    heads: Tensors,
 ) -> None:
-    """Write all that belongs to a saved model."""
+    """Write all that belongs to a saved model; heads: several, of which ``state`` has the mean."""
     if hasattr(scorer.model, "peft_config"):
         save_adapter(scorer, tokenizer, folder / "adapter", state)
+        if (folder / "adapter").is_dir():
+            write_heads(heads, folder / "adapter")
         state = merge_lora(scorer, state)
+    write_heads(heads, folder)
     tokenizer.save_pretrained(folder)
     if save_format == "sentence-transformers":
         write_modules(scorer, tokenizer, state, folder)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,6 +36,7 @@ class Scorer(nn.Module):
 
     takes_segment_ids: whether the model is told by ids which tokens are a pair's second segment: it has an embedding of
         more than one kind of segment. A tokenizer that makes no segment ids turns it off, see :meth:`read_with`.
+    heads: outputs of the layer that makes the score, which is their mean; :mod:`reward_model.models.many_heads`.
     """
 
     def __init__(self, model: nn.Module, pooling: str):
@@ -42,6 +44,7 @@ class Scorer(nn.Module):
         self.model = model
         self.pooling = pooling
         self.thresholds: Thresholds | None = None  # of an ordinal loss, which learns them
+        self.heads = 1
         takes_cache = "use_cache" in inspect.signature(self.backbone.forward).parameters  # decoders keep one by default
         self.backbone_options = {"use_cache": False} if takes_cache else {}
         self.has_token_types = any(hasattr(module, "token_type_embeddings") for module in self.backbone.children())
@@ -77,10 +80,12 @@ class Scorer(nn.Module):
         states: bool = False,
         texts: tuple[torch.Tensor, torch.Tensor] | None = None,
         segment_ids: torch.Tensor | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Scores at given tokens, in the shape of ``at``; ``mean`` and ``classifier``: of whole texts, (n,). float32.
 
-        With thresholds, if there are any: ZeRO 3 has the whole of a weight only while the engine computes.
+        What there is beside them comes with them in a dict: ``thresholds`` of an ordinal loss; ``heads``, the score by
+        each of several heads, one more dimension K, of which the scores are the mean; ``anchor``, the squared distance
+        of these heads from their initial weights, (). ZeRO 3 has the whole of a weight only while the engine computes.
 
         Args:
             input_ids: (b, s).
@@ -92,10 +97,21 @@ class Scorer(nn.Module):
                 only ``mean`` and ``classifier`` look at them.
             segment_ids: (b, s), for a model that takes them; None: zeros.
         """
-        scores = self._scores(input_ids, attention_mask, at, position_ids, states, texts, segment_ids)
-        return scores if self.thresholds is None else (scores, self.thresholds())
+        found = self._outputs(input_ids, attention_mask, at, position_ids, states, texts, segment_ids)
+        extras: dict[str, torch.Tensor] = {}
+        if self.thresholds is not None:
+            extras["thresholds"] = self.thresholds()
+        if not states and self.heads == 1:
+            found = found.squeeze(-1)
+        elif not states:
+            extras["heads"], found = found, found.mean(-1)
+            layer: Any = head_layer(self)
+            if layer.distance is not None:
+                extras["anchor"] = layer.distance
+        return (found, extras) if extras else found
 
-    def _scores(self, input_ids, attention_mask, at, position_ids, states, texts, segment_ids) -> torch.Tensor:
+    def _outputs(self, input_ids, attention_mask, at, position_ids, states, texts, segment_ids) -> torch.Tensor:
+        """Of the layer that makes the score, (…, K), or with ``states`` what it is given, (…, h)."""
         model = self.unwrapped
         options = {} if position_ids is None else {"position_ids": position_ids}
         if segment_ids is not None:
@@ -104,17 +120,17 @@ class Scorer(nn.Module):
             options["token_type_ids"] = torch.zeros_like(input_ids)
         if self.pooling == "classifier":
             with _texts_in_rows(self.backbone, texts):
-                return model(input_ids, attention_mask=attention_mask, **options).logits.squeeze(-1)
+                return model(input_ids, attention_mask=attention_mask, **options).logits
         backbone, head = self.backbone, model.v_head if isinstance(model, RewardModel) else model.score
         hidden = backbone(input_ids, attention_mask=attention_mask, **self.backbone_options, **options)[0]  # (b, s, h)
         if self.pooling == "mean":
             if texts is not None:
                 hidden, attention_mask = hidden.flatten(0, 1)[texts[0]], _is_text(*texts)
             mask = attention_mask.unsqueeze(-1)
-            return head((hidden.float() * mask).sum(1) / mask.sum(1)).squeeze(-1)
+            return head((hidden.float() * mask).sum(1) / mask.sum(1))
         # index_select: its backward adds rows, where the one of hidden[at] sorts the indices first
         picked = hidden.flatten(0, 1).index_select(0, at.flatten()).unflatten(0, at.shape)
-        return picked if states else head(picked).squeeze(-1)
+        return picked if states else head(picked)
 
 
 def _is_text(spans: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
@@ -175,11 +191,11 @@ def first_position(scorer: Scorer) -> int:
 
 
 def head_layer(scorer: Scorer) -> nn.Linear:
-    """The linear layer whose one output is the score."""
+    """The linear layer whose one output is the score, or whose outputs are those of several heads."""
     model = scorer.unwrapped
     inside = {id(module) for module in scorer.backbone.modules()}
     heads = [module for module in model.modules() if isinstance(module, nn.Linear) and id(module) not in inside]
-    heads = [module for module in heads if module.out_features == 1]
+    heads = [module for module in heads if module.out_features == scorer.heads]
     if not heads:
         raise UserError(f"{type(model).__name__} has no linear layer with one output to score with")
     return heads[-1]  # PEFT keeps the one that it does not train before it

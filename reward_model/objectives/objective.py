@@ -6,7 +6,7 @@ one objective, of pairs, every pair of a batch weighs the same. With any other c
 the pairs of a row share its weight, as its scored responses do.
 
 Notation for shapes: n responses, of which the longest has r tokens; p judged pairs; t responses of the rows, where a
-response that several rows judged counts once for each.
+response that several rows judged counts once for each; K score heads.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from reward_model.config.loss import Loss
 from reward_model.config.objectives import PAIR_LOSSES, kind_of
 from reward_model.data.comparisons import GRADES, BadRow, Comparison, Comparisons, answers
 from reward_model.objectives import losses
+from reward_model.objectives.bootstrap import Bootstrap
 from reward_model.objectives.losses import LIST_FUNCTIONS
 from reward_model.reward_model import pairwise_loss, score_penalty, span_loss
 
@@ -34,8 +35,13 @@ PairLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 class Objective:
     """The loss of a run. ``kinds`` says for each objective whether it learns from pairs, lists or points."""
 
-    def __init__(self, loss: Loss):
+    def __init__(self, loss: Loss, seed: int = 0):
+        """
+        Args:
+            seed: Of what several heads draw.
+        """
         self.loss = loss
+        self.bootstrap = Bootstrap(seed)
         self.weights = loss.weights
         self.kinds = {name: kind_of(name) for name in self.weights}
         self.names = {kind: name for name, kind in self.kinds.items()}
@@ -52,6 +58,7 @@ class Objective:
         scores: torch.Tensor,
         every: torch.Tensor | None = None,
         thresholds: torch.Tensor | None = None,
+        heads: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Mean loss of a batch, a 0-d float32 tensor: the weighted sum of the objectives, and the penalties.
 
@@ -59,6 +66,7 @@ class Objective:
             scores: The score of each response, shape (n,).
             every: The score at each token of each response, shape (n, r), for ``--loss_level token``.
             thresholds: The thresholds between grades, for ``--loss ordinal``.
+            heads: The score of each response by each of several heads, shape (n, K), see :meth:`of_heads`.
 
         Example: one pair, whose scores differ by 2. Its logistic loss is log(1 + exp(−2)).
 
@@ -72,6 +80,8 @@ class Objective:
         >>> round(loss.item(), 4)
         0.1269
         """
+        if heads is not None:
+            return self.of_heads(batch, heads, thresholds)
         total = scores.new_zeros(())
         for name, weight in self.weights.items():
             if name in PAIR_LOSSES:
@@ -83,6 +93,40 @@ class Objective:
                 part = (self.point_losses(batch, scores, thresholds) * batch.points.weights).sum()
             total = total + weight * part
         return total + self.penalties(batch, scores)
+
+    def of_heads(self, batch: Batch, heads: torch.Tensor, thresholds: torch.Tensor | None = None) -> torch.Tensor:
+        """Mean over several heads of each one's loss on its own bootstrap of the rows, a 0-d float32 tensor.
+
+        A head's loss is that of a model with this head alone, in which each judged pair, list or scored row weighs as
+        often as the head has drawn it; mean over the heads, as in RewardUQ's code, so that the backbone has gradients
+        of the size that one head gives it. Penalties look at each head's scores of all rows, drawn or not: they keep
+        the scale of scores, and learn from no judgement.
+
+        Args:
+            heads: The score of each response by each head, shape (n, K).
+        """
+        count = heads.shape[-1]
+        total = heads.new_zeros(())
+        for name, weight in self.weights.items():
+            if name in PAIR_LOSSES:
+                pairs = batch.pairs
+                each = self.pair_loss(batch, per_token=True)(heads[pairs.better], heads[pairs.worse])  # (p, K)
+                weights, drawn = pairs.weights, self.bootstrap.weights(pairs.identity, count)
+            elif name in LIST_FUNCTIONS:
+                lists = batch.lists
+                scores = heads[lists.responses].movedim(-1, 0).flatten(0, 1)  # (K·l, k), one head's lists after another
+                each = LIST_FUNCTIONS[name](scores, lists.ranks.repeat(count, 1))
+                each = each.reshape(count, len(lists.ranks)).T  # (l, K)
+                weights, drawn = lists.weights, self.bootstrap.weights(lists.identity, count)
+            else:
+                points = batch.points
+                scores, targets = heads[points.responses].flatten(), points.targets.repeat_interleave(count)  # (t·K,)
+                each = self._of_points(scores, targets, thresholds).unflatten(0, (-1, count))
+                weights, drawn = points.weights, self.bootstrap.weights(points.identity, count)[points.rows]
+            total = total + weight * (each * drawn * weights[:, None]).sum() / count
+        if self.loss.score_penalty or self.loss.length_penalty:
+            total = total + torch.stack([self.penalties(batch, own) for own in heads.unbind(-1)]).mean()
+        return total
 
     def pair_losses(self, batch: Batch, scores: torch.Tensor, every: torch.Tensor | None = None) -> torch.Tensor:
         """Loss of each judged pair, shape (p,)."""
@@ -132,7 +176,11 @@ class Objective:
 
     def point_losses(self, batch: Batch, scores: torch.Tensor, thresholds: torch.Tensor | None = None) -> torch.Tensor:
         """Loss of each response of each row, shape (t,). Where there is no target, the loss is that of the target 0."""
-        name, scores, targets = self.names["points"], scores[batch.points.responses], batch.points.targets
+        return self._of_points(scores[batch.points.responses], batch.points.targets, thresholds)
+
+    def _of_points(self, scores: torch.Tensor, targets: torch.Tensor, thresholds: torch.Tensor | None) -> torch.Tensor:
+        """Loss of each of some scores beside its target, of their shape."""
+        name = self.names["points"]
         if name == "mse":
             return losses.squared_error(scores, targets)
         if name == "mae":

@@ -16,11 +16,12 @@ from reward_model.common.errors import UserError, first_line
 from reward_model.common.logging import logger
 from reward_model.data.comparisons import BadRow, Comparison
 from reward_model.data.encoding import Encoded
+from reward_model.inference import RowScores
 
 LONGEST_WAIT = 60  # seconds, of what Retry-After says
 AHEAD = 4  # batches, whose rows are made ready while one is computed
 
-Score = Callable[[Sequence[Comparison]], list[list[float]]]
+Score = Callable[[Sequence[Comparison]], list[RowScores]]
 
 
 class Full(Exception):
@@ -46,14 +47,14 @@ class Job:
     answers: int
     future: Future = field(default_factory=Future)
     rows: list[Encoded] = field(default_factory=list)
-    scores: list[list[float] | None] = field(default_factory=list)
+    scores: list[RowScores | None] = field(default_factory=list)
     left: int = 0
 
     def fail(self, error: Exception) -> None:
         with suppress(InvalidStateError):  # whoever asked has given up
             self.future.set_exception(error)
 
-    def take(self, place: int, scores: list[float]) -> None:
+    def take(self, place: int, scores: RowScores) -> None:
         """Put the scores of a row into their place; with the last of them the job is done."""
         self.scores[place] = scores
         self.left -= 1
@@ -71,7 +72,7 @@ class Batcher:
     def __init__(self, score: Score, tokens: int, most: int, seen: Callable[[int, int, float], None] | None = None):
         """
         Args:
-            score: rows → the scores of their responses.
+            score: rows → the scores of their responses, and what is beside them.
             tokens: of a batch, about: rows are taken until there are so many.
             most: answers that may wait.
         """
@@ -201,7 +202,7 @@ class Batcher:
                 self._changed.notify_all()
         return part
 
-    def _scores(self, rows: list[Comparison]) -> list[list[float] | Exception]:
+    def _scores(self, rows: list[Comparison]) -> list[RowScores | Exception]:
         """Of each row; where a batch fails, its rows are tried alone, so that one does not take the others with it."""
         try:
             return [_finite(scores) for scores in self.score(rows)]
@@ -212,7 +213,7 @@ class Batcher:
         return [self._scores([row])[0] for row in rows]
 
 
-def _finite(scores: list[float]) -> list[float] | Exception:
-    if all(map(math.isfinite, scores)):
-        return scores
+def _finite(assessed: RowScores) -> RowScores | Exception:
+    if all(map(math.isfinite, assessed.scores)):
+        return assessed
     return ArithmeticError("a score is not finite; --dtype fp32 has a wider range")

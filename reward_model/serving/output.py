@@ -61,6 +61,7 @@ def fingerprint(reward: RewardScorer) -> str:
     backend = getattr(reward.tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else json.dumps(sorted(reward.tokenizer.get_vocab().items()))
     said = [vocabulary, str(reward.tokenizer.chat_template), reward.mean, reward.temperature, reward.pad]
+    said += [reward.beta] if reward.scorer.heads > 1 else []
     digest = hashlib.sha256(json.dumps(said).encode())
     for name, weight in sorted(reward.scorer.state_dict().items()):
         values = weight.detach().flatten()

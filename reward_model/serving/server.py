@@ -62,6 +62,7 @@ class Scored:
 
     encoded: Encoded
     scores: list[float]
+    beside: dict[str, list[float]]
 
     @property
     def tokens(self) -> int:
@@ -90,7 +91,7 @@ class Service:
         padded = reward.sharing.layout in ("shared", "separate")
         self.metrics = Metrics(lambda: self.batcher.waiting)
         self.batcher = Batcher(
-            lambda rows: reward.score_rows(rows, config.tokens_per_batch),
+            lambda rows: reward.assess_rows(rows, config.tokens_per_batch),
             config.tokens_per_batch * (SHARED if padded else 1),
             config.max_waiting,
             self.metrics.batch,
@@ -130,7 +131,7 @@ class Service:
             raise HTTPException(500, f"it could not be scored: {printable(first_line(error))}") from error
         self.metrics.answers.inc(answers)
         self.metrics.cut.inc(sum(row.cut for row in job.rows))
-        return [Scored(row, each) for row, each in zip(job.rows, scores)]
+        return [Scored(row, *each) for row, each in zip(job.rows, scores)]
 
     def require_model(self, name: str | None) -> str:
         """The name that an answer has; raises HTTPException where a request asks for another model."""
@@ -173,6 +174,7 @@ class Service:
             best=max(range(len(scores)), key=scores.__getitem__),
             probability=probability(scores[0] - scores[1], self.reward.temperature) if len(scores) == 2 else None,
             cut=scored.encoded.cut,
+            **scored.beside,
         )
 
     @property

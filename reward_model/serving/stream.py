@@ -13,7 +13,7 @@ from reward_model.common.logging import logger
 from reward_model.config.scoring import ScoreConfig
 from reward_model.data.comparisons import BadRow
 from reward_model.data.encoding import Encoded
-from reward_model.inference import Reading, RewardScorer, load_to_read
+from reward_model.inference import Reading, RewardScorer, RowScores, load_to_read
 from reward_model.serving.inputs import Row, Rows, read_rows
 
 ROWS = 512  # of a window, within which rows are sorted by length
@@ -51,7 +51,7 @@ class Scoring:
         rows = read_rows(given, self.reward.tokenizer, config.lines, config.names, self.reading.chat, skip)
         for window in self._windows(rows):
             good = [encoded.row for _, encoded in window if isinstance(encoded, Encoded)]
-            scores = iter(self.reward.score_rows(good, config.tokens_per_batch))
+            scores = iter(self.reward.assess_rows(good, config.tokens_per_batch))
             for row, encoded in window:
                 if isinstance(encoded, Encoded):
                     yield self._outcome(row, encoded, next(scores))
@@ -74,19 +74,21 @@ class Scoring:
         if window:
             yield window
 
-    def _outcome(self, row: Row, encoded: Encoded, scores: list[float]) -> dict:
+    def _outcome(self, row: Row, encoded: Encoded, assessed: RowScores) -> dict:
         found: dict = {"row": row.number}
+        scores, beside = assessed
         if not all(map(math.isfinite, scores)):
             return found | {"error": "a score is not finite; --dtype fp32 has a wider range"}
         assert not isinstance(row.texts, str)  # it has been encoded
         raw = [score + self.reward.mean for score in scores]
         if self.config.best:
             best = max(range(len(scores)), key=scores.__getitem__)
-            found |= {"best": best, "score": scores[best]} | self._raw(raw[best]) | {"answer": row.answers[best]}
+            found |= {"best": best, "score": scores[best]} | self._raw(raw[best])
+            found |= {name: values[best] for name, values in beside.items()} | {"answer": row.answers[best]}
         elif list(row.texts.names) == ["response"]:
-            found |= {"score": scores[0]} | self._raw(raw[0])
+            found |= {"score": scores[0]} | self._raw(raw[0]) | {name: values[0] for name, values in beside.items()}
         else:
-            found |= {"scores": scores} | self._raw(raw)
+            found |= {"scores": scores} | self._raw(raw) | beside
             if len(scores) == 2:
                 found["probability"] = probability(scores[0] - scores[1], self.reward.temperature)
         return found | ({"cut": True} if encoded.cut else {})

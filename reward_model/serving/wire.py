@@ -42,6 +42,8 @@ class Scores(BaseModel):
 
     scores: list[float]
     raw: list[float] | None = None
+    std: list[float] | None = Field(None, description="Over the score heads, of a model that has several.")
+    lower: list[float] | None = Field(None, description="Score less β times std; β is score_beta in config.json.")
     best: int | None = Field(None, description="The response with the highest score, counted from 0.")
     probability: float | None = Field(None, description="Of two responses, that the first is preferred.")
     cut: bool = Field(False, description="Whether the prompt lost its left, to fit the longest text.")

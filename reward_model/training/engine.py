@@ -47,6 +47,8 @@ def build_scorer(settings: Settings, rows: int) -> Scorer:
         new_head=model.new_head,
         bits=model.lora_bits,
         device=get_accelerator().current_device_name(),
+        heads=model.heads,
+        anchored=settings.loss.head_anchor > 0,
     )
     if settings.loss.level == "token" and scorer.pooling != "last":
         raise UserError("--loss_level token: this model has no score per token; leave the flag out")

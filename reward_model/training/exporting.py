@@ -13,6 +13,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from reward_model.common.errors import UserError
+from reward_model.common.files import remove_folder
 from reward_model.common.logging import logger
 from reward_model.config.forms import Form
 from reward_model.config.groups import DataConfig
@@ -26,6 +27,8 @@ from reward_model.models import adapters, saving
 from reward_model.models.forward import ForwardPass
 from reward_model.models.loading import DTYPES, load_for_training
 from reward_model.models.lora import add_lora
+from reward_model.models.many_heads import FOLDER as HEADS
+from reward_model.models.many_heads import tell_heads
 from reward_model.models.scorer import Scorer, resize_embedding
 from reward_model.objectives.losses import Thresholds
 from reward_model.training import verify
@@ -213,6 +216,7 @@ def build(run: dict[str, Any], state: dict[str, Any], checkpoint: Checkpoint, be
         run["pooling"],
         trust_remote_code=run["trust_remote_code"],
         new_head=run["new_head"],
+        heads=run.get("heads", 1),
     )
     resize_embedding(scorer, run["special"]["rows"])
     if run["lora_dim"]:
@@ -222,6 +226,7 @@ def build(run: dict[str, Any], state: dict[str, Any], checkpoint: Checkpoint, be
     for part in (scorer.config, scorer.config.get_text_config()):
         part.pad_token_id = run["special"]["pad"]
     saving.forget_scale(scorer.config)
+    tell_heads(scorer)
     if best:
         read_weights(scorer, best)
     else:
@@ -281,6 +286,8 @@ def copy_adapter(folder: Path, out: Path, trust_remote_code: bool) -> None:
     for path in place.iterdir():
         if path.is_file():
             shutil.copy2(path, out / path.name)
+    if (place / HEADS).is_dir():
+        shutil.copytree(place / HEADS, out / HEADS)
     _require_same(verify_adapter(Path(whole), out, texts, trust_remote_code), out)
 
 
@@ -299,6 +306,8 @@ def keep_adapter(out: Path, names: list[str], texts: list[Text], trust_remote_co
     for name in names:
         if (out / name).is_file():
             (out / name).unlink()
+        elif name != "adapter":
+            remove_folder(out / name)
     for path in (out / "adapter").iterdir():
         shutil.move(path, out / path.name)
     (out / "adapter").rmdir()

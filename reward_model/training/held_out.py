@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +48,7 @@ def saved_scale(trainer: Trainer, judged: Judged) -> Judged:
     """The scores of the last evaluation as the saved model gives them, which may have been normalized since."""
     config = trainer.forward.scorer.config
     mean, std = getattr(config, "score_mean", 0.0), getattr(config, "score_std", 1.0)
-    return replace(judged, scores=judged.scores / std - mean)
+    return judged.on_scale(std, mean)
 
 
 def write_evaluation(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -252,6 +252,12 @@ def _scoring(name: str, files: Sequence[str], tokenizer: PreTrainedTokenizerBase
             f"{trained.scale['score_mean']:.4f}. {applied_by(trained.scale['score_mean'], MODULES in files)} "
             "The metrics above are of the scores before."
         )
+    if heads := trained.scale.get("score_heads"):
+        parts.append(
+            f"The score is the mean of {heads} heads, and so is the head in the weights. `heads/heads.safetensors` has "
+            "all of them, by which `reward-model score` and `serve` give the standard deviation u of each score, and "
+            f"`lower`, r − β·u with β = {trained.scale.get('score_beta', 1.0):g} (`score_beta` in `config.json`)."
+        )
     if "score_thresholds" in trained.scale:
         parts.append("`reward.grades(scores)` gives the grades that the model was trained on.")
     return parts

@@ -23,6 +23,7 @@ from reward_model.config.groups import DataConfig, OutputConfig
 from reward_model.config.options import read_run
 from reward_model.config.settings import Settings
 from reward_model.data.comparisons import Comparisons
+from reward_model.models.many_heads import FILE, FOLDER
 from reward_model.training.checkpoint import Checkpoint, newest_whole
 from reward_model.training.trackers import SECTIONS
 
@@ -34,7 +35,7 @@ FREE = {each.name for each in fields(OutputConfig)} | {
     "trust_remote_code", "hang_timeout", "max_bad_steps", "score_limit",
 }  # fmt: skip
 BY_CONTENT = {each.name for each in fields(DataConfig)} - {"pair_encoding"} | {"model_name_or_path", "prior_model"}
-BEFORE = {"pair_encoding": False}  # what runs did whose run.json does not say it
+BEFORE = {"pair_encoding": False, "heads": 1, "head_anchor": 0.0}  # what runs did whose run.json does not say it
 BATCHES_OF_DEEPSPEED = {"train_micro_batch_size_per_gpu", "gradient_accumulation_steps"}
 BATCHES = {"per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size"}
 CONTENTS = {"train": "the training rows", "evaluation": "the held-out rows", "model": "the model"}
@@ -96,7 +97,8 @@ def hash_of_model(name_or_path: str) -> str:
     if folder is None:
         return ""
     digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
+    heads = folder / FOLDER / FILE
+    for path in [*sorted(folder.iterdir()), *([heads] if heads.is_file() else [])]:
         if path.name != "config.json" and path.suffix not in (".safetensors", ".bin"):
             continue
         size = path.stat().st_size

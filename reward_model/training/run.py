@@ -39,6 +39,7 @@ from reward_model.models import adapters, saving
 from reward_model.models.attention import SEPARATE
 from reward_model.models.forward import ForwardPass
 from reward_model.models.loading import DTYPES, is_reward_model, read_config
+from reward_model.models.many_heads import tell_heads
 from reward_model.models.scorer import Scorer
 from reward_model.objectives.losses import Thresholds
 from reward_model.objectives.objective import Objective
@@ -123,7 +124,7 @@ def run_in(folder: Path | None, config: RunConfig, context: DistributedContext, 
     if problem := distributed.first_text(hub.hindrance(settings.output) if asks_hub else ""):
         raise UserError(problem)
     set_seed(settings.training.seed)
-    objective = Objective(settings.loss)
+    objective = Objective(settings.loss, settings.training.seed)
     is_trained = is_reward_model(config.model.model_name_or_path, model_config) and not config.model.new_head
     data = load_data(settings, model_config, objective, context, is_trained)
     settings = replace(settings, data=replace(settings.data, pair_encoding=data.encoding.pairs))
@@ -222,6 +223,7 @@ def prepare(
     set_pad(scorer, data.special)
     scorer.read_with(data.encoding)
     saving.forget_scale(scorer.config)
+    tell_heads(scorer)
     dtype, seed = DTYPES[settings.engine.dtype], settings.training.seed
     if thresholds is not None:
         scorer.thresholds = Thresholds(thresholds, dtype)

@@ -262,7 +262,9 @@ class Trainer:
             scores = every[:, -1]  # beyond its end a response repeats its last token
         else:
             scores = self.forward(batch, batch.tokens.ends)  # (n,)
-        loss = self.objective(batch, scores, every, self.forward.thresholds)
+        loss = self.objective(batch, scores, every, self.forward.thresholds, self.forward.heads)
+        if self.forward.anchor is not None:
+            loss = loss + self.settings.loss.head_anchor * self.forward.anchor
         return loss, scores[batch.pairs.better], scores[batch.pairs.worse]
 
     def evaluate_if_due(self) -> None:

@@ -133,7 +133,7 @@ def _score(forward: ForwardPass, chosen: Sequence[Comparison]) -> tuple[torch.Te
     """The score of each text, and √Σᵢ(wᵢhᵢ)² of the head's weights w and what comes in, h; (n,), on the host."""
     head = head_layer(forward.scorer)
     with gathered([head.weight]):
-        weight = head.weight.detach().float().flatten()
+        weight = head.weight.detach().float().mean(0)  # of several heads the score is the mean
     came_in: list[torch.Tensor] = []
     hook = head.register_forward_pre_hook(lambda module, inputs: came_in.append(inputs[0].detach()))
     forward.module.eval()

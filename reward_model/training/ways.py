@@ -33,8 +33,9 @@ from reward_model.common.errors import UserError, first_line
 from reward_model.common.logging import quieten
 from reward_model.inference import RewardScorer, load
 from reward_model.models import saving
+from reward_model.models.many_heads import mean_head
 from reward_model.models.saved_forms import Form, form_of
-from reward_model.models.scorer import SCORE_PAIRS, head_layer
+from reward_model.models.scorer import SCORE_PAIRS
 from reward_model.models.st_modules import pooling_in, read_dense
 from reward_model.reward_model import RewardModel
 from reward_model.training import verify
@@ -390,7 +391,7 @@ def deepspeed_chat(saved: Saved) -> dict[str, Any]:
     pad = reward.tokenizer.pad_token_id
     model = RewardModel(reward.scorer.backbone, reward.tokenizer).eval()
     with torch.no_grad():
-        model.v_head.weight.copy_(head_layer(reward.scorer).weight)
+        model.v_head.weight.copy_(mean_head(reward.scorer)["weight"])
     scores = []
     for text in saved.texts:
         ids = verify.whole(scored_as(text, reward.encoding))
