@@ -2,7 +2,7 @@
 """Stable reward-model training for DeepSpeed-Chat.
 
 ``train`` runs a :class:`RunConfig`; ``load`` reads a model that a run saved; ``score`` gives the scores of rows, and
-``serve`` answers requests for them; ``verify`` compares the ways in which others score with a model; ``export`` writes
+``serve`` answers requests for them; ``fit_novelty`` says from then on how new a text is; ``verify`` compares the ways in which others score with a model; ``export`` writes
 it in a form that another program reads; ``report`` writes the page of a run; ``UserError`` is what they raise for
 whatever the caller can mend. Nothing heavy is imported before one of them is used.
 """
@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from reward_model.common.errors import UserError
     from reward_model.config.evaluation import EvaluateConfig
+    from reward_model.config.novelty import NoveltyConfig
     from reward_model.config.options import RunConfig
     from reward_model.config.scoring import ScoreConfig, ServeConfig
     from reward_model.config.verification import VerifyConfig
     from reward_model.inference import load
     from reward_model.judging.api import evaluate
+    from reward_model.judging.novelty import fit_novelty
     from reward_model.reporting.report import report
     from reward_model.serving.api import serve
     from reward_model.serving.stream import score
@@ -31,12 +33,13 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "EvaluateConfig", "Interrupted", "RunConfig", "ScoreConfig", "ServeConfig", "TrainResult", "UserError",
-    "VerifyConfig", "evaluate", "export", "load", "report", "score", "serve", "train", "verify",
+    "EvaluateConfig", "Interrupted", "NoveltyConfig", "RunConfig", "ScoreConfig", "ServeConfig", "TrainResult", "UserError",
+    "VerifyConfig", "evaluate", "export", "fit_novelty", "load", "report", "score", "serve", "train", "verify",
 ]  # fmt: skip
 
 _MODULES = {
     "RunConfig": "reward_model.config.options",
+    "NoveltyConfig": "reward_model.config.novelty",
     "Interrupted": "reward_model.training.stopping",
     "TrainResult": "reward_model.training.run",
     "UserError": "reward_model.common.errors",
@@ -46,6 +49,7 @@ _MODULES = {
     "VerifyConfig": "reward_model.config.verification",
     "evaluate": "reward_model.judging.api",
     "export": "reward_model.training.exporting",
+    "fit_novelty": "reward_model.judging.novelty",
     "load": "reward_model.inference",
     "report": "reward_model.reporting.report",
     "score": "reward_model.serving.stream",
