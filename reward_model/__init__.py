@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "EvaluateConfig", "Interrupted", "NoveltyConfig", "RunConfig", "ScoreConfig", "ServeConfig", "TrainResult", "UserError",
-    "VerifyConfig", "evaluate", "export", "fit_novelty", "load", "report", "score", "serve", "train", "verify",
+    "EvaluateConfig", "Interrupted", "NoveltyConfig", "RunConfig", "ScoreConfig", "ServeConfig", "TrainResult",
+    "UserError", "VerifyConfig", "evaluate", "export", "fit_novelty", "load", "report", "score", "serve", "train", "verify",
 ]  # fmt: skip
 
 _MODULES = {

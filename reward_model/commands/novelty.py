@@ -36,9 +36,7 @@ def main(arguments: list[str]) -> int:
         named.append(words.pop(0))
     (config,) = read_words(parser, words)[:1]
     if named[:1] != ["fit"] or len(named) != 2:
-        raise UserError(
-            "give fit and the folder of one model before the flags: reward-model novelty fit MODEL --data …"
-        )
+        raise UserError("give fit and the folder of one model before the flags: fit MODEL --data …")
     show_messages()
     from reward_model.judging.novelty import fit_novelty
 

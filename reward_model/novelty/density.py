@@ -16,7 +16,7 @@ MOST_DIRECTIONS = 512  # h × 512 float32 are 8 MB at h = 4,096; the directions 
 
 
 class Density(ABC):
-    """A method: what it has learned of states. The higher an energy, the less a state is like those that it was fitted to.
+    """A method: what it has learned of states. The higher an energy, the less a state is like those it was fitted to.
 
     An energy has no unit that methods share: :class:`reward_model.novelty.fitted.Novelty` makes it a quantile.
     """
