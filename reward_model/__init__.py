@@ -2,9 +2,10 @@
 """Stable reward-model training for DeepSpeed-Chat.
 
 ``train`` runs a :class:`RunConfig`; ``load`` reads a model that a run saved; ``score`` gives the scores of rows, and
-``serve`` answers requests for them; ``fit_novelty`` says from then on how new a text is; ``verify`` compares the ways in which others score with a model; ``export`` writes
-it in a form that another program reads; ``report`` writes the page of a run; ``UserError`` is what they raise for
-whatever the caller can mend. Nothing heavy is imported before one of them is used.
+``serve`` answers requests for them; ``fit_novelty`` has them say how new a text is; ``verify`` compares the ways in
+which others score with a model; ``export`` writes it in a form that another program reads; ``report`` writes the page
+of a run; ``UserError`` is what they raise for whatever the caller can mend. Nothing heavy is imported before one of
+them is used.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "EvaluateConfig", "Interrupted", "NoveltyConfig", "RunConfig", "ScoreConfig", "ServeConfig", "TrainResult",
-    "UserError", "VerifyConfig", "evaluate", "export", "fit_novelty", "load", "report", "score", "serve", "train", "verify",
+    "UserError", "VerifyConfig", "evaluate", "export", "fit_novelty", "load", "report", "score", "serve", "train",
+    "verify",
 ]  # fmt: skip
 
 _MODULES = {
