@@ -39,7 +39,8 @@ def assess(judged: Judged, texts: Sequence[list[int]] | None = None, seed: int =
     Returns:
         ``rows``, ``answers``, ``pairs``, ``prompts``; ``accuracy`` with its interval and its ties, ``loss``; ``scores``
         of chosen, rejected and all; ``histogram`` and ``gaps``; ``calibration``; ``length``; ``by_subset``,
-        ``by_margin``; ``lists``, ``points``, ``specificity``; ``bounds``, of several heads; ``novelty``; ``baselines``; ``scatter``.
+        ``by_margin``; ``lists``, ``points``, ``specificity``; ``bounds``, of several heads;
+        ``novelty``; ``baselines``; ``scatter``.
     """
     found: dict[str, Any] = {
         "format": FORMAT,

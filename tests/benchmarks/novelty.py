@@ -5,7 +5,9 @@ python tests/benchmarks/novelty.py --model FOLDER --data FOLDER --output FOLDER
 
 --model is a pretrained encoder of sentences; --data holds train_pairs and eval_pairs, .jsonl.gz, of UKPConvArg1
 (prompt, chosen, rejected, margin). There are six topics, with two debates each. Three reward models are trained (60
-steps of 16 pairs): each on four topics, without the other two, and on pairs of four fifths of the texts of these.
+steps of 16 pairs): each on four topics, without the other two, and on pairs of four fifths of the texts of these. To
+these texts each method is fitted; in-domain is the other fifth, near are the two topics left out, far is other text:
+licenses of this machine and docstrings of Python. It prints a table of AUROCs, of these and of wrong pairs of near.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import hashlib
+import inspect
 import json
 import os
 import subprocess
@@ -82,19 +85,100 @@ def train(model: Path, folder: Path, seed: int) -> None:
         raise SystemExit(f"seed {seed}: {done.stderr[-3000:]}")
 
 
+def far_texts(count: int) -> list[str]:
+    """Paragraphs of licenses and docstrings of Python's library, 80 to 700 characters each."""
+    found = []
+    for file in sorted(Path("/usr/share/common-licenses").glob("*")):
+        found += file.read_text(encoding="utf-8", errors="replace").split("\n\n")
+    for module in (argparse, json, subprocess, hashlib, gzip, inspect):
+        kinds = [each for each in vars(module).values() if inspect.isclass(each)]
+        found += [inspect.getdoc(each) or "" for kind in kinds for each in vars(kind).values() if callable(each)]
+    words = dict.fromkeys(" ".join(text.split()) for text in found)
+    fitting = [text for text in words if 80 <= len(text) <= 700]
+    return sorted(fitting, key=lambda text: draw_of(0, "", text))[:count]
+
+
+def auroc(inside, outside) -> float:
+    """How often one of ``outside`` has more energy than one of ``inside``, ties as half."""
+    return ((outside[:, None] > inside).float() + 0.5 * (outside[:, None] == inside).float()).mean().item()
+
+
+def measured(rows: list[dict], folder: Path, seed: int, far: int) -> dict[str, list[float]]:
+    """Method → AUROC of near, of far and of wrong pairs of near."""
+    import torch
+
+    from reward_model.inference import load
+    from reward_model.novelty.fitted import METHODS
+
+    reward = load(folder / "model", novelty=False)
+    without = left_out(list(dict.fromkeys(topic_of(row["prompt"]) for row in rows)), seed)
+    texts = list(dict.fromkeys((row["prompt"], row[side]) for row in rows for side in ("chosen", "rejected")))
+    prompts = list(dict.fromkeys(prompt for prompt, _ in texts))
+    near = [text for text in texts if topic_of(text[0]) in without]
+    own = [text for text in texts if topic_of(text[0]) not in without]
+    sets = {
+        "fitted": [text for text in own if draw_of(seed, *text) >= HELD_OUT],
+        "inside": [text for text in own if draw_of(seed, *text) < HELD_OUT],
+        "near": near,
+        "far": [(prompts[i % len(prompts)], text) for i, text in enumerate(far_texts(far))],
+    }
+    states = {}
+    for name, pairs in sets.items():
+        made = reward.rows([prompt for prompt, _ in pairs], [[text] for _, text in pairs], max_seq_len=512)
+        states[name] = reward.states_of_rows(made)
+    places = {text: i for i, text in enumerate(near)}
+    judged = [row for row in rows if topic_of(row["prompt"]) in without]
+    better, worse = ([places[row["prompt"], row[side]] for row in judged] for side in ("chosen", "rejected"))
+    with torch.no_grad():
+        from reward_model.models.scorer import head_layer
+
+        scores = head_layer(reward.scorer)(states["near"]).flatten()
+    wrong = scores[better] <= scores[worse]
+    found = {}
+    for name, method in METHODS.items():
+        if method.needs_heads:
+            continue
+        fitted = method.fit(states["fitted"], seed)
+        energy = {each: fitted.energy(values) for each, values in states.items()}
+        of_pairs = torch.maximum(energy["near"][better], energy["near"][worse])
+        found[name] = [auroc(energy["inside"], energy[each]) for each in ("near", "far")]
+        found[name].append(auroc(of_pairs[~wrong], of_pairs[wrong]))
+    gaps = -(scores[better] - scores[worse]).abs()
+    found["small gap"] = [float("nan"), float("nan"), auroc(gaps[~wrong], gaps[wrong])]
+    return found
+
+
+def show(of_seeds: list[dict[str, list[float]]]) -> str:
+    """A table in Markdown: mean, and least and most of the seeds."""
+    lines = ["| method | near | far | wrong pairs |", "|---|---|---|---|"]
+    for name in of_seeds[0]:
+        cells = []
+        for values in zip(*(each[name] for each in of_seeds)):
+            cells.append(f"{sum(values) / len(values):.3f} [{min(values):.3f}–{max(values):.3f}]")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="a pretrained encoder of sentences")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", choices=(1, 2, 3), default=[1, 2, 3])
+    parser.add_argument("--far", type=int, default=200, metavar="N", help="texts of other kinds")
     options = parser.parse_args()
     for name in ("model", "data", "output"):
         setattr(options, name, getattr(options, name).resolve())
     rows = read(options.data)
+    of_seeds = []
     for seed in options.seeds:
         prepare(rows, options.output / f"seed_{seed}", seed)
         train(options.model, options.output / f"seed_{seed}", seed)
+        of_seeds.append(measured(rows, options.output / f"seed_{seed}", seed, options.far))
+        (options.output / "novelty.json").write_text(json.dumps(of_seeds) + "\n", encoding="utf-8")
+    table = show(of_seeds)
+    (options.output / "novelty.md").write_text(table + "\n", encoding="utf-8")
+    print(table)
 
 
 if __name__ == "__main__":
