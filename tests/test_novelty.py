@@ -126,7 +126,9 @@ def _rows(path, count=60):
     return rows
 
 
-@pytest.mark.parametrize(("family", "options"), [("llama", {}), ("bert", {"pooling": "mean"})])
+@pytest.mark.parametrize(
+    ("family", "options"), [("llama", {}), pytest.param("bert", {"pooling": "mean"}, marks=pytest.mark.slow)]
+)
 def test_fit_writes_a_file_that_scoring_takes(tmp_path, family, options):
     folder = saved.save(tmp_path, family, **options)
     rows = _rows(tmp_path / "train.jsonl")
