@@ -2,10 +2,10 @@
 """Stable reward-model training for DeepSpeed-Chat.
 
 ``train`` runs a :class:`RunConfig`; ``load`` reads a model that a run saved; ``score`` gives the scores of rows, and
-``serve`` answers requests for them; ``verify`` compares the ways in which others score with a model; ``export`` writes
-it in a form that another program reads; ``ensemble`` writes what several models make of pairs beside them; ``report``
-writes the page of a run; ``UserError`` is what they raise for whatever the caller can mend. Nothing heavy is imported
-before one of them is used.
+``serve`` answers requests for them; ``fit_novelty`` has them say how new a text is; ``verify`` compares the ways in
+which others score with a model; ``export`` writes it in a form that another program reads; ``ensemble`` writes what
+several models make of pairs beside them; ``report`` writes the page of a run; ``UserError`` is what they raise for
+whatever the caller can mend. Nothing heavy is imported before one of them is used.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from reward_model.common.errors import UserError
     from reward_model.config.ensemble import EnsembleConfig
     from reward_model.config.evaluation import EvaluateConfig
+    from reward_model.config.novelty import NoveltyConfig
     from reward_model.config.options import RunConfig
     from reward_model.config.scoring import ScoreConfig, ServeConfig
     from reward_model.config.verification import VerifyConfig
     from reward_model.inference import load
     from reward_model.judging.api import evaluate
+    from reward_model.judging.novelty import fit_novelty
     from reward_model.reporting.report import report
     from reward_model.serving.api import serve
     from reward_model.serving.ensemble import ensemble
@@ -34,13 +36,15 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "EnsembleConfig", "EvaluateConfig", "Interrupted", "RunConfig", "ScoreConfig", "ServeConfig", "TrainResult",
-    "UserError", "VerifyConfig", "ensemble", "evaluate", "export", "load", "report", "score", "serve", "train",
+    "EnsembleConfig", "EvaluateConfig", "Interrupted", "NoveltyConfig", "RunConfig", "ScoreConfig", "ServeConfig",
+    "TrainResult", "UserError", "VerifyConfig", "ensemble", "evaluate", "export", "fit_novelty", "load", "report",
+    "score", "serve", "train",
     "verify",
 ]  # fmt: skip
 
 _MODULES = {
     "RunConfig": "reward_model.config.options",
+    "NoveltyConfig": "reward_model.config.novelty",
     "Interrupted": "reward_model.training.stopping",
     "TrainResult": "reward_model.training.run",
     "UserError": "reward_model.common.errors",
@@ -52,6 +56,7 @@ _MODULES = {
     "ensemble": "reward_model.serving.ensemble",
     "evaluate": "reward_model.judging.api",
     "export": "reward_model.training.exporting",
+    "fit_novelty": "reward_model.judging.novelty",
     "load": "reward_model.inference",
     "report": "reward_model.reporting.report",
     "score": "reward_model.serving.stream",

@@ -27,6 +27,7 @@ COMMANDS = {
         "reward_model.commands.serve",
         "scores over HTTP, in the forms that OpenRLHF, verl and vLLM know",
     ),
+    "novelty": ("reward_model.commands.novelty", "how far texts are from the training data, given with each score"),
     "report": ("reward_model.commands.report", "a page of charts, mistakes and settings, of a run or of several"),
     "plan": ("reward_model.commands.plan", "memory and communication of a run, and the line that launches it"),
     "check": (

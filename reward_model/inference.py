@@ -13,11 +13,13 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -51,7 +53,8 @@ from reward_model.models.many_heads import beta_of, take_heads
 from reward_model.models.pair_encoding import for_scoring, told
 from reward_model.models.saved_forms import form_of, load_form
 from reward_model.models.saving import NAMING
-from reward_model.models.scorer import SCORE_PAIRS, Scorer, embedding_rows
+from reward_model.models.scorer import SCORE_PAIRS, Scorer, embedding_rows, head_layer
+from reward_model.novelty.fitted import Novelty, read_novelty
 from reward_model.objectives.losses import likeliest_grade
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # owner/name
@@ -61,7 +64,8 @@ class RowScores(NamedTuple):
     """The scores of a row's responses, and what there is beside them, a number for each response.
 
     beside: of a model with several heads ``std``, the standard deviation of their scores (the population's), and
-    ``lower``, score − β·std; of one with a single head nothing.
+    ``lower``, score − β·std; of one that ``reward-model novelty fit`` was run on ``novelty``, the share of held-out
+    training texts that are less novel; else nothing.
     """
 
     scores: list[float]
@@ -72,6 +76,7 @@ class RewardScorer:
     """A saved model with its tokenizer, scoring as the trainer's evaluation does.
 
     beta: of the lower bound r − β·u, u the standard deviation over several heads; ``score_beta`` in ``config.json``.
+    novelty: how far states are from those of the training texts; None: nobody has fitted it.
     """
 
     def __init__(
@@ -105,6 +110,8 @@ class RewardScorer:
         self.thresholds = [value - self.mean for value in getattr(scorer.config, "score_thresholds", [])]
         self.lowest_grade = getattr(scorer.config, "lowest_grade", 0)
         self.beta = beta_of(scorer)
+        self.novelty: Novelty | None = None
+        self._wants_states = False
         self.temperature = getattr(scorer.config, "score_temperature", None) or 1.0  # of a probability, not of scores
         self.sharing: AttentionBackend | None = None  # of score_rows, once it is chosen
         self.longest = 0  # tokens of the longest text for which it was chosen
@@ -137,7 +144,9 @@ class RewardScorer:
         if self.pad is None and self.scorer.pooling == "classifier":  # takes no pads, see score_ids
             rows = (data[i] for i in range(len(data)))
             texts = [row.text(k) for row in rows for k in range(len(row.responses))]
-            return self._judged(Judged.of(data, *columns_of(self._columns_of_texts(texts).double().numpy())))
+            table = self._columns_of_texts(texts).double().numpy()
+            count = self._score_columns
+            return self._judged(Judged.of(data, *columns_of(table[:, :count])), table[:, count:].T)
         batches = BatchConfig(merge="prompt", per_device_train_batch_size=batch_size, tokens_per_batch=tokens_per_batch)
         planner = Planner(batches, batch_size, seed, context, by_row=False)
         groups = planner.evaluation_groups(data, 0)
@@ -149,14 +158,20 @@ class RewardScorer:
             plan = planner.evaluation(groups, self.forward.layout.kind)
             loaded = planner.load(data, plan, self.forward.layout)
             pad = self.pad if self.scorer.pooling == "last" else None
-            found, _ = judge(self.forward, data, plan, loaded, context, pad)
+            with self._states_caught() as caught:
+
+                def also(batch: Batch, scores: torch.Tensor) -> list[torch.Tensor]:
+                    return list(self._of_states(caught)[batch.points.responses].unbind(1)) if caught else []
+
+                found, more = judge(self.forward, data, plan, loaded, context, pad, also=also)
         finally:
             self.forward.use(SEPARATE)
-        return self._judged(found)
+        return self._judged(found, more)
 
-    def _judged(self, found: Judged) -> Judged:
-        """Raw scores as this model gives them, with the bounds of several heads beside them."""
-        return found.on_scale(1.0, self.mean).with_bounds(self.beta)
+    def _judged(self, found: Judged, more: Sequence[np.ndarray]) -> Judged:
+        """Raw scores as this model gives them, with the bounds of several heads and the novelty beside them."""
+        found = found.on_scale(1.0, self.mean).with_bounds(self.beta)
+        return found if self.novelty is None else replace(found, beside=found.beside | {"novelty": more[0]})
 
     def grades(self, scores: Sequence[float]) -> list[int]:
         """The likeliest grade of each score, by the thresholds that ``--loss ordinal`` has learned.
@@ -322,7 +337,7 @@ class RewardScorer:
 
     @torch.no_grad()
     def _columns_of_texts(self, texts: Sequence[Comparison], batch_size: int = 16) -> torch.Tensor:
-        """The raw score of each, and beside it that of every head where there are several; (n, 1) or (n, 1 + K)."""
+        """The raw score of each, beside it that of every head where there are several, and what states say, (n, c)."""
         found = torch.empty(len(texts), self._columns)
         self._require_positions(texts)
         order = sorted(range(len(texts)), key=lambda i: texts[i].tokens)  # texts of one length need no pads
@@ -338,23 +353,63 @@ class RewardScorer:
         return found
 
     @property
-    def _columns(self) -> int:
+    def _score_columns(self) -> int:
         return 1 if self.scorer.heads == 1 else 1 + self.scorer.heads
+
+    @property
+    def _columns(self) -> int:
+        of_states = head_layer(self.scorer).in_features if self._wants_states else int(self.novelty is not None)
+        return self._score_columns + of_states
 
     def _columns_at(self, batch: Batch, at: torch.Tensor) -> torch.Tensor:
         """The same of the responses of a batch, on the host."""
-        scores = self.forward(batch, at).float()
+        with self._states_caught() as caught:
+            scores = self.forward(batch, at).float()
         heads = self.forward.heads
-        columns = scores[:, None] if heads is None else torch.cat([scores[:, None], heads.float()], dim=1)
-        return columns.cpu()
+        parts = [scores[:, None]] + ([] if heads is None else [heads.float()])
+        parts += [self._of_states(caught)] if caught else []
+        return torch.cat(parts, dim=1).cpu()
+
+    @contextmanager
+    def _states_caught(self) -> Iterator[list[torch.Tensor]]:
+        """While this lasts, the list holds what the head was given last, if anybody wants to know."""
+        caught: list[torch.Tensor] = []
+        if self.novelty is None and not self._wants_states:
+            yield caught
+            return
+
+        def catch(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            caught[:] = inputs[:1]
+
+        hook = head_layer(self.scorer).register_forward_pre_hook(catch)
+        try:
+            yield caught
+        finally:
+            hook.remove()
+
+    def _of_states(self, caught: list[torch.Tensor]) -> torch.Tensor:
+        """What is read of the states that the head was given: their novelty, (n, 1), or they themselves, (n, h)."""
+        states = caught[0]
+        if states.dim() == 3 and len(states) == 1:  # a class of Transformers that scores every token, of one text
+            states = states[:, -1]
+        if states.dim() != 2:
+            raise UserError(f"{type(self.scorer.unwrapped).__name__} gives its head no state for each text: no novelty")
+        if self._wants_states:
+            return states.float()
+        assert self.novelty is not None  # else nothing is caught
+        return self.novelty(states)[:, None]
 
     def _row_scores(self, columns: torch.Tensor) -> RowScores:
         """Of the responses of a row."""
         scores = [score - self.mean for score in columns[:, 0].tolist()]
-        if self.scorer.heads == 1:
-            return RowScores(scores, {})
-        spread = columns[:, 1:].std(1, correction=0).tolist()
-        return RowScores(scores, {"std": spread, "lower": [r - self.beta * u for r, u in zip(scores, spread)]})
+        beside: dict[str, list[float]] = {}
+        count = self._score_columns
+        if self.scorer.heads > 1:
+            spread = columns[:, 1:count].std(1, correction=0).tolist()
+            beside = {"std": spread, "lower": [r - self.beta * u for r, u in zip(scores, spread)]}
+        if self.novelty is not None:
+            beside["novelty"] = columns[:, count].tolist()
+        return RowScores(scores, beside)
 
     # --- rows: a prompt and its responses, encoded together ---
 
@@ -448,7 +503,6 @@ class RewardScorer:
         """The scores of each row's responses, in the order given; as :meth:`assess_rows`, without what is beside."""
         return [row.scores for row in self.assess_rows(rows, tokens_per_batch)]
 
-    @torch.no_grad()
     def assess_rows(self, rows: Sequence[Comparison], tokens_per_batch: int = TOKENS) -> list[RowScores]:
         """Each row's responses, in the order given; a prompt is encoded once where the model allows it.
 
@@ -456,9 +510,23 @@ class RewardScorer:
             rows: as :meth:`rows` makes them. Those of one prompt share it, too, where they come into one batch.
             tokens_per_batch: the most tokens of a forward pass, pads included; a single longer text stays whole.
         """
+        return [self._row_scores(columns) for columns in self._columns_of_rows(rows, tokens_per_batch)]
+
+    def states_of_rows(self, rows: Sequence[Comparison], tokens_per_batch: int = TOKENS) -> torch.Tensor:
+        """What the head is given of each response of each row, in the order given, (n, h) float32, on the host."""
+        self._wants_states = True
+        try:
+            columns = self._columns_of_rows(rows, tokens_per_batch)
+        finally:
+            self._wants_states = False
+        return torch.cat(columns)[:, self._score_columns :]
+
+    @torch.no_grad()
+    def _columns_of_rows(self, rows: Sequence[Comparison], tokens_per_batch: int) -> list[torch.Tensor]:
+        """The raw columns of each row's responses, as :meth:`_columns_of_texts` has them."""
         if self.pad is None and self.scorer.pooling == "classifier":  # takes no pads, see score_ids
             columns = self._columns_of_texts([row.text(k) for row in rows for k in range(len(row.responses))])
-            return [self._row_scores(part) for part in columns.split([len(row.responses) for row in rows])]
+            return list(columns.split([len(row.responses) for row in rows]))
         found = [torch.zeros(len(row.responses), self._columns) for row in rows]
         longest = self._require_positions(rows)
         if self.sharing is None or longest > max(self.longest, window(self.scorer.config)):
@@ -479,7 +547,7 @@ class RewardScorer:
                     filled[place] += 1
         finally:
             self.forward.use(SEPARATE)
-        return [self._row_scores(each) for each in found]
+        return found
 
 
 class _Piece(NamedTuple):
@@ -624,6 +692,7 @@ def load(
     device: torch.device | str = "cpu",
     form: Literal["hf", "dschat"] | None = None,
     trust_remote_code: bool = False,
+    novelty: bool = True,
 ) -> RewardScorer:
     """A model that the trainer saved, in whichever form it was saved, or any reward model that Transformers loads.
 
@@ -632,10 +701,12 @@ def load(
         dtype: of the weights, a ``torch.dtype`` or ``fp32``, ``bf16`` or ``fp16``; None: as saved.
         form: of a folder that holds two; None: ``dschat`` only where there is nothing else.
         trust_remote_code: run the code that the model brings.
+        novelty: read what ``reward-model novelty fit`` has left beside the model, if it has.
 
     Raises:
-        UserError: no such model, or weights missing.
+        UserError: no such model, weights missing, or a novelty that was fitted to other weights.
     """
+    named = Path(folder)
     if not Path(folder).is_dir() and not HUB_NAME.fullmatch(str(folder)):
         raise UserError(f"{Path(folder)}: no such folder")
     if is_adapter(str(folder)):
@@ -663,9 +734,11 @@ def load(
     take_heads(scorer, folder)
     try:
         pad = _pad_of(scorer, tokenizer, its_form == "dschat")
-        return RewardScorer(scorer, tokenizer, device, pad, told(folder, scorer.config))
+        reward = RewardScorer(scorer, tokenizer, device, pad, told(folder, scorer.config))
     except UserError as error:  # of the tokenizer
         raise UserError(f"{folder}: {error}") from error
+    reward.novelty = read_novelty(named, scorer) if novelty else None
+    return reward
 
 
 @dataclass(frozen=True)
@@ -684,6 +757,7 @@ def load_to_read(
     chat_template: str | None = None,
     max_seq_len: int | None = None,
     trust_remote_code: bool = False,
+    novelty: bool = True,
 ) -> tuple[RewardScorer, Reading]:
     """A model, and how it reads rows: as the run that trained it did, where nothing else is said.
 
@@ -691,6 +765,7 @@ def load_to_read(
         name: a folder or a hub name.
         dtype: of the weights; ``auto``: as saved, and float32 on a CPU for float16.
         device: ``auto``: a GPU if there is one.
+        novelty: as in :func:`load`.
 
     Raises:
         UserError: no such model or device, weights missing, no chat template where one is needed, or ``max_seq_len``
@@ -698,10 +773,10 @@ def load_to_read(
     """
     device = _device(device)
     wanted = None if dtype == "auto" else dtype
-    scorer = load(name, wanted, device, trust_remote_code=trust_remote_code)
+    scorer = load(name, wanted, device, trust_remote_code=trust_remote_code, novelty=novelty)
     if wanted is None and device.type == "cpu" and scorer.forward.dtype == torch.float16:
         logger.info(f"{name} is saved in float16, which CPUs hardly compute in: taken as float32")
-        scorer = load(name, "fp32", device, trust_remote_code=trust_remote_code)
+        scorer = load(name, "fp32", device, trust_remote_code=trust_remote_code, novelty=novelty)
     tokenizer = scorer.tokenizer
     named = getattr(scorer.scorer.config, NAMING, None)  # also of what was exported
     run = read_run(Path(name) / "run.json") or (named if isinstance(named, dict) else {})

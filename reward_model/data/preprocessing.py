@@ -236,6 +236,23 @@ def nothing_to_tell_apart(row: Comparison) -> str | None:
     return None if len(row.targets) > 1 else f"--meta_data needs two answers or more, and the row has {answers(row)}"
 
 
+def load_training_texts(
+    paths: list[str], tokenizer, special: SpecialTokens, preprocessing: PreprocessingConfig, seed: int
+) -> Comparisons:
+    """The rows of files, or the training rows of folders and hub names, whether they judge anything or not.
+
+    Raises:
+        UserError: unreadable data, a bad row under ``stop``, or nothing left.
+    """
+    parts = []
+    for entry in paths:
+        path, amount = amount_of(entry)
+        first, _ = read_sources(path, seed, None, False, preprocessing.names, preprocessing.splits, preprocessing.chat)
+        found = take(first, amount, seed, path)
+        parts += [tokenize(source, tokenizer, special, preprocessing, None) for source in found]
+    return _at_most(parts, 0, "texts", seed)
+
+
 def _evaluation_rows(
     path: str, tokenizer, special, preprocessing: PreprocessingConfig, seed: int, missing
 ) -> list[Comparisons]:

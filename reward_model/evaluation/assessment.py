@@ -39,7 +39,8 @@ def assess(judged: Judged, texts: Sequence[list[int]] | None = None, seed: int =
     Returns:
         ``rows``, ``answers``, ``pairs``, ``prompts``; ``accuracy`` with its interval and its ties, ``loss``; ``scores``
         of chosen, rejected and all; ``histogram`` and ``gaps``; ``calibration``; ``length``; ``by_subset``,
-        ``by_margin``; ``lists``, ``points``, ``specificity``; ``bounds``, of several heads; ``baselines``; ``scatter``.
+        ``by_margin``; ``lists``, ``points``, ``specificity``; ``bounds``, of several heads;
+        ``novelty``; ``baselines``; ``scatter``.
     """
     found: dict[str, Any] = {
         "format": FORMAT,
@@ -55,6 +56,7 @@ def assess(judged: Judged, texts: Sequence[list[int]] | None = None, seed: int =
         found |= _of_pairs(judged, texts, seed, stored)
     parts = {"lists": list_metrics(judged, seed), "points": _of_points(judged), "specificity": specificity(judged)}
     parts["bounds"] = bounds(judged)
+    parts["novelty"] = _novelty(judged)
     found |= {name: part for name, part in parts.items() if part}
     found["length"] = found.get("length", {}) | {"correlation": correlation(judged.scores, judged.lengths)}
     found["scatter"] = _scatter(judged, seed)
@@ -108,6 +110,24 @@ def _of_points(judged: Judged) -> dict[str, float | int]:
     nothing = np.full(int(known.sum()), np.nan)
     found = point_metrics(judged.scores[known], judged.targets[known], nothing, nothing)
     return {"answers": int(known.sum()), "pearson": found["pearson"], "spearman": found["spearman"]}
+
+
+def _novelty(judged: Judged) -> dict[str, Any]:
+    """Of answers, and how well that of a pair, its higher one, tells wrong pairs from right ones; {}: not fitted.
+
+    Returns:
+        ``mean``; ``beyond``, the share of answers more novel than 95 % of held-out training texts; ``wrong_auroc``.
+    """
+    found = judged.beside.get("novelty")
+    if found is None or not len(found):
+        return {}
+    said = {"mean": float(found.mean()), "beyond": float((found > 0.95).mean())}
+    of_pairs, wrong = np.maximum(found[judged.better], found[judged.worse]), judged.right < 0.5
+    if wrong.any() and not wrong.all():
+        order = np.sort(of_pairs[~wrong])
+        below = (np.searchsorted(order, of_pairs[wrong], "left") + np.searchsorted(order, of_pairs[wrong], "right")) / 2
+        said["wrong_auroc"] = float(below.mean() / len(order))
+    return said
 
 
 def _spread(scores: np.ndarray) -> dict[str, Any]:

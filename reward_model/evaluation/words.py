@@ -21,6 +21,10 @@ def lines_of(found: dict) -> Iterator[str]:
         yield from _calibration(found["calibration"])
     if "bounds" in found:
         yield from _bounds(found["bounds"])
+    if novelty := found.get("novelty"):
+        tells = f"; tells wrong pairs with AUROC {novelty['wrong_auroc']:.3f}" if "wrong_auroc" in novelty else ""
+        beyond = f"{novelty['beyond']:.0%} of answers beyond 95 % of the training texts"
+        yield _line("novelty", f"{novelty['mean']:.3f} on average, {beyond}{tells}")
     yield from _length(found)
     for part in found.get("by_subset", [])[:SUBSETS_SHOWN]:
         yield _line(f"subset {part['subset'] or '(none)'}", f"{_share(part)}, {counted(part['pairs'], 'pair')}")

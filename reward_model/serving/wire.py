@@ -44,6 +44,9 @@ class Scores(BaseModel):
     raw: list[float] | None = None
     std: list[float] | None = Field(None, description="Over the score heads, of a model that has several.")
     lower: list[float] | None = Field(None, description="Score less β times std; β is score_beta in config.json.")
+    novelty: list[float] | None = Field(
+        None, description="The share of held-out training texts that are less novel, of a model it was fitted to."
+    )
     best: int | None = Field(None, description="The response with the highest score, counted from 0.")
     probability: float | None = Field(None, description="Of two responses, that the first is preferred.")
     cut: bool = Field(False, description="Whether the prompt lost its left, to fit the longest text.")

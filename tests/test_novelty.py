@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Novelty: the methods on made-up states, their quantiles and file, and the commands on a tiny model."""
+
+import json
+
+import pytest
+import saved
+import torch
+
+import reward_model
+from reward_model.common.errors import UserError
+from reward_model.config.novelty import NoveltyConfig
+from reward_model.inference import load
+from reward_model.novelty import distillation, exemplar
+from reward_model.novelty.fitted import METHODS, Novelty, fingerprint, read_novelty
+from reward_model.novelty.sample import drawn, held_out
+
+HEADS = torch.randn(5, 12, generator=torch.Generator().manual_seed(9))
+
+
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch):
+    monkeypatch.setattr(exemplar, "STEPS", 200)
+    monkeypatch.setattr(distillation, "STEPS", 300)
+
+
+@pytest.fixture(scope="module")
+def cloud():
+    """Correlated states (600, 12) about a mean, and outliers (40, 12) that break the correlations."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(4, 12, generator=generator)
+    inside = torch.randn(600, 4, generator=generator) @ mixing + 0.1 * torch.randn(600, 12, generator=generator) + 3
+    outside = 3 + 3 * mixing.norm(dim=0) * torch.randn(40, 12, generator=generator)
+    return inside, outside
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_outliers_have_more_energy_than_the_texts_that_were_not_seen(name, cloud):
+    inside, outside = cloud
+    fitted = METHODS[name].fit(inside[:400], 1, HEADS)
+    unseen, far = fitted.energy(inside[400:]), fitted.energy(outside)
+    assert unseen.shape == (200,) and unseen.dtype == torch.float32
+    least = 0.6 if name == "spread" else 0.9  # heads of random weights know nothing of the states
+    assert (far[:, None] > unseen).float().mean() > least  # AUROC
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_same_seed_gives_the_same_and_the_global_state_stays(name, cloud):
+    inside, outside = cloud
+    before = torch.random.get_rng_state()
+    one = METHODS[name].fit(inside, 3, HEADS).energy(outside)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.rand(5)
+    assert torch.equal(METHODS[name].fit(inside, 3, HEADS).energy(outside), one)
+    if name in ("exemplar", "rnd"):
+        assert not torch.equal(METHODS[name].fit(inside, 4, HEADS).energy(outside), one)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_it_has_learned_makes_it_again(name, cloud):
+    inside, outside = cloud
+    fitted = METHODS[name].fit(inside, 1, HEADS)
+    again = METHODS[name].of_tensors(fitted.tensors())
+    assert torch.equal(again.energy(outside), fitted.energy(outside))
+
+
+def test_distances_by_hand():
+    states = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 2.0], [0.0, -2.0]]) * 100
+    fitted = METHODS["mahalanobis"].fit(states, 0)  # no correlation: the correlation matrix is the identity
+    # variances 100² · ½ and 200² · ½: (100, 200) is at 2 + 2
+    assert fitted.energy(torch.tensor([[100.0, 200.0], [0.0, 0.0]])).tolist() == pytest.approx([4.0, 0.0], abs=1e-4)
+    relative = METHODS["relative_mahalanobis"].fit(states, 0)
+    assert relative.energy(torch.tensor([[100.0, 200.0]])).tolist() == pytest.approx([0.0], abs=1e-4)
+
+
+def test_the_classifier_begins_with_the_best_one_of_a_gaussian():
+    classifier = exemplar.Classifier(3)
+    torch.nn.init.zeros_(classifier.mlp[2].weight), torch.nn.init.zeros_(classifier.mlp[2].bias)
+    one, other = torch.tensor([[1.0, 0.0, 2.0]]), torch.tensor([[0.0, 1.0, 2.0]])
+    normal = torch.distributions.Normal
+    wanted = normal(one, exemplar.NOISE).log_prob(other).sum() - normal(0, 1).log_prob(other).sum()
+    assert classifier(one, other).item() == pytest.approx(wanted.item(), abs=1e-5)
+    assert exemplar.balanced_cross_entropy(torch.zeros(3), torch.zeros(3)).item() == pytest.approx(0.6931, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mahalanobis", "exemplar"])
+def test_novelty_is_a_quantile_of_texts_like_those_that_were_held_out(name, cloud):
+    generator = torch.Generator().manual_seed(5)
+    states = torch.randn(3_000, 12, generator=generator)
+    fitted = Novelty.of(METHODS[name].fit(states[:1_000], 0), states[1_000:2_000], 0.95, "", {})
+    found = fitted(states[2_000:])
+    for level in (0.1, 0.5, 0.9, 0.95):
+        assert (found <= level).float().mean().item() == pytest.approx(level, abs=0.04)
+    assert fitted(states[:1] + 1_000).item() == 1 and 0 <= found.min() <= found.max() <= 1
+    assert fitted(torch.full((1, 12), torch.nan)).item() == 1
+
+
+def test_more_units_than_texts_and_units_that_never_move():
+    states = torch.randn(30, 100, generator=torch.Generator().manual_seed(1))
+    states[:, 7] = 2.0
+    for name in ("mahalanobis", "relative_mahalanobis", "exemplar", "rnd"):
+        assert torch.isfinite(METHODS[name].fit(states, 0).energy(states + 1)).all(), name
+
+
+def test_texts_are_drawn_by_what_they_are():
+    import numpy as np
+
+    texts = np.random.default_rng(0).integers(-(2**62), 2**62, 500)
+    twice = np.concatenate([texts, texts[::-1]])
+    first = drawn(twice, 100, seed=4)
+    assert len(first) == 100 and len(set(twice[first])) == 100
+    assert set(texts[::-1][drawn(texts[::-1].copy(), 100, seed=4)]) == set(twice[first])  # in any order
+    assert set(twice[drawn(twice, 100, seed=5)]) != set(twice[first])
+    prompts = np.arange(500) // 10
+    held, by_prompt = held_out(texts, prompts, 0)
+    assert by_prompt and held.sum() == 100 and not set(prompts[held]) & set(prompts[~held])
+    held, by_prompt = held_out(texts, prompts // 10, 0)
+    assert not by_prompt and held.sum() == 100
+
+
+def _rows(path, count=60):
+    texts = [f"the cat {i} sat on mat {i * i}" for i in range(count)]
+    rows = [{"prompt": f"where {i % 30}?", "chosen": f" {a}", "rejected": f" {b}"} for i, (a, b) in
+            enumerate(zip(texts, texts[::-1]))]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("family", "options"), [("llama", {}), pytest.param("bert", {"pooling": "mean"}, marks=pytest.mark.slow)]
+)
+def test_fit_writes_a_file_that_scoring_takes(tmp_path, family, options):
+    folder = saved.save(tmp_path, family, **options)
+    rows = _rows(tmp_path / "train.jsonl")
+    plain = next(iter(reward_model.score(str(folder), [rows[0]])))
+    assert "novelty" not in plain
+    config = NoveltyConfig(data=[str(tmp_path / "train.jsonl")], data_output_path=str(tmp_path / "cache"))
+    found = reward_model.fit_novelty(str(folder), config)
+    assert found["by"] == "prompts" and found["texts"] + found["held_out"] == found["found"] == 120
+    (one,) = reward_model.score(str(folder), [rows[0]])
+    assert len(one["novelty"]) == 2 and all(0 <= each <= 1 for each in one["novelty"])
+    assert one["scores"] == pytest.approx(plain["scores"], abs=1e-6)
+
+    reward = load(folder)
+    made = reward.rows([row["prompt"] for row in rows[:8]], [[row["chosen"], row["rejected"]] for row in rows[:8]])
+    together = reward.assess_rows(made)
+    energies = reward.novelty(reward.states_of_rows(made)).reshape(8, 2).tolist()
+    for row, values in zip(together, energies):  # whichever batch a text came in
+        assert row.beside["novelty"] == pytest.approx(values, abs=1e-3)
+    with torch.no_grad():
+        next(reward.scorer.backbone.parameters()).add_(0.01)
+    with pytest.raises(UserError, match="other weights"):
+        read_novelty(folder, reward.scorer)
+
+
+def test_what_cannot_be_fitted_is_said(tmp_path):
+    folder = saved.save(tmp_path, "llama")
+    _rows(tmp_path / "few.jsonl", 4)
+    options = {"data": [str(tmp_path / "few.jsonl")], "data_output_path": str(tmp_path / "cache")}
+    with pytest.raises(UserError, match="novelty needs 20"):
+        reward_model.fit_novelty(str(folder), NoveltyConfig(**options))
+    with pytest.raises(UserError, match="one score head"):
+        reward_model.fit_novelty(str(folder), NoveltyConfig(method="spread", **options))
+    with pytest.raises(UserError, match="--threshold"):
+        NoveltyConfig(threshold=1.5)
+    (folder / "novelty").mkdir()
+    (folder / "novelty" / "novelty.safetensors").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="cannot be read"):
+        load(folder)
+
+
+def test_a_model_in_another_dtype_keeps_its_fingerprint_where_nothing_is_rounded(tmp_path):
+    folder = saved.save(tmp_path, "llama")
+    half, single = load(folder, torch.float16).scorer.half(), load(folder).scorer
+    assert fingerprint(half) != fingerprint(single)
+    assert fingerprint(half.float()) == fingerprint(load(folder, torch.float16).scorer)
