@@ -3,8 +3,9 @@
 
 ``train`` runs a :class:`RunConfig`; ``load`` reads a model that a run saved; ``score`` gives the scores of rows, and
 ``serve`` answers requests for them; ``verify`` compares the ways in which others score with a model; ``export`` writes
-it in a form that another program reads; ``report`` writes the page of a run; ``UserError`` is what they raise for
-whatever the caller can mend. Nothing heavy is imported before one of them is used.
+it in a form that another program reads; ``ensemble`` writes what several models make of pairs beside them; ``report``
+writes the page of a run; ``UserError`` is what they raise for whatever the caller can mend. Nothing heavy is imported
+before one of them is used.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from reward_model.common.errors import UserError
+    from reward_model.config.ensemble import EnsembleConfig
     from reward_model.config.evaluation import EvaluateConfig
     from reward_model.config.options import RunConfig
     from reward_model.config.scoring import ScoreConfig, ServeConfig
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from reward_model.judging.api import evaluate
     from reward_model.reporting.report import report
     from reward_model.serving.api import serve
+    from reward_model.serving.ensemble import ensemble
     from reward_model.serving.stream import score
     from reward_model.training.api import train
     from reward_model.training.exporting import export
@@ -31,8 +34,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "EvaluateConfig", "Interrupted", "RunConfig", "ScoreConfig", "ServeConfig", "TrainResult", "UserError",
-    "VerifyConfig", "evaluate", "export", "load", "report", "score", "serve", "train", "verify",
+    "EnsembleConfig", "EvaluateConfig", "Interrupted", "RunConfig", "ScoreConfig", "ServeConfig", "TrainResult",
+    "UserError", "VerifyConfig", "ensemble", "evaluate", "export", "load", "report", "score", "serve", "train",
+    "verify",
 ]  # fmt: skip
 
 _MODULES = {
@@ -40,10 +44,12 @@ _MODULES = {
     "Interrupted": "reward_model.training.stopping",
     "TrainResult": "reward_model.training.run",
     "UserError": "reward_model.common.errors",
+    "EnsembleConfig": "reward_model.config.ensemble",
     "EvaluateConfig": "reward_model.config.evaluation",
     "ScoreConfig": "reward_model.config.scoring",
     "ServeConfig": "reward_model.config.scoring",
     "VerifyConfig": "reward_model.config.verification",
+    "ensemble": "reward_model.serving.ensemble",
     "evaluate": "reward_model.judging.api",
     "export": "reward_model.training.exporting",
     "load": "reward_model.inference",

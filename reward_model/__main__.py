@@ -19,6 +19,10 @@ COMMANDS = {
     ),
     "evaluate": ("reward_model.commands.evaluate", "how right models are on some data, how sure, and what scores mean"),
     "score": ("reward_model.commands.score", "scores of a file or of standard input, one line of JSON a row"),
+    "ensemble": (
+        "reward_model.commands.ensemble",
+        "how strongly several models prefer the chosen answers, written beside the rows",
+    ),
     "serve": (
         "reward_model.commands.serve",
         "scores over HTTP, in the forms that OpenRLHF, verl and vLLM know",

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 PAD = 9
 KINDS = ("packed", "shared", "separate", "unpadded")
 WHOLE = ("separate", "unpadded")  # the kinds that share no prompt
-FACTS = ("margin", "rating", "probability", "similarity")
+FACTS = ("margin", "rating", "probability", "strength", "similarity")
 kinds = pytest.mark.parametrize("kind", KINDS)
 seeds = pytest.mark.parametrize("seed", range(5))
 
@@ -388,7 +388,7 @@ def random_mixture(seed, count=14):
 
 
 def words(*values):
-    return tuple(f"{float(value):.5f}" for value in values)
+    return tuple(f"{float(np.float32(value)):.5f}" for value in values)  # as a batch has them
 
 
 def slow_judged(comparisons, row_weights, kind):

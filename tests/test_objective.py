@@ -81,6 +81,7 @@ ENOUGH = [
     ("--loss scaled --margin column", [pair(margin=0), ranked(1.0, 3.0)]),
     ("--loss hinge", [PAIR]),  # its margin is a number
     ("--label_smoothing column", [pair(probability=0)]),
+    ("--margin strength --label_smoothing strength", [pair(strength_mean=-2), pair(strength_mean="0.5")]),
     ("--loss rank_list", [PAIR, RANKED, ranked(1.0, 1.0, 2.0)]),
     ("--loss plackett_luce", [PAIR, RANKED]),
     ("--loss best_of_k", [PAIR, RANKED, ranked(1.0, 1.0, 2.0)]),  # the best is one; others may be tied
@@ -127,10 +128,15 @@ def test_a_row_with_nothing_to_learn_from_says_what_it_lacks(flags, row, reason)
     assert objective(flags).missing(row) == reason
 
 
+NO_STRENGTH = "the row has no strength_mean that is a finite number"
 WRONG = [
     ("--margin column", PAIR, "margin is missing, and --margin column needs one, or two scores"),
     ("--margin column", RANKED, "margin is missing, and --margin column needs one, or two scores"),
     ("--margin small", pair(margin=1), no_rating("small")),
+    ("--margin strength", pair(margin=1, strength_std=2), f"{NO_STRENGTH}, and --margin strength needs one"),
+    ("--margin strength", pair(strength_mean=math.inf), f"{NO_STRENGTH}, and --margin strength needs one"),
+    ("--label_smoothing strength", PAIR, f"{NO_STRENGTH}, and --label_smoothing strength needs one"),
+    ("--margin strength", RANKED, "a list has no strength, and --margin strength needs one"),
     ("--loss hinge --margin large", ranked(1.0, 2.0), no_rating("large")),
     ("--loss scaled --margin column", pair(margin=-0.5),
      "margin is -0.5, so that the better answer need not win: give 0 or more"),
@@ -230,6 +236,11 @@ def focal(gap):
     return (1 - 2 * max(0, 1 / (1 + math.exp(-gap)) - 0.5)) ** 2 * logistic(gap)
 
 
+def soft(gap, strength):
+    probability = 1 / (1 + math.exp(-strength)) if strength < 0 else 1
+    return probability * logistic(gap) + (1 - probability) * logistic(-gap)
+
+
 # flags of pairs: the loss of a pair (chosen c, rejected r) that is number i of its row
 PAIR_REFERENCES = {
     "": lambda c, r, row, i: logistic(c - r),
@@ -243,6 +254,10 @@ PAIR_REFERENCES = {
     "--label_smoothing column": lambda c, r, row, i: (
         row.probability[i] * logistic(c - r) + (1 - row.probability[i]) * logistic(r - c)
     ),
+    "--margin strength": lambda c, r, row, i: logistic(c - r - row.strength[i]),
+    "--label_smoothing strength": lambda c, r, row, i: soft(c - r, row.strength[i]),
+    "--margin strength --label_smoothing strength": lambda c, r, row, i: soft(c - r - row.strength[i], row.strength[i]),
+    "--loss hinge --margin strength": lambda c, r, row, i: max(0, row.strength[i] - c + r),
     "--loss scaled --margin large": lambda c, r, row, i: row.rating[i] * logistic(c - r),
     "--loss hinge": lambda c, r, row, i: max(0, 1 - c + r),
     "--loss hinge --margin column": lambda c, r, row, i: max(0, row.margin[i] - c + r),
@@ -285,7 +300,8 @@ def draw_rows(seed=0, kinds=("pair", "list", "single"), count=9):
         size = {"pair": 2, "list": int(rng.integers(3, 6)), "single": 1}[kind]
         texts = [[3 + int(k), *([9] * int(k % 3)), 8] for k in rng.choice(6, size, replace=False)]
         judged = {
-            "pair": judge_pair({"margin": float(rng.normal()), "rating": int(rng.integers(4)), "probability": 0.75}),
+            "pair": judge_pair({"margin": float(rng.normal()), "rating": int(rng.integers(4)), "probability": 0.75})
+            | {"strength": [(-1) ** i * (i + 0.25)]},
             "list": judge_list(size, rng.random(size).round(2).tolist()),
             "single": judge_answer({"score": float(rng.integers(2))}),
         }[kind]

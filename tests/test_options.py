@@ -102,6 +102,8 @@ WRONG = [
     ("--lora_dropout 1 --lora_dim 8", ["--lora_dropout", "1"]),
     ("--lora_bits 3 --lora_dim 8", ["--lora_bits", "3"]),
     ("--optim sgd", ["--optim", "sgd", "adamw_torch_fused"]),
+    ("--flip_share 1", ["--flip_share", "1"]),
+    ("--drop_share -0.1", ["--drop_share", "-0.1"]),
     ("--lora_dropout -0.1 --lora_dim 8", ["--lora_dropout", "-0.1"]),
     ("--learning_rate 0", ["--learning_rate", "0"]),
     ("--learning_rate inf", ["--learning_rate", "inf"]),
@@ -116,9 +118,9 @@ WRONG = [
     ("--dropout 1.5", ["--dropout", "1.5"]),
     ("--label_smoothing 0.6", ["--label_smoothing", "0.6"]),
     ("--label_smoothing -0.1", ["--label_smoothing", "-0.1"]),
-    ("--label_smoothing half", ["--label_smoothing", "half", "column"]),
+    ("--label_smoothing half", ["--label_smoothing", "half", "column or strength"]),
     ("--label_smoothing nan", ["--label_smoothing", "nan"]),
-    ("--margin wide", ["--margin", "wide", "column", "small", "large"]),
+    ("--margin wide", ["--margin", "wide", "column", "small", "large or strength"]),
     ("--margin nan", ["--margin", "nan"]),
     ("--loss square", ["--loss", "square", "logistic", "rank_list", "mse", "bradley_terry"]),
     ("--loss", ["--loss"]),
@@ -163,6 +165,12 @@ CONTRADICTIONS = [
     ("--loss focal --margin 0", ["--margin", "focal"]),  # the default, but it was asked for
     ("--loss plackett_luce mse --margin column", ["--margin", "plackett_luce mse"]),
     ("--loss scaled", ["--loss scaled", "--margin column, small or large"]),
+    ("--loss mse --flip_share 0.1", ["--flip_share", "losses of pairs", "mse"]),
+    ("--loss logistic rank_list --drop_share 0.1", ["--drop_share", "losses of pairs", "rank_list"]),
+    ("--flip_share 0.1 --margin column", ["--flip_share", "--margin column", "--margin strength"]),
+    ("--flip_share 0.1 --label_smoothing column", ["--flip_share", "--label_smoothing column", "strength"]),
+    ("--flip_share 0.5 --drop_share 0.5", ["--flip_share 0.5", "--drop_share 0.5", "no pair"]),
+    ("--loss scaled --margin strength", ["--loss scaled", "--margin strength", "negative"]),
     ("--loss scaled --margin 2", ["--loss scaled", "--margin column, small or large"]),
     ("--loss hinge --label_smoothing 0.1", ["--label_smoothing", "logistic", "hinge"]),
     ("--loss mse --label_smoothing column", ["--label_smoothing", "logistic", "mse"]),
@@ -280,6 +288,7 @@ def test_offload_without_a_stage_is_left_to_the_file_where_there_is_one():
         ("--margin 1.5", 1.5),
         ("--margin=-1", -1.0),
         ("--margin column", "column"),
+        ("--margin strength", "strength"),
         ("--margin small", "small"),
         ("--loss scaled --margin large", "large"),
         ("--loss hinge", 1.0),  # at 0 equal scores would satisfy it
@@ -313,7 +322,7 @@ def test_every_loss_can_be_named_alone(name):
     assert options(f"--loss {name} {needs.get(name, '')}").loss == [name]
 
 
-@pytest.mark.parametrize(("value", "read"), [("0", 0.0), ("0.5", 0.5), ("column", "column")])
+@pytest.mark.parametrize(("value", "read"), [("0", 0.0), ("0.5", 0.5), ("column", "column"), ("strength", "strength")])
 def test_label_smoothing_is_a_number_or_the_column(value, read):
     assert options(f"--label_smoothing {value}").label_smoothing == read
     assert options(f"--loss mse pairwise --label_smoothing {value}").label_smoothing == read

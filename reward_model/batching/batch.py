@@ -142,8 +142,8 @@ def _response_lengths(row: Comparison) -> list[int]:
 class Pairs(TensorFields):
     """Pairs of responses of which one was preferred.
 
-    ``margin``, ``rating``, ``probability`` and ``similarity`` mean what they mean in a Comparison. They are NaN where
-    the data say nothing.
+    ``margin``, ``rating``, ``probability``, ``strength`` and ``similarity`` mean what they mean in a Comparison. They
+    are NaN where the data say nothing.
     """
 
     better: torch.Tensor  # (p,) int64; the preferred response of each pair
@@ -151,6 +151,7 @@ class Pairs(TensorFields):
     margin: torch.Tensor  # (p,) float32
     rating: torch.Tensor  # (p,) float32
     probability: torch.Tensor  # (p,) float32
+    strength: torch.Tensor  # (p,) float32
     similarity: torch.Tensor  # (p,) float32
     start: torch.Tensor  # (p,) int64; first place in the two spans at which they differ
     weights: torch.Tensor  # (p,) float32; weight in the batch's mean loss; the pairs of a row share its weight
@@ -175,6 +176,7 @@ class Pairs(TensorFields):
             margin=known("margin"),
             rating=known("rating"),
             probability=known("probability"),
+            strength=known("strength"),
             similarity=known("similarity"),
             start=_integers([_shared_tokens(spans[b], spans[w]) for b, w in zip(better, worse)]),
             weights=_floats([row.weight / len(row.comparison.better) for row in placed for _ in row.comparison.better]),

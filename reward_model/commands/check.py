@@ -73,9 +73,9 @@ def check_data(config: RunConfig) -> list[str]:
         return unseen
     from reward_model.data.preprocessing import nothing_judged
     from reward_model.data.sources import Splits, amount_of, read_sources
-    from reward_model.objectives.objective import Objective
+    from reward_model.objectives.objective import Objective, missing_by
 
-    loss_missing = Objective(resolve_loss(config.loss, config.given)).missing
+    loss_missing = missing_by(Objective(resolve_loss(config.loss, config.given)), config.data)
     tokenizer = _tokenizer(config)
     pairs = _reads_pairs(config, tokenizer)
     for entry, is_training in entries:

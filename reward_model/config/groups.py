@@ -138,6 +138,8 @@ class DataConfig(Group):
         "num_proc": NOT_NEGATIVE,
         "max_train_samples": NOT_NEGATIVE,
         "max_eval_samples": NOT_NEGATIVE,
+        "flip_share": (0, 1, True),
+        "drop_share": (0, 1, True),
     }
 
     data_path: list[str] = flag(
@@ -175,6 +177,17 @@ class DataConfig(Group):
     )
     max_eval_samples: int = flag(
         0, metavar="N", help="The most rows to evaluate on, drawn at random; 0 takes all of them."
+    )
+    flip_share: float = flag(
+        0.0,
+        metavar="SHARE",
+        help="Train this share of the pairs, those with the lowest strength_mean, with chosen and rejected swapped.",
+    )
+    drop_share: float = flag(
+        0.0,
+        metavar="SHARE",
+        help="Leave this share of the training pairs out, those with the lowest strength_mean; beside --flip_share, "
+        "those next above the swapped ones.",
     )
     chat: bool = flag(
         False,
@@ -215,6 +228,8 @@ class DataConfig(Group):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.flip_share + self.drop_share >= 1:
+            raise UserError(f"--flip_share {self.flip_share} and --drop_share {self.drop_share} leave no pair as it is")
         if self.pair_encoding and self.chat:
             raise UserError("--pair_encoding and --chat: the chat template writes each row as one text; leave one out")
         for part in self.columns:
@@ -356,14 +371,16 @@ class LossConfig(Group):
     )
     margin: str | None = flag(
         None,
-        metavar="NUMBER|column|small|large",
-        help="By how much the better response should win: a number, the margin column of the data, or Llama 2's small "
-        "or large margins from its rating column. Default: 0, and 1 for hinge.",
+        metavar="NUMBER|column|small|large|strength",
+        help="By how much the better response should win: a number, the margin column of the data, Llama 2's small or "
+        "large margins from its rating column, or its strength_mean column (an ensemble's mean difference, which may "
+        "be negative). Default: 0, and 1 for hinge.",
     )
     label_smoothing: str = flag(
         "0",
-        metavar="NUMBER|column",
-        help="The share of flipped labels to assume, from 0 to 0.5; column takes 1 − the data's probability column.",
+        metavar="NUMBER|column|strength",
+        help="The share of flipped labels to assume, from 0 to 0.5; column takes 1 − the data's probability column, "
+        "and strength 1 − σ(strength_mean) where that is below 0, else 0.",
     )
     focal_gamma: float = flag(2.0, metavar="GAMMA", help="The exponent of focal; 0 makes it logistic.")
     huber_delta: float = flag(1.0, metavar="DELTA", help="The error from which on huber is linear.")

@@ -11,7 +11,7 @@ from reward_model.config.groups import LossConfig
 from reward_model.config.objectives import ALIASES, LOSSES, PRIOR_SMALLEST, kind_of
 
 TAKES_MARGIN = ("logistic", "scaled", "hinge")
-MARGINS = ("column", "small", "large")
+MARGINS = ("column", "small", "large", "strength")
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class Loss:
 
     weights: name of an objective → its weight, in the order given.
     level: ``sequence`` or ``token``.
-    margin: a number, or ``column``, ``small`` or ``large`` for what the data say of each pair.
-    label_smoothing: a number, or ``column``.
+    margin: a number, or ``column``, ``small``, ``large`` or ``strength`` for what the data say of each pair.
+    label_smoothing: a number, or ``column`` or ``strength``.
     prior_beta: B1 and B3 of ``prior_length`` and ``prior_cosine``.
     score_penalty: a name of :data:`reward_model.reward_model.SCORE_PENALTIES`; None: none.
     """
@@ -80,6 +80,8 @@ def _margin(margin: str | None, names: list[str]) -> float | str:
     takers = [name for name in names if name in TAKES_MARGIN]
     if margin is not None and not takers:
         raise UserError(f"--margin goes with --loss {', '.join(TAKES_MARGIN)}, not {' '.join(names)}")
+    if "scaled" in names and margin == "strength":
+        raise UserError("--loss scaled and --margin strength: a weight cannot be negative, as strengths may be")
     if "scaled" in names and margin not in MARGINS:
         raise UserError("--loss scaled weighs pairs by their own margins: add --margin column, small or large")
     if margin in MARGINS:
@@ -88,18 +90,18 @@ def _margin(margin: str | None, names: list[str]) -> float | str:
         return 1.0 if takers == ["hinge"] else 0.0
     number = _number(margin)
     if not math.isfinite(number):
-        raise UserError(f"--margin {margin}: give a number, column, small or large")
+        raise UserError(f"--margin {margin}: give a number, {', '.join(MARGINS[:-1])} or {MARGINS[-1]}")
     return number
 
 
 def _label_smoothing(smoothing: str, names: list[str], given: frozenset[str]) -> float | str:
     if "label_smoothing" in given and "logistic" not in names:
         raise UserError(f"--label_smoothing goes with --loss logistic, not {' '.join(names)}")
-    if smoothing == "column":
+    if smoothing in ("column", "strength"):
         return smoothing
     share = _number(smoothing)
     if not 0.0 <= share <= 0.5:
-        raise UserError(f"--label_smoothing {smoothing}: give a number from 0 to 0.5, or column")
+        raise UserError(f"--label_smoothing {smoothing}: give a number from 0 to 0.5, column or strength")
     return share
 
 

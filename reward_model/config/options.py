@@ -29,6 +29,7 @@ from reward_model.config.groups import (
 )
 from reward_model.config.loss import resolve_loss
 from reward_model.config.model_folder import require_plausible_folder
+from reward_model.config.objectives import ALIASES, kind_of
 from reward_model.config.parser import HINT, given_names, read_words, require_known, run_parser, words_of
 
 TRACES = ("config.json", "metrics.jsonl", "run.json", "model.safetensors", "pytorch_model.bin", "checkpoints")
@@ -141,6 +142,7 @@ def _require_agreement(config: RunConfig) -> None:
             raise UserError(f"--resume {output.resume} without --output_dir: name the folder of the run")
         if config.evaluation.keep_best:
             raise UserError("--keep_best without --output_dir: it says which weights are saved")
+    _require_ranked_pairs(config.data, loss)
     if output.normalize_scores and not output.output_dir:
         raise UserError("--normalize_scores without --output_dir: it changes what is saved")
     if output.normalize_scores not in (None, "train", "eval"):
@@ -149,6 +151,21 @@ def _require_agreement(config: RunConfig) -> None:
             raise UserError(f"--normalize_scores {output.normalize_scores}: give train, eval, or a path or hub name")
 
 
+def _require_ranked_pairs(data: DataConfig, loss: LossConfig) -> None:
+    """Raises UserError where pairs are to be swapped or left out by strength, and the loss does not go with that."""
+    flags = [f"--{name}" for name in ("flip_share", "drop_share") if getattr(data, name)]
+    kinds = {kind_of(ALIASES.get(name, name)) for name in loss.loss}
+    if flags and (kinds == {"points"} or "lists" in kinds):
+        raise UserError(f"{flags[0]} goes with losses of pairs, not with --loss {' '.join(loss.loss)}")
+    column = next((name for name in ("margin", "label_smoothing") if getattr(loss, name) in OF_THE_ORDER), None)
+    if data.flip_share and column:
+        raise UserError(
+            f"--flip_share and --{column} {getattr(loss, column)}: that column speaks of the order before the swap; "
+            f"leave one out, or take --{column} strength, whose sign follows"
+        )
+
+
+OF_THE_ORDER = ("column", "small", "large")  # what is read of a pair that says how sure its order is
 LOWEST_BITSANDBYTES = (0, 50)
 
 

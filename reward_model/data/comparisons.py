@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import datasets
 import numpy as np
@@ -19,6 +21,14 @@ GRADES = {  # Llama 2's, arXiv 2307.09288, table 27; as numbers they are its lar
     "negligibly better": 0.0,
     "unsure": 0.0,
     "negligibly better / unsure": 0.0,
+}
+
+SWAPPED: dict[str, Callable] = {  # what is said of the order of a pair → what is said of the other order
+    "margin": lambda value: -value,
+    "rating": lambda value: value * math.nan,
+    "probability": lambda value: 1 - value,
+    "strength": lambda value: -value,
+    "ranks": lambda value: 1 - value,
 }
 
 
@@ -40,6 +50,8 @@ class Comparison:
     prompt_hash: equal for rows that were asked the same; None: unlike any other.
     rating: Llama 2's grade of each judged pair, 3 (significantly better) to 0; NaN or none at all: not said.
     probability: that better beats worse, per judged pair; NaN or none at all: not said.
+    strength: by how much an ensemble of models scores better above worse, in the mean, per judged pair; none at all:
+        not said.
     similarity: cosine of the embeddings of a judged pair's answers; none at all: not computed.
     ranks: of the responses, 0 the best, equal where tied; none at all: the row says no order.
     targets: score or label of each response; NaN or none at all: not said.
@@ -56,6 +68,7 @@ class Comparison:
     prompt_hash: int | None = None
     rating: list[float] = field(default_factory=list)
     probability: list[float] = field(default_factory=list)
+    strength: list[float] = field(default_factory=list)
     similarity: list[float] = field(default_factory=list)
     ranks: list[int] = field(default_factory=list)
     targets: list[float] = field(default_factory=list)
@@ -77,6 +90,15 @@ class Comparison:
         """The whole text of one response, without what was judged of it."""
         ids = [*self.prompt, *self.responses[k]]
         return Comparison(ids[: self.asked], [ids[self.asked :]], two_segments=self.two_segments)
+
+    def swapped(self) -> Comparison:
+        """The same answers, judged the other way round, with all that is said of the order of one judged pair.
+
+        The answers keep their places, scores and labels. A margin and a strength change their sign, a probability
+        becomes one minus it, ranks change places; the grade of the better answer is none of the other.
+        """
+        said: dict[str, Any] = {name: [new(value) for value in getattr(self, name)] for name, new in SWAPPED.items()}
+        return replace(self, better=self.worse, worse=self.better, **said)
 
     @classmethod
     def of_ids(cls, ids: list[int], second: int = 0) -> Comparison:
@@ -128,10 +150,12 @@ class Comparisons:
     memory, 8 bytes a number; the tokens stay in the file.
 
     origins: where each row was read; without it they are rows of a table, numbered from 1.
+    swapped: (r,) bool, rows of one judged pair that are read with their order swapped; None: none.
     """
 
-    def __init__(self, table: datasets.Dataset, origins: Origins | None = None):
+    def __init__(self, table: datasets.Dataset, origins: Origins | None = None, swapped: np.ndarray | None = None):
         self.table = table
+        self.swapped = swapped
         self.origins = origins or Origins.of("table", np.arange(1, len(table) + 1))
         self.lengths = self._numbers("length")
         self.tokens = self._numbers("tokens")
@@ -143,9 +167,23 @@ class Comparisons:
 
     def __getitem__(self, index: int) -> Comparison:
         row = self.table[int(index)]
-        return Comparison(**{f.name: row[f.name] for f in fields(Comparison) if f.name in row})
+        found = Comparison(**{f.name: row[f.name] for f in fields(Comparison) if f.name in row})
+        return found.swapped() if self.swapped is not None and self.swapped[index] else found
 
     def _arrow(self, column: str) -> pyarrow.Array:
+        if self.swapped is None or column not in (*SWAPPED, "better", "worse"):
+            return self._stored(column)
+        values = self._stored(column)
+        numbers, counts = np.asarray(values.flatten()), np.asarray(values.value_lengths(), dtype=np.int64)
+        if column in SWAPPED:
+            other = SWAPPED[column](numbers)
+        else:
+            other = np.asarray(self._stored("worse" if column == "better" else "better").flatten())
+        found = np.where(np.repeat(self.swapped, counts), other, numbers).astype(numbers.dtype)
+        ends = pyarrow.array(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
+        return pyarrow.ListArray.from_arrays(ends, pyarrow.array(found))
+
+    def _stored(self, column: str) -> pyarrow.Array:
         values = self.table.with_format("arrow")[column][:]
         return values.combine_chunks() if isinstance(values, pyarrow.ChunkedArray) else values
 
@@ -181,6 +219,10 @@ class Comparisons:
         """What a column of lists holds, one row's after the other, int64."""
         return np.asarray(self._arrow(column).flatten(), dtype=np.int64)
 
+    def floats(self, column: str) -> np.ndarray:
+        """The same as float64."""
+        return np.asarray(self._arrow(column).flatten(), dtype=np.float64)
+
     def filled(self, column: str, counts: np.ndarray, absent: float) -> np.ndarray:
         """The same of a column that has no numbers in some rows, float64, with ``absent`` in their place.
 
@@ -194,12 +236,20 @@ class Comparisons:
         return found
 
     def select(self, indices: np.ndarray) -> Comparisons:
-        return Comparisons(self.table.select(indices), self.origins.select(indices))
+        swapped = None if self.swapped is None else self.swapped[indices]
+        return Comparisons(self.table.select(indices), self.origins.select(indices), swapped)
+
+    def with_swapped(self, indices: np.ndarray) -> Comparisons:
+        """With the order of some rows swapped, each of which judges one pair."""
+        swapped = np.zeros(len(self), bool)
+        swapped[indices] = True
+        return Comparisons(self.table, self.origins, swapped if self.swapped is None else swapped ^ self.swapped)
 
     def with_similarity(self, cosines: np.ndarray) -> Comparisons:
         """With a cosine for each judged pair, one row's after the other."""
         values = np.split(cosines.astype(np.float32), np.cumsum(self.pairs)[:-1])
-        return Comparisons(self.table.add_column("similarity", [v.tolist() for v in values]), self.origins)
+        table = self.table.add_column("similarity", [v.tolist() for v in values])
+        return Comparisons(table, self.origins, self.swapped)
 
 
 def answers(row: Comparison) -> str:

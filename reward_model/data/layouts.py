@@ -17,6 +17,7 @@ from functools import partial
 from reward_model.data.chats import in_plain, is_chat
 from reward_model.data.comparisons import BadRow
 from reward_model.data.rows import DIALOGUE, FIELDS, PAIR
+from reward_model.data.strengths import THEIRS
 
 CHATS = ("conversations", "messages", "context", "conversation")  # columns that hold a whole chat
 SYSTEM = ("system", "system_prompt")
@@ -122,6 +123,8 @@ def layout_of(columns: list[str], first: dict, chat: bool = False) -> Layout:
     for whole in WHOLE:
         if whole.fits(columns) and not set(PAIR) <= set(columns):
             return Layout((whole,))
+    if set(PAIR) <= set(columns) and "prompt" not in columns and is_turns(first.get("chosen")):
+        return Layout((TURNS,))
     judged = set(PAIR) <= set(columns) or {"responses"} <= set(columns)
     answers = None if judged else next((part for part in ANSWERS if part.fits(columns)), None)
     if answers is None and "response" in columns and "helpfulness" in columns:
@@ -402,6 +405,31 @@ ANSWERS = (
 )
 
 
+# fnlp/hh-rlhf-strength-cleaned: dialogues of Anthropic's as lists of the plain texts of all turns.
+
+
+def is_turns(value) -> bool:
+    """Whether a value is the texts of the turns of a dialogue, the last of which is the answer."""
+    return isinstance(value, list) and len(value) > 1 and all(isinstance(text, str) for text in value)
+
+
+def _turns(row: dict) -> dict:
+    """The dialogue with Anthropic's marks. The answer is the assistant's turn, and before it they alternate."""
+    for name in PAIR:
+        if not is_turns(row.get(name)):
+            raise BadRow(f"{name} is not a list of texts, the turns of a dialogue")
+    *asked, chosen = row["chosen"]
+    *also, rejected = row["rejected"]
+    if asked != also:
+        raise BadRow("chosen and rejected answer different dialogues")
+    marks = ("Human", "Assistant")
+    said = [f"\n\n{marks[(len(asked) - i + 1) % 2]}: {text.strip()}" for i, text in enumerate(asked)]
+    answers = {name: f" {text.strip()}" for name, text in zip(PAIR, (chosen, rejected))}
+    return {"prompt": "".join(said) + "\n\nAssistant:"} | answers
+
+
+TURNS = Part("chosen and rejected as the turns of dialogues, with Anthropic's marks", PAIR, _turns, THEIRS)
+
 # Upstream's data sets: one row → prompt, chosen, rejected, in the words that DeepSpeed-Chat trains on.
 
 
@@ -479,4 +507,4 @@ NO_REJECTED = (  # names that upstream knows for its first step
 
 def unread(columns: Iterable[str], layout: Layout) -> list[str]:
     """The columns that nobody reads."""
-    return [name for name in columns if name not in FIELDS and name not in layout.columns]
+    return [name for name in columns if name not in FIELDS and name not in (*layout.columns, *THEIRS)]

@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from reward_model.common.errors import UserError, printable
 from reward_model.common.logging import logger
 from reward_model.common.words import counted
-from reward_model.data import chats, comparisons, encoding, files, layouts, rows
+from reward_model.data import chats, comparisons, encoding, files, layouts, rows, strengths
 from reward_model.data.comparisons import BadRow, Comparison, Comparisons, Origins, answers, common_prefix
 from reward_model.data.encoding import EncodedRow, Encoding, is_empty
 from reward_model.data.files import Source
@@ -37,7 +37,16 @@ from reward_model.data.sources import Splits, amount_of, read_sources, take
 from reward_model.data.tokenizer import SpecialTokens
 
 EVAL_SHARE = 0.1  # of the rows, where a data set brings no evaluation rows: upstream's share too
-CODE = (sys.modules[__name__], chats, comparisons, encoding, files, layouts, rows)  # which what is cached depends on
+CODE = (
+    sys.modules[__name__],
+    chats,
+    comparisons,
+    encoding,
+    files,
+    layouts,
+    rows,
+    strengths,
+)  # which what is cached depends on
 FEW_ROWS = 50  # a share of them is known to ± 14 points at best: 1.96·√(¼ / 50)
 MOST_HELD_OUT = 0.2
 ALL_SPLITS = Splits()
@@ -52,6 +61,7 @@ FEATURES = datasets.Features(
         "margin": datasets.List(datasets.Value("float32")),
         "rating": datasets.List(datasets.Value("float32")),
         "probability": datasets.List(datasets.Value("float32")),
+        "strength": datasets.List(datasets.Value("float32")),
         "ranks": datasets.List(datasets.Value("int32")),
         "targets": datasets.List(datasets.Value("float32")),
         "subset": datasets.Value("string"),
@@ -345,7 +355,7 @@ def _good_rows(source: Source, table: datasets.Dataset, preprocessing: Preproces
     """
     problems = np.array(table["problem"][:], dtype=object)
     if missing is not None:
-        judged = ("better", "worse", "margin", "rating", "probability", "ranks", "targets")
+        judged = ("better", "worse", "margin", "rating", "probability", "strength", "ranks", "targets")
         parts = table.select_columns(list(judged)).with_format("arrow").iter(ROWS_PER_PROCESS)
         rows = (row for part in parts for row in part.to_pylist())
         problems = np.array(

@@ -31,6 +31,8 @@ from reward_model.data.chats import (
     write,
 )
 from reward_model.data.comparisons import GRADES, BadRow, common_prefix
+from reward_model.data.strengths import COLUMNS as STRENGTHS
+from reward_model.data.strengths import strength_of
 
 ASSISTANT = "\n\nAssistant:"  # Anthropic's mark of the last turn
 DIALOGUE = re.compile(  # marks of turns in a text that holds its prompt, by the templates that are in use
@@ -42,6 +44,7 @@ LARGEST = float(np.finfo(np.float32).max)
 FIELDS = (  # that a row may have; everything else is not read
     *("prompt", *PAIR, "responses", "response", "scores", "ranks", "score", "label", "margin", "rating", "probability"),
     *("chosen_score", "rejected_score", "score_chosen", "score_rejected", "tools", "chat_template_kwargs", "subset"),
+    *STRENGTHS,
 )
 OTHER_ROWS = "responses with scores or ranks, or response with a score or label"
 JUDGMENTS = frozenset(FIELDS) - {"prompt", *PAIR, "responses", "response", "tools", "chat_template_kwargs", "subset"}
@@ -200,9 +203,8 @@ def judge_pair(row: dict) -> dict:
     """Read what a row says of its chosen and its rejected response, as fields of a Comparison.
 
     If the row has no margin, the margin is the difference of its scores. Two equal scores without a margin are a tie,
-    from which no pair is learned. A rating or probability that cannot be one is
-    ignored, because other data sets use these words for other things. A loss that needs one will say that it is
-    missing.
+    from which no pair is learned. A rating, probability or strength that cannot be one is ignored, because other data
+    sets use these words for other things. A loss that needs one will say that it is missing.
 
     Raises:
         BadRow: A margin or score is not a number, or the scores deny the order.
@@ -213,12 +215,14 @@ def judge_pair(row: dict) -> dict:
         raise BadRow(f"chosen has the lower score: {scores[0]:g}, and rejected {scores[1]:g}")
     if scores[0] == scores[1] and not margin > 0:
         return judge_list(2, scores=scores)
+    strength = strength_of(row)
     return {
         "better": [0],
         "worse": [1],
         "margin": [_difference(*scores) if math.isnan(margin) else margin],
         "rating": [_within(row.get("rating"), 3, GRADES)],
         "probability": [_within(row.get("probability"), 1)],
+        "strength": [] if strength is None or abs(strength.mean) > LARGEST else [strength.mean],
         "ranks": [0, 1],
         "targets": scores,
     }
@@ -265,6 +269,7 @@ def judge_list(size: int, scores: list[float] | None = None, ranks: list[float] 
         "margin": [_difference(scores[i], scores[j]) if scores else math.nan for i, j in pairs],
         "rating": [math.nan] * len(pairs),
         "probability": [math.nan] * len(pairs),
+        "strength": [],
         "ranks": dense,
         "targets": scores or [math.nan] * size,
     }
@@ -280,8 +285,8 @@ def judge_answer(row: dict) -> dict:
         raise BadRow("the row has a score and a label: keep one of them")
     if isinstance(row.get("label"), bool):
         row = row | {"label": int(row["label"])}
-    nothing: dict[str, list] = {name: [] for name in ("better", "worse", "margin", "rating", "probability", "ranks")}
-    return nothing | {"targets": [_number(row, "score", "label")]}
+    nothing = ("better", "worse", "margin", "rating", "probability", "strength", "ranks")
+    return {name: [] for name in nothing} | {"targets": [_number(row, "score", "label")]}
 
 
 def _difference(better: float, worse: float) -> float:

@@ -52,6 +52,25 @@ def strength_of_differences(differences: Sequence[float]) -> Strength:
     return Strength(float(found.mean()), float(found.std()), float(((found > 0) + 0.5 * (found == 0)).mean()))
 
 
+def strengths_of_differences(differences: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The same of many pairs, where a model may have judged some of them alone.
+
+    Args:
+        differences: (m, n), NaN where a model has not judged a pair.
+
+    Returns:
+        mean, std and agree, (n,) each, NaN where no model has; and how many models have, (n,).
+    """
+    known = np.isfinite(differences)
+    counts = known.sum(0)
+    found = np.where(known, differences, 0.0)
+    with np.errstate(invalid="ignore"):  # 0 / 0 where no model has judged
+        mean = found.sum(0) / counts
+        std = np.sqrt((np.where(known, found - mean, 0.0) ** 2).sum(0) / counts)
+        agree = (known & (differences > 0)).sum(0) / counts + 0.5 * (known & (differences == 0)).sum(0) / counts
+    return mean, std, agree, counts
+
+
 def strength_of(row: dict[str, Any]) -> Strength | None:
     """The strength that a row of a data set says it has; None: it says none, or one whose mean is no finite number.
 

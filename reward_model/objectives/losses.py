@@ -80,6 +80,27 @@ def direct_loss(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
     return pairwise_loss(chosen, rejected) - F.logsigmoid(chosen) - F.logsigmoid(-rejected)
 
 
+def strength_smoothing(strength: torch.Tensor) -> torch.Tensor:
+    """α of the smoothed pairwise loss, from what an ensemble of models makes of a pair: 1 − σ(μ) where μ < 0, else 0.
+
+    Secrets of RLHF II (arXiv 2401.06080, section 2.5) applies "label smoothing to data with the preference strength
+    less than 0", and names no α. This one gives such a pair the label that the ensemble itself gives it, σ(μ) by the
+    paper's equation 1, so that α is ½ for a pair that is ambiguous and nears 1, the swapped label, for one that all
+    models hold to be wrong. A pair with μ ≥ 0 keeps its hard label.
+
+    Beside ``--margin strength`` (equation 6: −log σ(Δ − μ), of all pairs, in the paper's "Soft Label + Margin") the
+    loss of a pair with μ < 0 is least at Δ = 2μ, as both move it; that of others has no minimum.
+
+    Args:
+        strength: μ, mean difference of the models' scores, any shape.
+
+    Returns:
+        The same shape, in [0, 1), float32 at least; NaN where the strength is.
+    """
+    mean = at_least_float32(strength)
+    return torch.where(mean >= 0, torch.zeros_like(mean), torch.sigmoid(-mean))
+
+
 def prior_constrained_loss(chosen: torch.Tensor, rejected: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
     """−log σ(Δ) − log σ(δ* − Δ): the gap has a bound, and is best at half of it (PCRM, arXiv 2404.00978).
 

@@ -19,6 +19,7 @@ import torch
 
 from reward_model.batching.batch import Batch
 from reward_model.common.errors import UserError
+from reward_model.config.groups import DataConfig
 from reward_model.config.loss import Loss
 from reward_model.config.objectives import PAIR_LOSSES, kind_of
 from reward_model.data.comparisons import GRADES, BadRow, Comparison, Comparisons, answers
@@ -110,8 +111,7 @@ class Objective:
         if name == "direct":
             return losses.direct_loss
         if name == "logistic":
-            smoothing = self.loss.label_smoothing
-            smoothing = per_pair(1 - pairs.probability) if smoothing == "column" else smoothing
+            smoothing = per_pair(self.smoothing(batch))
             return lambda c, r: pairwise_loss(c, r, margin, smoothing)
         if name == "prior_length":
             lengths = batch.tokens.span_lengths
@@ -127,8 +127,21 @@ class Objective:
         pairs = batch.pairs
         margin = self.loss.margin
         if isinstance(margin, str):
-            return {"column": pairs.margin, "large": pairs.rating, "small": pairs.rating / 3}[margin]
+            return {
+                "column": pairs.margin,
+                "large": pairs.rating,
+                "small": pairs.rating / 3,
+                "strength": pairs.strength,  # negative ones, too: the paper adds it to all pairs (equation 6)
+            }[margin]
         return margin
+
+    def smoothing(self, batch: Batch) -> torch.Tensor | float:
+        """The label smoothing of all pairs as a number, or of each judged pair, shape (p,)."""
+        smoothing = self.loss.label_smoothing
+        if isinstance(smoothing, str):
+            pairs = batch.pairs
+            return 1 - pairs.probability if smoothing == "column" else losses.strength_smoothing(pairs.strength)
+        return smoothing
 
     def point_losses(self, batch: Batch, scores: torch.Tensor, thresholds: torch.Tensor | None = None) -> torch.Tensor:
         """Loss of each response of each row, shape (t,). Where there is no target, the loss is that of the target 0."""
@@ -224,6 +237,9 @@ class Objective:
             raise BadRow(f"the row has no rating that --margin {margin} knows: 0 to 3, or {grades}")
         if margin == "column" and min(row.margin) < 0:
             raise BadRow(f"margin is {min(row.margin):g}, so that the better answer need not win: give 0 or more")
+        by_strength = [name for name in ("margin", "label_smoothing") if getattr(self.loss, name) == "strength"]
+        if by_strength and (reason := no_strength(row)):
+            raise BadRow(f"{reason}, and --{by_strength[0]} strength needs one")
         if self.loss.label_smoothing == "column" and any(map(math.isnan, row.probability)):
             raise BadRow("the row has no probability from 0 to 1, and --label_smoothing column needs one")
         return None
@@ -253,6 +269,29 @@ class Objective:
             if name == "ordinal" and not target.is_integer():
                 raise BadRow(f"the label {target:g} is not a whole number, as --loss {name} needs it")
         return None
+
+
+def missing_by(objective: Objective, data: DataConfig) -> Callable[[Comparison], str | None]:
+    """Why a training row cannot be learned from: what the objective says, or that it has no strength to rank it by."""
+    flags = [f"--{name}" for name in ("flip_share", "drop_share") if getattr(data, name)]
+    if not flags:
+        return objective.missing
+
+    def missing(row: Comparison) -> str | None:
+        reason = objective.missing(row)
+        if row.better and (without := no_strength(row)):
+            raise BadRow(f"{without}, and {flags[0]} needs one")
+        return reason
+
+    return missing
+
+
+def no_strength(row: Comparison) -> str:
+    """Why a row that judges pairs has no strength; empty: it has."""
+    if row.strength:
+        return ""
+    is_list = len(row.better) != 1
+    return "a list has no strength" if is_list else "the row has no strength_mean that is a finite number"
 
 
 def _no_order(row: Comparison) -> str:

@@ -93,8 +93,7 @@ def read_rows(
     given = Stdin() if given == STDIN else given
     if lines:
         return (_line(number, text, tokenizer) for number, text in islice(enumerate(_texts(given), 1), skip, None))
-    source = Source(name_of(given), None, is_text=_is_text(given))
-    return _with_layout(_stored(given), source, names or {}, chat, tokenizer, skip)
+    return _with_layout(given, names or {}, chat, tokenizer, skip)
 
 
 def name_of(given: Rows) -> str:
@@ -199,14 +198,23 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, dict]]:
         raise UserError(f"{path}, after row {number}: {first_line(error)}") from error
 
 
-def _with_layout(
-    stored: Iterator[tuple[int, dict]], source: Source, names: dict[str, str], chat: bool, tokenizer, skip: int
-) -> Iterator[Row]:
+def _with_layout(given: Rows, names: dict[str, str], chat: bool, tokenizer, skip: int) -> Iterator[Row]:
     """Read rows by the layout of the first that can be read."""
+    source, stored = settled(given, names, chat)
+    for number, row in islice(stored, skip, None):
+        yield row_of(number, row, source, chat, tokenizer)
+
+
+def settled(given: Rows, names: dict[str, str], chat: bool) -> tuple[Source, Iterator[tuple[int, dict]]]:
+    """How rows are to be read, by the first that can be, and each row's number with the row as it is stored.
+
+    Raises:
+        UserError: no such file, or one of a kind that cannot be read.
+    """
+    source, stored = Source(name_of(given), None, is_text=_is_text(given)), _stored(given)
     first = list(islice(stored, ROWS_TO_KNOW_BY))
     _settle(source, first, names, chat)
-    for number, row in islice(chain(first, stored), skip, None):
-        yield _row(number, row, source, chat, tokenizer)
+    return source, chain(first, stored)
 
 
 def _settle(source: Source, first: list[tuple[int, dict]], names: dict[str, str], chat: bool) -> None:
@@ -222,7 +230,8 @@ def _settle(source: Source, first: list[tuple[int, dict]], names: dict[str, str]
         return
 
 
-def _row(number: int, stored: dict, source: Source, chat: bool, tokenizer) -> Row:
+def row_of(number: int, stored: dict, source: Source, chat: bool, tokenizer) -> Row:
+    """A row as it is stored → its texts, or why it cannot be scored."""
     try:
         fields = _with_answer(source.read(stored))
         texts = read_row(fields, tokenizer, chat, to_score=True)

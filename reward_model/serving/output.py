@@ -100,7 +100,7 @@ def begin(path: Path, resume: bool, wanted: dict[str, Any]) -> Begun:
         if not path.exists() or not path.stat().st_size:
             write_whole(beside, json.dumps(wanted, indent=1) + "\n")
             return Begun(path.open("wb"), 0, 0)
-        _require_same(path, json.loads(beside.read_text(encoding="utf-8")), wanted)
+        require_same(path, json.loads(beside.read_text(encoding="utf-8")), wanted)
         return _behind_the_last_line(path)
     except OSError as error:
         raise UserError(f"--output {path}: {error.strerror}") from error
@@ -108,7 +108,8 @@ def begin(path: Path, resume: bool, wanted: dict[str, Any]) -> Begun:
         raise UserError(f"--resume: {beside} is not JSON") from error
 
 
-def _require_same(path: Path, had: dict, wanted: dict) -> None:
+def require_same(path: Path, had: dict, wanted: dict) -> None:
+    """Raises UserError: what is there was begun with other models, input or flags; says which."""
     for part in wanted:
         before, now = had.get(part), wanted[part]
         if before == now:

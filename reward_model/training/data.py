@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from reward_model.common.distributed import DistributedContext
 from reward_model.common.errors import UserError
+from reward_model.common.logging import logger
 from reward_model.config.settings import Settings
 from reward_model.data.chat_template import give_template, settle_template
 from reward_model.data.comparisons import Comparisons
@@ -18,9 +19,10 @@ from reward_model.data.encoding import Encoding
 from reward_model.data.preprocessing import PreprocessingConfig, load_answers, load_comparisons
 from reward_model.data.sources import Splits
 from reward_model.data.tokenizer import SpecialTokens, choose_special_tokens, load_tokenizer
+from reward_model.data.weakest import NONE, Weakest, rearrange
 from reward_model.models import pair_encoding
 from reward_model.objectives import answer_similarity
-from reward_model.objectives.objective import Objective
+from reward_model.objectives.objective import Objective, missing_by
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Data:
 
     evaluation: name → rows of each evaluation set. The first one decides which weights are the best; a set that is
     named by none has the name ''. reference: those that scores are normalized by; None: they are not. longest: tokens
-    of the longest text of all.
+    of the longest text of all. weakest: what ``--flip_share`` and ``--drop_share`` came to.
     """
 
     encoding: Encoding
@@ -37,6 +39,7 @@ class Data:
     evaluation: dict[str, Comparisons]
     reference: Comparisons | None
     longest: int
+    weakest: Weakest = NONE
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -85,7 +88,7 @@ def load_data(
         on_bad_row=data.on_bad_row,
         cache=data.cache_folder,
         processes=data.num_proc,
-        missing=objective.missing,
+        missing=missing_by(objective, data),
         names=data.names,
         splits=Splits(data.split, data.eval_split),
         chat=data.chat,
@@ -101,6 +104,11 @@ def load_data(
         data.data_split,
         (data.max_train_samples, data.max_eval_samples),
     )
+    train, weakest = rearrange(train, data.flip_share, data.drop_share)
+    for line in weakest.lines():
+        logger.info(line)
+    if doubt := weakest.doubt():
+        logger.warning(doubt)
     objective.require_rows(train)
     known = {None: None, "train": train, "eval": next(iter(evaluation.values()))}
     if normalize is None or normalize in known:
@@ -115,7 +123,7 @@ def load_data(
         train = answer_similarity.with_cosines(
             train, tokenizer, settings.loss.prior_model, context, model.trust_remote_code
         )
-    return Data(Encoding(tokenizer, special, pairs), train, evaluation, reference, longest)
+    return Data(Encoding(tokenizer, special, pairs), train, evaluation, reference, longest, weakest)
 
 
 def require_positions(config, tokenizer, longest: int) -> None:

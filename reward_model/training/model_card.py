@@ -24,6 +24,7 @@ from reward_model.common.words import counted
 from reward_model.config.settings import Settings
 from reward_model.data.comparisons import Comparisons
 from reward_model.data.sources import amount_of
+from reward_model.data.weakest import Weakest
 from reward_model.models.saving import DSCHAT_WEIGHTS, TAGS
 from reward_model.models.st_modules import MODULES
 from reward_model.training.data import Data
@@ -46,7 +47,8 @@ METRICS = {  # of metrics.jsonl → their heading
 }
 SETTINGS = (  # of run.json, those that matter to who reads a card
     *("loss", "loss_weight", "loss_level", "margin", "label_smoothing", "score_penalty", "score_penalty_weight"),
-    *("length_penalty", "learning_rate", "head_learning_rate", "lora_dim", "lora_alpha", "lora_learning_rate"),
+    *("length_penalty", "flip_share", "drop_share"),
+    *("learning_rate", "head_learning_rate", "lora_dim", "lora_alpha", "lora_learning_rate"),
     *("lora_bits", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("world_size", "lr_scheduler_type", "warmup_ratio", "num_warmup_steps", "weight_decay", "max_seq_len", "merge"),
     *("pooling", "pair_encoding", "dropout", "chat", "dtype", "zero_stage", "offload", "optim", "keep_best", "seed"),
@@ -91,6 +93,7 @@ def where_from(settings: Settings, data: Data) -> dict[str, Any]:
         "train": _rows_of(data.train),
         "evaluation": {name: _rows_of(rows) for name, rows in data.evaluation.items()},
         "texts": kind_of_texts(data.tokenizer, data.train, settings.data.chat),
+        **({"weakest": data.weakest.to_json()} if data.weakest.pairs else {}),
     }
 
 
@@ -291,7 +294,8 @@ def _data(origin: dict[str, Any]) -> str:
     for set_name, sources in origin.get("evaluation", {}).items():
         use = f"held out, {_code(set_name)}" if set_name else "held out"
         rows += [(use, _code(name), count) for name, count in sources.items()]
-    return _table(("used for", "source", "rows"), rows)
+    said = [f"`{line.replace(':', '`:', 1)}." for line in Weakest(**origin.get("weakest", {})).lines()]
+    return "\n\n".join([_table(("used for", "source", "rows"), rows), *said])
 
 
 def _warnings(health: dict[str, Any]) -> list[str]:

@@ -67,6 +67,8 @@ def hash_of_rows(rows: Comparisons) -> str:
             continue
         if name in ("two_segments", "single"):  # another way of encoding makes other ids
             continue
+        if name == "strength" and not len(rows.numbers(name)):  # as runs had it before there were strengths
+            continue
         digest.update(name.encode())
         for part in _bytes_of(rows, name):
             digest.update(part)

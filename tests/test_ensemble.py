@@ -1,0 +1,371 @@
+# SPDX-License-Identifier: Apache-2.0
+"""reward-model ensemble: rows come back with what several models make of them, whoever scores which part and whenever.
+
+The reference is the score of each text alone, by each model.
+"""
+
+import contextlib
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import runs
+import torch
+from saved import save
+
+import reward_model
+from reward_model.__main__ import main
+from reward_model.commands.folds import HELD_OUT, MODEL, TRAIN, WORK, deal, training_of
+from reward_model.common.errors import UserError
+from reward_model.config.ensemble import EnsembleConfig
+from reward_model.data.strengths import COLUMNS, strength_of_differences
+from reward_model.inference import load
+from reward_model.serving import ensemble as module
+from reward_model.serving.ensemble import BLOCK, Judge, Scoring, parts_of, require_free
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+WORDS = ["cat", "mat", "fish", "there", "sat", "other", "eats", "where"]
+
+
+def row_of(number):
+    chance = np.random.default_rng(number)
+    said = [" ".join(chance.choice(WORDS, chance.integers(2, 8))) for _ in range(2)]
+    return {
+        "id": number,
+        "prompt": f"{WORDS[number % 5]} {number % 11} ",
+        "chosen": f"{said[0]} .",
+        "rejected": said[1],
+    }
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Two of unlike size of scores, the second with a temperature."""
+    found = [save(tmp_path_factory.mktemp(f"model{seed}"), seed=seed) for seed in (5, 6)]
+    config = json.loads((found[1] / "config.json").read_text())
+    (found[1] / "config.json").write_text(json.dumps(config | {"score_temperature": 0.5}))
+    return [str(each) for each in found]
+
+
+@pytest.fixture(autouse=True)
+def alone():
+    """No process group is left to the next test."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def rows_in(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def judged(models, data, **flags):
+    flags = {"attention": "separate", "device": "cpu", "output": str(data.with_name("out.jsonl"))} | flags
+    summary = reward_model.ensemble(models, EnsembleConfig(data=str(data), **flags))
+    with contextlib.suppress(KeyError):
+        return summary, rows_in(data.with_name("out.jsonl"))
+
+
+def differences(model, rows):
+    reward = load(model)
+    chosen, rejected = (
+        reward.score([row["prompt"] for row in rows], [row[side] for row in rows], batch_size=1)
+        for side in ("chosen", "rejected")
+    )
+    return [c - r for c, r in zip(chosen, rejected)]
+
+
+def test_rows_come_back_with_strengths(models, tmp_path):
+    rows = [row_of(i) for i in range(12)]
+    rows[3] |= {"strength_mean": 99, "strength_std": 1, "kept": [1, None, "ü"]}
+    summary, found = judged(models, write_rows(tmp_path / "rows.jsonl", rows))
+    expected = [strength_of_differences(each) for each in zip(*(differences(model, rows) for model in models))]
+    assert [{name: row[name] for name in row if name not in COLUMNS} for row in found] == [
+        {name: row[name] for name in row if name not in COLUMNS} for row in rows
+    ]
+    for row, strength in zip(found, expected):
+        assert [row[name] for name in COLUMNS[:3]] == pytest.approx(list(strength), abs=1e-5)
+        assert row["strength_models"] == 2
+    means = [strength.mean for strength in expected]
+    assert (summary["rows"], summary["judged"]) == (12, 12)
+    assert summary["below_zero"] == np.mean([mean < 0 for mean in means])
+    assert summary["agree"] == pytest.approx(np.mean([strength.agree for strength in expected]))
+    assert summary["deciles"][0]["from"] == pytest.approx(min(means), abs=1e-5)
+    assert sum(each["rows"] for each in summary["deciles"]) == 12
+    right = [np.mean([d > 0 for d in differences(model, rows)]) for model in models]
+    assert [each["accuracy"] for each in summary["models"]] == pytest.approx(right)
+    assert not parts_of(tmp_path / "out.jsonl").exists()
+    assert found[0]["strength_std"] > 1e-4  # the models differ
+
+
+@pytest.mark.parametrize("scale", ["std", "temperature"])
+def test_models_of_other_scales(models, tmp_path, scale):
+    rows = [row_of(i) for i in range(8)]
+    summary, found = judged(models, write_rows(tmp_path / "rows.jsonl", rows), scale=scale)
+    made = [differences(model, rows) for model in models]
+    scales = [1.0, 0.5] if scale == "temperature" else [math.sqrt(np.mean(np.square(each))) for each in made]
+    expected = [np.mean([d / s for d, s in zip(each, scales)]) for each in zip(*made)]
+    assert [row["strength_mean"] for row in found] == pytest.approx(expected, abs=1e-4)
+    assert [each["scale"] for each in summary["models"]] == pytest.approx(scales, rel=1e-4)
+
+
+def test_rows_that_are_no_pairs_stay_as_they_are(models, tmp_path, capfd):
+    others = [
+        {"prompt": "the cat", "responses": [" a", " b"], "scores": [1, 2]},
+        {"prompt": "the cat", "response": " a", "score": 1},
+        {"prompt": "the cat", "chosen": " sat", "rejected": None},
+        {"prompt": "the cat ", "chosen": "sat", "rejected": "sat"},
+    ]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in [row_of(0), *others]) + "{no row\n")
+    summary, found = judged(models[:1], data)
+    assert found[1:4] == others[:3]
+    assert [found[4][name] for name in COLUMNS] == [0.0, 0.0, 0.5, 1]  # equal answers are a tie
+    assert (summary["rows"], summary["judged"], summary["unreadable"]) == (5, 2, 1)
+    said = capfd.readouterr().out
+    assert "2 rows not judged, row 2 the first of them: it has no chosen and rejected answer" in said
+    assert "1 row not judged, row 4 the first of them: rejected is missing" in said
+    assert "3 of 5 rows judged by no model, and written without strengths" in said
+    assert "1 row could not be read, and left out" in said
+    assert "one model: strength_std is 0" in said
+
+
+def test_layouts_and_parquet(models, tmp_path):
+    """A column that names the winner decides what is chosen; the row keeps its own columns."""
+    rows = [row_of(i) for i in range(6)]
+    sides = [("a", "b"), ("b", "a")]
+    given = [
+        {"prompt": row["prompt"], f"response_{sides[i % 2][0]}": row["chosen"],
+         f"response_{sides[i % 2][1]}": row["rejected"], "winner": f"model_{sides[i % 2][0]}"}
+        for i, row in enumerate(rows)
+    ]  # fmt: skip
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(given), tmp_path / "rows.parquet")
+    _, found = judged(models[:1], tmp_path / "rows.parquet")
+    assert [{name: row[name] for name in given[0]} for row in found] == given
+    assert [row["strength_mean"] for row in found] == pytest.approx(differences(models[0], rows), abs=1e-5)
+
+
+class Killed(Exception):
+    """In place of a signal."""
+
+
+def test_an_interrupted_run_goes_on_to_the_same_numbers(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "BLOCK", 4)
+    data = write_rows(tmp_path / "rows.jsonl", [row_of(i) for i in range(11)])
+    _, whole = judged(models, data, output=str(tmp_path / "out.jsonl"))
+    (tmp_path / "out.jsonl").unlink()
+    scored = []
+    original = Scoring._differences
+
+    def until(self, start, block, source):
+        scored.append((self.judge.model, start))
+        if len(scored) == 5:  # in the second model's second block
+            raise Killed
+        return original(self, start, block, source)
+
+    monkeypatch.setattr(Scoring, "_differences", until)
+    with pytest.raises(Killed):
+        judged(models, data)
+    (part,) = parts_of(tmp_path / "out.jsonl").glob("differences-001-*.f64")
+    with part.open("ab") as file:
+        file.write(b"half a num")  # as a power cut leaves it
+    with pytest.raises(UserError, match="--resume goes on with it"):
+        judged(models, data)
+    with pytest.raises(UserError, match="begun with another model"):
+        judged(models[::-1], data, resume=True)
+    with pytest.raises(UserError, match="other flags: tokens_per_batch"):
+        judged(models, data, resume=True, tokens_per_batch=100)
+    _, found = judged(models, data, resume=True)
+    assert found == whole
+    # a last block that is short may be a part of one, and is judged again
+    assert scored[5:] == [(models[0], 8), (models[1], 4), (models[1], 8)]
+
+
+def test_ranks_take_turns_and_the_parts_come_together(models, tmp_path, monkeypatch):
+    """What three ranks write one after the other is what one writes alone."""
+    from reward_model.common.distributed import DistributedContext
+
+    monkeypatch.setattr(module, "BLOCK", 4)
+    data = write_rows(tmp_path / "rows.jsonl", [row_of(i) for i in range(23)])
+    _, whole = judged(models, data, output=str(tmp_path / "out.jsonl"))
+    config = EnsembleConfig(data=str(data), output=str(tmp_path / "three.jsonl"), attention="separate", device="cpu")
+    parts = parts_of(tmp_path / "three.jsonl")
+    parts.mkdir()
+    for number, model in enumerate(models):
+        for rank in range(3):
+            context = DistributedContext(rank, 3, torch.device("cpu"))
+            Scoring.load(Judge(model), config, context).run(parts, number, {})
+    module.write([Judge(model) for model in models], [1.0, 1.0], config, 3)
+    assert rows_in(tmp_path / "three.jsonl") == whole
+
+
+def test_a_model_judges_its_own_rows_alone(models, tmp_path):
+    rows = [row_of(i) for i in range(6)]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    config = EnsembleConfig(data=str(data), output=str(tmp_path / "o.jsonl"), attention="separate", device="cpu")
+    first = np.array([True, False, True, False, False, False])
+    from reward_model.common.distributed import join, prepare_environment
+
+    prepare_environment()
+    module.judge_with([Judge(models[0], first), Judge(models[1], ~first)], config, join())
+    one, other = (differences(model, rows) for model in models)
+    found = rows_in(tmp_path / "o.jsonl")
+    expected = [a if mine else b for a, b, mine in zip(one, other, first)]
+    assert [row["strength_mean"] for row in found] == pytest.approx(expected, abs=1e-5)
+    assert {row["strength_models"] for row in found} == {1}
+
+
+REFUSED = [
+    ({"output": "judged.json"}, "JSON lines"),
+    ({"output": "rows.jsonl"}, "is the data"),
+    ({"output": "taken.jsonl"}, "is there"),
+    ({"data": "gone.jsonl"}, "no such file"),
+    ({"data": None}, "give --data"),
+]
+
+
+@pytest.mark.parametrize("flags, said", REFUSED)
+def test_what_cannot_be_judged_or_written(tmp_path, flags, said):
+    write_rows(tmp_path / "rows.jsonl", [row_of(0)])
+    (tmp_path / "taken.jsonl").write_text("")
+    flags = {"data": "rows.jsonl"} | flags
+    flags = {name: value and str(tmp_path / value) for name, value in flags.items()}
+    with pytest.raises(UserError, match=said):
+        require_free(EnsembleConfig(**flags))
+
+
+COMMANDS = [
+    ([], "name the models before the flags"),
+    (["one", "--folds", "5"], "--folds trains its own models"),
+    (["one", "--", "--seed", "1"], "flags after --"),
+    (["one", "--repeats", "2"], "--repeats without --folds"),
+    (["--folds", "1"], "--folds 1: give 2"),
+    (["one", "one", "--data", "x.jsonl"], "one is given twice"),
+    (["one", "--scale", "mean"], "scale"),
+]
+
+
+@pytest.mark.parametrize("words, said", COMMANDS)
+def test_command_lines_that_contradict_themselves(words, said, capsys):
+    assert main(["ensemble", *words]) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_the_command_prints_json_alone(models, tmp_path, capsys):
+    data = write_rows(tmp_path / "rows.jsonl", [row_of(i) for i in range(3)])
+    assert main(["ensemble", *models, "--data", str(data), "--json", "--device", "cpu"]) == 0
+    assert json.loads(capsys.readouterr().out)["output"] == str(tmp_path / "rows.strengths.jsonl")
+    assert len(rows_in(tmp_path / "rows.strengths.jsonl")) == 3
+
+
+# --- folds ---
+
+
+def test_prompts_stay_together_and_parts_are_of_one_size():
+    chance = np.random.default_rng(0)
+    hashes = chance.integers(-(2**62), 2**62, 40)[chance.integers(0, 40, 300)]
+    found = deal(hashes, 5, seed=3)
+    assert all(len(set(found[hashes == each])) == 1 for each in np.unique(hashes))
+    sizes = np.bincount(found, minlength=5)
+    assert sizes.min() >= 50
+    assert sizes.max() <= 70
+    order = chance.permutation(300)
+    assert (deal(hashes[order], 5, seed=3) == found[order]).all()  # whatever the order of the rows
+    assert (deal(hashes, 5, seed=4) != found).any()
+    with pytest.raises(UserError, match="--folds 5: the rows have 4 prompts"):
+        deal(np.array([1, 2, 3, 4, 4]), 5, 0)
+
+
+WORDS_OF_TRAINING = [
+    (["--data_path", "x"], "--data_path after --"),
+    (["--output_dir", "x"], "--output_dir after --"),
+    (["--seed", "3"], "--seed after --: .*--seed before --"),
+    (["--keep_best", "accuracy", "--output_dir", "x"], "--output_dir after --"),
+    (["--learning_rate", "0"], "--learning_rate"),
+]
+
+
+@pytest.mark.parametrize("words, said", WORDS_OF_TRAINING)
+def test_flags_that_are_not_for_the_folds(words, said):
+    with pytest.raises(UserError, match=said):
+        training_of(["--model_name_or_path", "m", *words])
+
+
+FEW = ["--max_steps", "4", "--max_seq_len", "256", "--learning_rate", "1e-3", "--per_device_train_batch_size", "16"]
+
+
+@pytest.mark.slow
+def test_no_model_of_a_fold_has_seen_the_rows_it_judges(demo, tmp_path):
+    data = tmp_path / "rows.jsonl"
+    rows = rows_in(demo / "data" / "train.jsonl")[:96]
+    write_rows(data, rows)
+    output = tmp_path / "judged.jsonl"
+    words = ["--folds", "2", "--repeats", "2", "--data", str(data), "--output", str(output), "--json"]
+    training = ["--model_name_or_path", str(demo / "model"), *FEW, "--data_output_path", str(tmp_path / "cache")]
+    command = [sys.executable, "-m", "reward_model", "ensemble", *words]
+    environment = runs.environment(HF_HUB_OFFLINE="1", RANK=None, WORLD_SIZE=None, LOCAL_RANK=None)
+    with subprocess.Popen([*command, "--", *training], env=environment, stdout=subprocess.PIPE, text=True) as process:
+        work = output.with_name(output.name + WORK)
+        started = time.monotonic()  # ended in the middle of the second training
+        while not (work / "repeat-0" / "fold-001" / MODEL).exists() and time.monotonic() - started < 300:
+            time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        process.communicate()
+    assert process.returncode != 0
+    assert not output.exists()
+    done = subprocess.run(
+        [*command, "--resume", "--", *training], env=environment, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary, found = json.loads(done.stdout), rows_in(output)
+    assert [{name: row[name] for name in rows[0]} for row in found] == rows
+    assert {row["strength_models"] for row in found} == {2}
+    assert summary["judged"] == 96
+    for repeat in range(2):
+        folds = [work / f"repeat-{repeat}" / f"fold-{fold:03}" for fold in range(2)]
+        held_out = [rows_in(fold / HELD_OUT) for fold in folds]
+        assert sorted(json.dumps(row) for part in held_out for row in part) == sorted(map(json.dumps, rows))
+        for fold, mine in zip(folds, held_out):
+            seen = {row["prompt"] for row in rows_in(fold / TRAIN)}
+            assert seen.isdisjoint(row["prompt"] for row in mine)
+            run = json.loads((fold / MODEL / "run.json").read_text())
+            assert sum(run["data"]["train"].values()) == 96 - len(mine)
+    first = found[rows.index(rows_in(work / "repeat-0" / "fold-000" / HELD_OUT)[0])]
+    of_models = [differences(work / f"repeat-{r}" / f"fold-{f:03}" / MODEL, [first])[0] for r in (0, 1) for f in (0, 1)]
+    judges = [
+        of_models[2 * r + f]
+        for r in (0, 1)
+        for f in (0, 1)
+        if first["id" if "id" in first else "prompt"]
+        in {row["id" if "id" in row else "prompt"] for row in rows_in(work / f"repeat-{r}" / f"fold-{f:03}" / HELD_OUT)}
+    ]
+    assert first["strength_mean"] == pytest.approx(np.mean(judges), abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2])
+def test_two_ranks_give_what_one_gives(models, tmp_path, processes):
+    data = write_rows(tmp_path / "rows.jsonl", [row_of(i) for i in range(2 * BLOCK + 40)])
+    flags = ["--data", str(data), "--device", "cpu", "--attention", "separate"]
+    environment = runs.environment(OMP_NUM_THREADS="1", RANK=None, WORLD_SIZE=None, LOCAL_RANK=None)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    for words, name in (([sys.executable], "one"), (launcher, "two")):
+        command = [*words, "-m", "reward_model", "ensemble", *models, *flags]
+        done = subprocess.run(
+            [*command, "--output", str(tmp_path / f"{name}.jsonl")], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "two.jsonl").read_bytes()
