@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from reward_model.common.errors import UserError
+    from reward_model.config.doctor import DoctorConfig
     from reward_model.config.ensemble import EnsembleConfig
     from reward_model.config.evaluation import EvaluateConfig
     from reward_model.config.options import RunConfig
     from reward_model.config.scoring import ScoreConfig, ServeConfig
     from reward_model.config.verification import VerifyConfig
+    from reward_model.doctor.api import examine
+    from reward_model.doctor.examination import Examination
     from reward_model.inference import load
     from reward_model.judging.api import evaluate
     from reward_model.reporting.report import report
@@ -35,7 +38,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "EnsembleConfig", "EvaluateConfig", "Interrupted", "RunConfig", "ScoreConfig", "ServeConfig", "TrainResult",
-    "UserError", "VerifyConfig", "ensemble", "evaluate", "export", "load", "report", "score", "serve", "train",
+    "UserError", "VerifyConfig", "ensemble", "evaluate", "examine", "export", "load", "report", "score", "serve", "train",
     "verify",
 ]  # fmt: skip
 
@@ -45,12 +48,15 @@ _MODULES = {
     "TrainResult": "reward_model.training.run",
     "UserError": "reward_model.common.errors",
     "EnsembleConfig": "reward_model.config.ensemble",
+    "DoctorConfig": "reward_model.config.doctor",
+    "Examination": "reward_model.doctor.examination",
     "EvaluateConfig": "reward_model.config.evaluation",
     "ScoreConfig": "reward_model.config.scoring",
     "ServeConfig": "reward_model.config.scoring",
     "VerifyConfig": "reward_model.config.verification",
     "ensemble": "reward_model.serving.ensemble",
     "evaluate": "reward_model.judging.api",
+    "examine": "reward_model.doctor.api",
     "export": "reward_model.training.exporting",
     "load": "reward_model.inference",
     "report": "reward_model.reporting.report",

@@ -27,6 +27,7 @@ COMMANDS = {
         "reward_model.commands.serve",
         "scores over HTTP, in the forms that OpenRLHF, verl and vLLM know",
     ),
+    "doctor": ("reward_model.commands.doctor", "what is wrong with preferences, before anything is trained on them"),
     "report": ("reward_model.commands.report", "a page of charts, mistakes and settings, of a run or of several"),
     "plan": ("reward_model.commands.plan", "memory and communication of a run, and the line that launches it"),
     "check": (

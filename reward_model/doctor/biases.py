@@ -34,9 +34,8 @@ class Bias:
     at_equal_length: Share
 
     def to_json(self) -> dict:
-        return {
-            "name": self.name, "share": self.share.to_json(), "at_equal_length": self.at_equal_length.to_json()
-        }  # fmt: skip
+        equal = self.at_equal_length.to_json() if self.at_equal_length.pairs else None
+        return {"name": self.name, "share": self.share.to_json(), "at_equal_length": equal}
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,11 @@ def biases_of(ledger: Ledger, seed: int) -> Biases:
         if name != "characters":
             alone = differ & is_equal
         whole = share(wins[differ].astype(np.float64), prompts[differ], seed)
-        equal = Share(float(wins[alone].mean()), None, None, int(alone.sum())) if alone.any() else Share(np.nan, None, None, 0)
+        equal = (
+            Share(float(wins[alone].mean()), None, None, int(alone.sum()))
+            if alone.any()
+            else Share(np.nan, None, None, 0)
+        )
         rows.append(Bias(name, whole, equal))
     square = float(np.mean(ratio**2)) if len(ratio) else 0.0
     correlation = float(np.mean(ratio)) / np.sqrt(square) if square else 0.0
@@ -123,12 +126,16 @@ def bias_findings(biases: Biases) -> Iterator[Finding]:
             )
             yield _of_bias("length", found, line, advice, REACH)
         elif each.name.startswith("place"):
-            line = f"the answer that was shown first wins {interval(found)} of {found.pairs:,} pairs whose order is known"
+            line = (
+                f"the answer that was shown first wins {interval(found)} of {found.pairs:,} pairs whose order is known"
+            )
             advice = "the judges prefer a place: show each pair in both orders, and keep what both say"
             yield _of_bias("position", found, line, advice, REACH)
         else:
             equal = each.at_equal_length
-            aside = f"; at about equal length {equal.value:.3f} of {equal.pairs:,}" if equal.pairs >= LEAST_PAIRS else ""
+            aside = (
+                f"; at about equal length {equal.value:.3f} of {equal.pairs:,}" if equal.pairs >= LEAST_PAIRS else ""
+            )
             line = f"the answer with more {each.name} wins {interval(found)} of {found.pairs:,} pairs{aside}"
             advice = f"a model may learn {each.name} in place of what is said: look whether it is what you want"
             yield _of_bias(f"style_{each.name.replace(' ', '_')}", found, line, advice, STYLE_REACH)
@@ -149,7 +156,12 @@ def script_findings(ledger: Ledger) -> Iterator[Finding]:
     if total:
         said = ", ".join(f"{name.lower()} {percent(count / total)}" for name, count in list(counts.items())[:6])
         others = f", and {len(counts) - 6} more" if len(counts) > 6 else ""
-        yield Finding("scripts", "fine", f"scripts of the training answers, of which languages are not told: {said}{others}", of=total)
+        yield Finding(
+            "scripts",
+            "fine",
+            f"scripts of the training answers, of which languages are not told: {said}{others}",
+            of=total,
+        )
     mask = ledger.pair_sets() == TRAINING
     better, worse = (ledger.pair_array(f"{side}_script")[mask] for side in ("better", "worse"))
     if not len(better):

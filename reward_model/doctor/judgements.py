@@ -197,10 +197,10 @@ def findings_within(ledger: Ledger, found: Judgements, of_set: int) -> Iterator[
     yield of_pairs(
         "cycles",
         found.cycles,
-        f"{{}} are in {circles:,} circle{'' if circles == 1 else 's'}, as A before B before C before A",
-        "no scores can satisfy all of a circle: look at how the answers were judged; a few are usual among people",
+        f"{{}} lie on {circles:,} circle{'' if circles == 1 else 's'}, as A before B before C before A",
+        "no scores satisfy all of a circle, though one wrong judgement may close it: a few are usual among people",
         0.01,
-        0.1,
+        1.0,
     )
     yield of_pairs(
         "alike",
@@ -214,8 +214,7 @@ def findings_within(ledger: Ledger, found: Judgements, of_set: int) -> Iterator[
 
 def findings_across(ledger: Ledger, train: Judgements, held: Judgements, near: Near) -> Iterator[Finding]:
     """What is in both sets."""
-    prompts, sets, scripts = (ledger.row_array(name) for name in ("prompt", "set", "number"))
-    del scripts
+    prompts, sets = ledger.row_array("prompt"), ledger.row_array("set")
     of_train, of_held = prompts[sets == TRAINING], np.flatnonzero(sets == EVALUATION)
     if not len(of_held):
         return
@@ -242,7 +241,10 @@ def findings_across(ledger: Ledger, train: Judgements, held: Judgements, near: N
     )
     if not len(held.rows):
         return
-    exact = np.isin(joint(held.prompts, *_sorted(held.better, held.worse)), joint(train.prompts, *_sorted(train.better, train.worse)))
+    exact = np.isin(
+        joint(held.prompts, *_sorted(held.better, held.worse)),
+        joint(train.prompts, *_sorted(train.better, train.worse)),
+    )
     yield Finding(
         "pairs_in_both",
         level_of(exact.mean(), 0.0, 0.001),

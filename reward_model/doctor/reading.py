@@ -155,9 +155,13 @@ class Data:
             return BadOne(place, index, number, texts)
         return Row(place, index, number, texts, strength_in(source, stored), _first_won(source, stored))
 
+    def name(self, place: int) -> str:
+        """Of the file, without its folder."""
+        return Path(self.sources[place].name).name
+
     def origin(self, place: int, number: int) -> str:
         """For messages: the file's name and the row's number in it."""
-        return f"{Path(self.sources[place].name).name}, row {number}"
+        return f"{self.name(place)}, row {number}"
 
 
 def strength_in(source: Source, stored: dict) -> Strength | None:

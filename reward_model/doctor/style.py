@@ -18,8 +18,24 @@ REFUSAL = re.compile(
     r"i (?:respectfully |must )?decline|against my (?:programming|guidelines|policy)",
     re.IGNORECASE,
 )
-HINTS = ("sorry", "apolog", "as an ai", "language model", "an ai", "cannot", "can not", "can't", "can’t", "unable",
-         "not able", "decline", "won't", "won’t", "will not", "against my")  # one is in each refusal; seeking them is fast
+HINTS = (
+    "sorry",
+    "apolog",
+    "as an ai",
+    "language model",
+    "an ai",
+    "cannot",
+    "can not",
+    "can't",
+    "can’t",
+    "unable",
+    "not able",
+    "decline",
+    "won't",
+    "won’t",
+    "will not",
+    "against my",
+)  # one is in each refusal; seeking them is fast
 START_OF_A_REFUSAL = 250  # characters: who refuses says so at once
 
 
