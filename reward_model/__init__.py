@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "EnsembleConfig", "EvaluateConfig", "Interrupted", "RunConfig", "ScoreConfig", "ServeConfig", "TrainResult",
-    "UserError", "VerifyConfig", "ensemble", "evaluate", "examine", "export", "load", "report", "score", "serve", "train",
-    "verify",
+    "DoctorConfig", "EnsembleConfig", "EvaluateConfig", "Examination", "Interrupted", "RunConfig", "ScoreConfig",
+    "ServeConfig", "TrainResult", "UserError", "VerifyConfig", "ensemble", "evaluate", "examine", "export", "load",
+    "report", "score", "serve", "train", "verify",
 ]  # fmt: skip
 
 _MODULES = {

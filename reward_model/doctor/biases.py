@@ -126,16 +126,12 @@ def bias_findings(biases: Biases) -> Iterator[Finding]:
             )
             yield _of_bias("length", found, line, advice, REACH)
         elif each.name.startswith("place"):
-            line = (
-                f"the answer that was shown first wins {interval(found)} of {found.pairs:,} pairs whose order is known"
-            )
+            line = f"the answer that was shown first wins {interval(found)} of {found.pairs:,} pairs of known order"
             advice = "the judges prefer a place: show each pair in both orders, and keep what both say"
             yield _of_bias("position", found, line, advice, REACH)
         else:
             equal = each.at_equal_length
-            aside = (
-                f"; at about equal length {equal.value:.3f} of {equal.pairs:,}" if equal.pairs >= LEAST_PAIRS else ""
-            )
+            aside = f"; {equal.value:.3f} of {equal.pairs:,} of equal length" if equal.pairs >= LEAST_PAIRS else ""
             line = f"the answer with more {each.name} wins {interval(found)} of {found.pairs:,} pairs{aside}"
             advice = f"a model may learn {each.name} in place of what is said: look whether it is what you want"
             yield _of_bias(f"style_{each.name.replace(' ', '_')}", found, line, advice, STYLE_REACH)

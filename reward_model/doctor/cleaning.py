@@ -227,7 +227,7 @@ def _other_side(source: Source, row: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _other_judgment(source: Source, row: dict[str, Any], pair: tuple[str, str]) -> dict[str, Any] | None:
-    """The column that says which of two answers is better says the other one; the answers stay where they were shown."""
+    """The column that says which of two answers is better says the other one; the answers stay in their places."""
     found = dict(row)
     if "better_response_id" in row:
         return found | {"better_response_id": 1 - int(row["better_response_id"])}

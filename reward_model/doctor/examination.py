@@ -80,7 +80,8 @@ class Examination:
             deciles = " ".join(f"{value:.3g}" for value in self.strengths["deciles"])
             yield f"\ndeciles of the strength: {deciles}"
         if self.suspicious:
-            yield f"the most suspicious of {len(self.suspicious)} pairs (--report and --json have them all, with their texts):"
+            count = len(self.suspicious)
+            yield f"the most suspicious of {count} pairs (--report and --json have them all, with their texts):"
             for each in self.suspicious[:MOST_PRINTED]:
                 yield printable(
                     f"  {each['strength']:.3g}  {each['file']}, row {each['row']}: {each['chosen'].strip()[:START]}"
@@ -90,4 +91,5 @@ class Examination:
             yield ""
             yield from map(printable, self.cleaned.lines())
         bad, doubtful = len(self.of_level("hurts")), len(self.of_level("doubtful"))
-        yield f"\n{bad} {'finding hurts' if bad == 1 else 'findings hurt'}, {doubtful} {'is' if doubtful == 1 else 'are'} doubtful"
+        hurt = "finding hurts" if bad == 1 else "findings hurt"
+        yield f"\n{bad} {hurt}, {doubtful} {'is' if doubtful == 1 else 'are'} doubtful"

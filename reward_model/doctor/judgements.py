@@ -63,11 +63,15 @@ class Judgements:
         """Distinct judgements that are nearly another one's before them, whichever answer won, places of pairs."""
         distinct = np.sort(np.unique(self.forward, return_index=True)[1])
         unordered = self.unordered_near[distinct]
-        exact = joint(self.prompts, *_sorted(self.better, self.worse))[distinct]
+        exact = self.unordered[distinct]
         _, firsts = np.unique(unordered, return_index=True)
         _, first_of = np.unique(unordered, return_inverse=True)
         is_other = exact != exact[firsts[first_of]]  # the same two answers swapped are no near duplicates
         return distinct[is_other]
+
+    @cached_property
+    def unordered(self) -> np.ndarray:
+        return joint(self.prompts, *_sorted(self.better, self.worse))
 
     @cached_property
     def unordered_near(self) -> np.ndarray:
@@ -75,7 +79,7 @@ class Judgements:
 
     @cached_property
     def cycles(self) -> np.ndarray:
-        """Pairs of judgements that go round, A before B before C before A, places; without those that contradict directly.
+        """Places of pairs that go round, A before B before C before A; without those that contradict each other.
 
         Each prompt's answers are the nodes of a graph, and each judgement goes from the better to the worse. In a
         strongly connected component of three or more, every judgement is part of a circle.
@@ -241,10 +245,7 @@ def findings_across(ledger: Ledger, train: Judgements, held: Judgements, near: N
     )
     if not len(held.rows):
         return
-    exact = np.isin(
-        joint(held.prompts, *_sorted(held.better, held.worse)),
-        joint(train.prompts, *_sorted(train.better, train.worse)),
-    )
+    exact = np.isin(held.unordered, train.unordered)
     yield Finding(
         "pairs_in_both",
         level_of(exact.mean(), 0.0, 0.001),

@@ -71,7 +71,7 @@ def signature(text: str) -> np.ndarray | None:
 
 
 def similarity(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Estimates from signatures (t, g) and (t, g), (t,). Of 8 bits one in 256 agrees by chance: (s − 1/256) / (1 − 1/256)."""
+    """Estimates from signatures (t, g) and (t, g), (t,). One byte in 256 agrees by chance, which is taken off."""
     agree = (one == other).mean(axis=1)
     return np.clip((agree - 1 / 256) / (1 - 1 / 256), 0.0, 1.0)
 

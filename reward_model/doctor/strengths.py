@@ -69,7 +69,7 @@ class Strengths:
         yield Finding(
             "strength_below_zero",
             level_of(below.value, 0.05, 0.2),
-            f"the models together prefer the rejected answer of {interval(below)} of {len(self):,} pairs with a strength "
+            f"the models together prefer the rejected answer in {interval(below)} of {len(self):,} pairs "
             f"(mean {self.means.mean():.3g}, std {self.means.std():.3g}; {self.without:,} pairs have none)",
             "read the most suspicious pairs; then --remove or --flip the lowest, or --soften" if count else "",
             count,
@@ -104,7 +104,7 @@ class Strengths:
         return found
 
     def lowest(self, flip: float, remove: float) -> tuple[np.ndarray, np.ndarray]:
-        """Rows whose answers are swapped, and rows that are left out, which come next; by shares of those with a strength.
+        """Rows whose answers are swapped, and, next above them, rows that are left out; shares of those with one.
 
         Raises:
             UserError: there are no strengths.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be seen of an answer without understanding it: its length, marks of style, its script, whether it refuses."""
+"""What can be seen of an answer without understanding it: marks of style, its script, whether it refuses."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from functools import lru_cache
 
 REFUSAL = re.compile(
     r"as an ai\b|as a (?:large )?language model|i(?:['’]m| am) (?:just |only )?an ai\b|"
-    r"i (?:cannot|can['’]?t|can not|am not able to|am unable to|won['’]t|will not|must decline|['’]m not able to|['’]m unable to)"
-    r" (?:\w+ ){0,2}?(?:help|assist|provide|answer|comply|fulfill|do that|discuss|engage|support|condone|create|generate|write|give)|"
+    r"i (?:cannot|can['’]?t|can not|won['’]t|will not) (?:\w+ ){0,2}?(?:help|assist|provide|answer|comply|fulfill|"
+    r"do that|discuss|engage|support|condone|create|generate|write|give)|"
     r"i(?:['’]m| am) (?:not able|unable) to|"
     r"(?:i(?:['’]m| am) (?:very |really |so )?sorry|sorry|my apologies|i apologi[sz]e),? (?:but|i can|however)|"
     r"i (?:respectfully |must )?decline|against my (?:programming|guidelines|policy)",
@@ -35,12 +35,12 @@ HINTS = (
     "won’t",
     "will not",
     "against my",
-)  # one is in each refusal; seeking them is fast
+)
 START_OF_A_REFUSAL = 250  # characters: who refuses says so at once
 
 
 def _matches(pattern: str, needs: str = "") -> Callable[[str], int]:
-    """How often a pattern is found. needs: characters without one of which there can be none, which are faster to seek."""
+    """How often a pattern is found. needs: characters without one of which there is none; they are faster to seek."""
     found = re.compile(pattern, re.MULTILINE)
 
     def count(text: str) -> int:

@@ -78,7 +78,7 @@ def findings_of_rows(ledger: Ledger) -> Iterator[Finding]:
             "glued",
             level_of(ledger.glued[name] / total, 0.02, 0.5),
             f"{part(ledger.glued[name], total, 'row')} have nothing, no space either, between prompt and answer",
-            "texts are joined as they are: end the prompts with a space or a line break, or make turns of them with --chat"
+            "texts are joined as they are: end the prompts with a space, or make turns of them with --chat"
             if ledger.glued[name]
             else "",
             ledger.glued[name],
@@ -152,7 +152,7 @@ class Cuts:
         yield Finding(
             "equal_once_cut",
             level_of(self.equal_count / max(1, total), 0.0, 0.001),
-            f"{part(self.equal_count, total, 'row')} have answers that are equal once tokenized and cut to {limit} tokens "
+            f"{part(self.equal_count, total, 'row')} have answers that are equal once cut to {limit} tokens "
             f"on the left, as here; on the right, as elsewhere, {self.equal_right:,}",
             "they cannot be used: give --max_seq_len more tokens" if self.equal_count else "",
             self.equal_count,
