@@ -82,11 +82,11 @@ class Examination:
         if self.suspicious:
             count = len(self.suspicious)
             yield f"the most suspicious of {count} pairs (--report and --json have them all, with their texts):"
-            for each in self.suspicious[:MOST_PRINTED]:
+            for pair in self.suspicious[:MOST_PRINTED]:
                 yield printable(
-                    f"  {each['strength']:.3g}  {each['file']}, row {each['row']}: {each['chosen'].strip()[:START]}"
+                    f"  {pair['strength']:.3g}  {pair['file']}, row {pair['row']}: {pair['chosen'].strip()[:START]}"
                 )
-                yield printable(f"      is said to be better than: {each['rejected'].strip()[:START]}")
+                yield printable(f"      is said to be better than: {pair['rejected'].strip()[:START]}")
         if self.cleaned:
             yield ""
             yield from map(printable, self.cleaned.lines())

@@ -93,7 +93,7 @@ class Ledger:
         self.of_row = {name: array(kind) for name, kind in (("source", "i"), ("index", "q"), ("number", "q"))}
         self.of_row |= {"prompt": array("q"), "set": array("b"), "script": array("h")}
         longs = ("row", "better", "worse")
-        self.of_pair = {name: array("q") for name in longs}
+        self.of_pair: dict[str, array] = {name: array("q") for name in longs}
         self.of_pair |= {name: array("i") for name in ("better_length", "worse_length")}
         self.of_pair |= {name: array("h") for name in ("better_script", "worse_script")}
         self.of_pair |= {name: array("b") for name in ("better_refuses", "worse_refuses", "position")}
