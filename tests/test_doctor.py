@@ -351,7 +351,7 @@ def test_hostile_texts_are_texts_on_the_page(tmp_path):
     page = Tags(path.read_text(encoding="utf-8"))
     require_inert(page)
     assert path.stat().st_size < MOST and page.text.count("window.hacked=1") > 100
-    assert page.titles() == ["length-of-answers", "strengths"] and "The cleaned set" in page.text
+    assert page.titles() == ["length-of-answers", "distribution-of-the-strengths"] and "The cleaned set" in page.text
 
 
 def test_the_text_is_for_a_terminal(tmp_path):

@@ -134,7 +134,10 @@ def _strengths(found: Examination) -> Iterator[str]:
     of = found.strengths
     yield '<section><h2 id="strengths">Strength of the preferences</h2>'
     chart = Chart(
-        "Strengths", "mean over models of score(chosen) − score(rejected)", "pairs", "Left of 0 the models doubt it."
+        "Distribution of the strengths",
+        "mean over models of score(chosen) − score(rejected)",
+        "pairs",
+        "Left of 0 the models doubt it.",
     )
     edges, counts = (np.array(of["histogram"][name], np.float64) for name in ("edges", "counts"))
     chart.bars(edges, counts, "pairs", colors.BLUE)
