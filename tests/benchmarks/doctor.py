@@ -160,12 +160,19 @@ def folds_of(pairs: list[tuple[int, int]], seed: int) -> np.ndarray:
 
 
 def measure(
-    train: np.ndarray, held: np.ndarray, lengths: np.ndarray, pairs: list, prompts: np.ndarray, seeds: list[int]
+    train: np.ndarray,
+    held: np.ndarray,
+    lengths: np.ndarray,
+    pairs: list,
+    prompts: np.ndarray,
+    seeds: list[int],
+    decays: list[float],
 ) -> list[dict]:
     """A record for each kind and share of noise, with lists over seeds."""
     noisy = train * np.where(wrong_labels("random", 0.1, lengths, seeds[0]), -1, 1)[:, None]
-    decay = choose_decay(noisy, folds_of(pairs, seeds[0]))
-    of_arms = choose_decay(noisy, prompts % FOLDS)  # two prompts each: what is held out is of other debates
+    decay = decays[0] if decays else choose_decay(noisy, folds_of(pairs, seeds[0]))
+    # two prompts a fold: what is held out is of other debates
+    of_arms = decays[1] if decays else choose_decay(noisy, prompts % FOLDS)
     print(f"weight decay: {decay} for strengths, {of_arms} for the heads that are compared", flush=True)
     records = []
     for kind, share in NOISE:
@@ -247,6 +254,7 @@ def main() -> None:
     for name in ("--model", "--data", "--output"):
         parser.add_argument(name, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--decay", type=float, nargs=2, default=[], help="weight decays of both kinds, not chosen")
     options = parser.parse_args()
     start = time.monotonic()
     sets = [read(Path(options.data) / f"{name}_pairs.jsonl.gz") for name in ("train", "eval")]
@@ -258,7 +266,7 @@ def main() -> None:
     train, held = (np.stack([states[one] - states[other] for one, other in of]) for of in pairs)
     lengths = np.array([[len(row[side]) for side in SIDES] for row in sets[0]])
     prompts = np.unique([row["prompt"] for row in sets[0]], return_inverse=True)[1]
-    records = measure(train, held, lengths, pairs[0], prompts, options.seeds)
+    records = measure(train, held, lengths, pairs[0], prompts, options.seeds, options.decay)
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "doctor.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
