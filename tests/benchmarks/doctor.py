@@ -38,7 +38,7 @@ from scipy.stats import rankdata
 FOLDS, BOOTSTRAPS = 5, 4
 DECAYS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # of the sum of the losses
 NOISE = [("random", share) for share in (0.05, 0.1, 0.2, 0.3)] + [("shorter wins", share) for share in (0.1, 0.2)]
-ARMS = ("nothing", "remove", "flip", "soften", "margin", "flip and soften", "clean set")
+ARMS = ("nothing", "remove", "flip", "soften", "margin", "clean set")
 
 
 def read(path: Path) -> list[dict]:
@@ -123,7 +123,10 @@ def below_zero(mean: np.ndarray, wrong: np.ndarray) -> dict[str, float]:
 
 
 def train_arm(name: str, x: np.ndarray, clean: np.ndarray, mean: np.ndarray, share: float, decay: float) -> np.ndarray:
-    """A head trained after one treatment; remove and flip take as many pairs, the weakest, as are wrong."""
+    """A head trained after one treatment; remove and flip take as many pairs, the weakest, as are wrong.
+
+    To flip and soften is to soften: a pair swapped, with one minus its probability, has the loss that it had.
+    """
     count = len(x)
     ones, zeros = np.ones(count), np.zeros(count)
     weakest = np.argsort(mean, kind="stable")[: round(share * count)]
@@ -136,7 +139,6 @@ def train_arm(name: str, x: np.ndarray, clean: np.ndarray, mean: np.ndarray, sha
         "flip": lambda: plain(x * sign[:, None], decay),
         "soften": lambda: fit(x, ones, expit(mean), zeros, decay),
         "margin": lambda: fit(x, ones, ones, mean, decay),
-        "flip and soften": lambda: fit(x * sign[:, None], ones, expit(mean * sign), zeros, decay),
     }
     return treatments[name]()
 
@@ -243,7 +245,7 @@ def draw(records: list[dict], path: Path) -> None:
     axes[1].set(ylabel="held-out accuracy")
     for ax in axes:
         ax.set_xticks(at, [f"{r['kind']}\n{r['share']:.0%}" for r in records], fontsize=8)
-        ax.legend(fontsize=8)
+        ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4)
         ax.grid(axis="y", alpha=0.3)
     figure.suptitle("Linear heads on frozen states; mean and standard deviation of the seeds", fontsize=10)
     figure.savefig(path, dpi=110)
