@@ -28,6 +28,7 @@ COMMANDS = {
         "scores over HTTP, in the forms that OpenRLHF, verl and vLLM know",
     ),
     "novelty": ("reward_model.commands.novelty", "how far texts are from the training data, given with each score"),
+    "doctor": ("reward_model.commands.doctor", "what is wrong with preferences, before anything is trained on them"),
     "report": ("reward_model.commands.report", "a page of charts, mistakes and settings, of a run or of several"),
     "plan": ("reward_model.commands.plan", "memory and communication of a run, and the line that launches it"),
     "check": (

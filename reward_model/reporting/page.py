@@ -7,7 +7,7 @@ import base64
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from importlib import resources
 from pathlib import PurePath
@@ -74,6 +74,16 @@ class Page:
 
 
 def _document(page: Page) -> Iterator[str]:
+    yield from document(f"{page.title} – reward model report", _body(page))
+
+
+def document(title: str, body: Iterable[str]) -> Iterator[str]:
+    """A page of ours that allows its own scripts alone, and asks no other place for anything.
+
+    Args:
+        title: of the window, not yet escaped.
+        body: HTML, with charts as :func:`reward_model.reporting.html.figure` writes them.
+    """
     scripts = [_bokeh(), _own("page.js")]
     hashes = " ".join(f"'sha256-{_hash(each)}'" for each in scripts)
     # the browser itself refuses whatever is not one of our scripts, and every request
@@ -83,9 +93,20 @@ def _document(page: Page) -> Iterator[str]:
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="referrer" content="no-referrer">\n'
-        f"<title>{text(page.title)} – reward model report</title>\n"
+        f"<title>{text(title)}</title>\n"
         f'<link rel="icon" href="data:,">\n<style>\n{_own("page.css")}</style>\n</head>\n<body>\n'
     )
+    yield from body
+    yield (
+        "<footer>Written by dschat-reward. The page holds all that it shows, and asks no other place for anything. "
+        "Charts by Bokeh (BSD-3-Clause).</footer>\n"
+    )
+    yield f'<script type="application/json" id="dark-colors">{json.dumps(colors.DARK)}</script>\n'
+    yield from (f"<script>{each}</script>\n" for each in scripts)
+    yield "</body>\n</html>\n"
+
+
+def _body(page: Page) -> Iterator[str]:
     yield from _header(page)
     yield "<main>"
     yield from _numbers(page)
@@ -96,13 +117,6 @@ def _document(page: Page) -> Iterator[str]:
     yield from _mistakes(page)
     yield from _settings(page)
     yield "</main>\n"
-    yield (
-        "<footer>Written by dschat-reward. The page holds all that it shows, and asks no other place for anything. "
-        "Charts by Bokeh (BSD-3-Clause).</footer>\n"
-    )
-    yield f'<script type="application/json" id="dark-colors">{json.dumps(colors.DARK)}</script>\n'
-    yield from (f"<script>{each}</script>\n" for each in scripts)
-    yield "</body>\n</html>\n"
 
 
 def _header(page: Page) -> Iterator[str]:

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows that cannot be used, and what is left of the others once they are cut."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from reward_model.common.words import counted
+from reward_model.config.doctor import DoctorConfig
+from reward_model.data.chat_template import give_template
+from reward_model.data.comparisons import BadRow
+from reward_model.data.encoding import Encoding
+from reward_model.data.preprocessing import compare, read_text
+from reward_model.data.rows import Texts
+from reward_model.data.tokenizer import choose_special_tokens, load_tokenizer
+from reward_model.doctor.findings import Finding, level_of, part
+from reward_model.doctor.ledger import EXAMPLES, Ledger
+from reward_model.doctor.reading import SETS, TRAINING, BadOne, Row
+
+BATCH = 256  # rows that are tokenized together
+
+
+def findings_of_rows(ledger: Ledger) -> Iterator[Finding]:
+    """Rows that cannot be used by reason, empty answers among them; ties; rows with a single answer; glued texts."""
+    for of_set, name in enumerate(SETS):
+        total = ledger.rows[name]
+        if not total:
+            continue
+        of = "" if of_set == TRAINING else f"{name}: "
+        prefix = "" if of_set == TRAINING else f"{name}_"
+        reasons = ledger.reasons[name]
+        bad = reasons.total
+        firsts = [origin for origins in reasons.first.values() for origin in origins][:EXAMPLES]
+        why = "; ".join(f"{count:,} × {reason}" for reason, count in reasons.count.most_common(5))
+        more = f"; and {len(reasons.count) - 5} more reasons" if len(reasons.count) > 5 else ""
+        yield Finding(
+            f"{prefix}unusable",
+            "hurts" if bad else "fine",
+            f"{of}{part(bad, total, 'row')} cannot be used{f': {why}{more}' if bad else ''}",
+            "training stops at the first of them: mend them, or leave them out with --on_bad_row skip" if bad else "",
+            bad,
+            total,
+            rows=firsts,
+        )
+        empty = sum(count for reason, count in reasons.count.items() if reason.endswith(" is empty"))
+        yield Finding(
+            f"{prefix}empty",
+            "hurts" if empty else "fine",
+            f"{of}{part(empty, total, 'row')} have an empty answer",
+            "they are among the rows that cannot be used" if empty else "",
+            empty,
+            total,
+            rows=[o for reason, origins in reasons.first.items() if reason.endswith(" is empty") for o in origins],
+        )
+        if of_set != TRAINING:
+            continue
+        yield Finding(
+            "ties",
+            level_of(ledger.ties[name] / total, 0.2, 0.9),
+            f"{part(ledger.ties[name], total, 'row')} are ties, from which no pair is learned",
+            "they cost nothing but their place; --loss may not take them" if ledger.ties[name] else "",
+            ledger.ties[name],
+            total,
+        )
+        if ledger.unjudged[name]:
+            yield Finding(
+                "without_pairs",
+                "fine",
+                f"{part(ledger.unjudged[name], total, 'row')} have one answer or no order: of them only the texts were "
+                "looked at",
+                "",
+                ledger.unjudged[name],
+                total,
+            )
+        yield Finding(
+            "glued",
+            level_of(ledger.glued[name] / total, 0.02, 0.5),
+            f"{part(ledger.glued[name], total, 'row')} have nothing, no space either, between prompt and answer",
+            "texts are joined as they are: end the prompts with a space, or make turns of them with --chat"
+            if ledger.glued[name]
+            else "",
+            ledger.glued[name],
+            total,
+        )
+
+
+@dataclass
+class Cuts:
+    """What becomes of the training rows once a tokenizer has cut them. equal: on the left, as this trainer does.
+
+    equal_right: the same where other trainers cut the right.
+    """
+
+    config: DoctorConfig
+    rows: int = 0
+    cut: int = 0
+    equal: list[str] = field(default_factory=list)
+    equal_count: int = 0
+    equal_right: int = 0
+    problems: Counter[str] = field(default_factory=Counter)
+    waiting: list[tuple[str, Texts]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        assert self.config.tokenizer
+        self.tokenizer = load_tokenizer(self.config.tokenizer, trust_remote_code=self.config.trust_remote_code)
+        if self.config.chat_template:
+            give_template(self.tokenizer, self.config.chat_template)
+        largest = max(self.tokenizer.get_vocab().values()) + 1
+        special = choose_special_tokens(self.tokenizer, largest, fill=self.tokenizer.pad_token_id or 0)
+        self.how = Encoding(self.tokenizer, special)
+
+    def add(self, ledger: Ledger, row: Row | BadOne) -> None:
+        """Take a row; those to evaluate on, and those that cannot be used, are left out."""
+        if isinstance(row, BadOne) or ledger.data.sets[row.source] != TRAINING:
+            return
+        source = ledger.data.sources[row.source]
+        text: Texts | str = row.texts
+        if row.texts.templated:  # written once more, by the tokenizer's own template
+            text = read_text(source, source.rows[row.index], self.tokenizer, ledger.data.chat)
+        self.rows += 1
+        if isinstance(text, str):
+            self.problems[text] += 1
+            return
+        self.waiting.append((ledger.data.origin(row.source, row.number), text))
+        if len(self.waiting) >= BATCH:
+            self.flush()
+
+    def flush(self) -> None:
+        """Tokenize those that wait."""
+        limit = self.config.max_seq_len
+        for (origin, text), row in zip(self.waiting, self.how.encoded([text for _, text in self.waiting])):
+            try:
+                if isinstance(row, BadRow):
+                    raise row
+                if len({tuple(each[:limit]) for each in row.whole}) < len(row.whole):
+                    self.equal_right += 1
+                if len({tuple(each[-limit:]) for each in row.whole}) < len(row.whole):
+                    self.equal_count += 1
+                    self.equal += [origin] if len(self.equal) < EXAMPLES else []
+                    continue
+                self.cut += compare(row.prompt, row.whole, self.how.special, limit, text.names, row.fixed)["cut"]
+            except BadRow as problem:
+                self.problems[str(problem).split(":")[0]] += 1  # without the number of tokens
+        self.waiting.clear()
+
+    def findings(self) -> Iterator[Finding]:
+        """What is left of the rows at --max_seq_len."""
+        self.flush()
+        limit, total = self.config.max_seq_len, self.rows
+        yield Finding(
+            "equal_once_cut",
+            level_of(self.equal_count / max(1, total), 0.0, 0.001),
+            f"{part(self.equal_count, total, 'row')} have answers that are equal once cut to {limit} tokens "
+            f"on the left, as here; on the right, as elsewhere, {self.equal_right:,}",
+            "they cannot be used: give --max_seq_len more tokens" if self.equal_count else "",
+            self.equal_count,
+            total,
+            rows=self.equal,
+        )
+        bad = sum(self.problems.values())
+        why = "; ".join(f"{count:,} × {reason}" for reason, count in self.problems.most_common(3))
+        yield Finding(
+            "unusable_once_tokenized",
+            "hurts" if bad else "fine",
+            f"{part(bad, total, 'row')} cannot be used once tokenized{f': {why}' if bad else ''}",
+            "give --max_seq_len more tokens, the tokenizer a chat template, or leave them out with --on_bad_row skip"
+            if bad
+            else "",
+            bad,
+            total,
+        )
+        yield Finding(
+            "cut",
+            level_of(self.cut / max(1, total), 0.05, 0.5),
+            f"{part(self.cut, total, 'row')} lose the left of their prompt at {counted(limit, 'token')}",
+            "what was asked may be gone: give --max_seq_len more tokens" if self.cut else "",
+            self.cut,
+            total,
+        )
