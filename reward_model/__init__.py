@@ -4,9 +4,9 @@
 ``train`` runs a :class:`RunConfig`; ``load`` reads a model that a run saved; ``score`` gives the scores of rows, and
 ``serve`` answers requests for them; ``fit_novelty`` has them say how new a text is; ``verify`` compares the ways in
 which others score with a model; ``export`` writes it in a form that another program reads; ``ensemble`` writes what
-several models make of pairs beside them; ``examine`` is the doctor for
-the data; ``report`` writes the page of a run; ``UserError`` is what they raise for
-whatever the caller can mend. Nothing heavy is imported before one of them is used.
+several models make of pairs beside them; ``examine`` looks for what is wrong with data; ``report`` writes the page of a
+run; ``UserError`` is what they raise for whatever the caller can mend. Nothing heavy is imported before one of them is
+used.
 """
 
 from __future__ import annotations
