@@ -119,6 +119,8 @@ def test_length_place_and_style_that_win(tmp_path):
         assert found.named(name).level == "doubtful" and found.named(name).share.value == 1, name
     assert found.named("length").level == "hurts" and found.biases.length_correlation > 0.5
     assert not found.is_healthy() and found.named("style_headings") is None
+    of_few = found_in(tmp_path, [row | {"prompt": f"Of three: {i % 3} "} for i, row in enumerate(rows)]).named("length")
+    assert of_few.share.low is None and of_few.level == "doubtful"  # too few prompts to prove that it hurts
     rows = [
         {"prompt": f"Q: {i} ", "response_a": sentence(draw), "response_b": sentence(draw), "winner": "model_" + w}
         for i, w in enumerate("aaab" * 30)

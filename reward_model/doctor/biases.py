@@ -140,7 +140,8 @@ def bias_findings(biases: Biases) -> Iterator[Finding]:
 def _of_bias(name: str, found: Share, line: str, advice: str, reach: float) -> Finding:
     level: Level = "fine"
     if found.pairs >= LEAST_PAIRS and leaves(found, reach):
-        level = "hurts" if leaves(found, HURTS) and name in ("length", "position") else "doubtful"
+        is_known = found.low is not None  # few prompts have no interval, and are no proof of what hurts
+        level = "hurts" if is_known and leaves(found, HURTS) and name in ("length", "position") else "doubtful"
     count = round(found.value * found.pairs)
     return Finding(name, level, line, advice if level != "fine" else "", count, found.pairs, found)
 

@@ -77,7 +77,7 @@ def interval(share: Share) -> str:
 
 
 def leaves(share: Share, reach: float) -> bool:
-    """Whether a share is further from ½ than ``reach``, and its interval leaves ½ out."""
-    if share.low is None or share.high is None or abs(share.value - 0.5) <= reach:
+    """Whether a share is further from ½ than ``reach``, and its interval, if it has one, leaves ½ out."""
+    if abs(share.value - 0.5) <= reach:
         return False
-    return share.low > 0.5 or share.high < 0.5
+    return share.low is None or share.high is None or share.low > 0.5 or share.high < 0.5
