@@ -48,7 +48,7 @@ from reward_model.evaluation.judged import Judged, columns_of, judge, scored_at
 from reward_model.models.adapters import is_adapter, merged, merged_before
 from reward_model.models.attention import SEPARATE, AttentionBackend, window
 from reward_model.models.forward import ForwardPass
-from reward_model.models.loading import DTYPES, load_for_training
+from reward_model.models.loading import DTYPES, is_reward_model, load_for_training, read_config
 from reward_model.models.many_heads import beta_of, take_heads
 from reward_model.models.pair_encoding import for_scoring, told
 from reward_model.models.saved_forms import form_of, load_form
@@ -739,6 +739,15 @@ def load(
         raise UserError(f"{folder}: {error}") from error
     reward.novelty = read_novelty(named, scorer) if novelty else None
     return reward
+
+
+def require_head(model: str, trust_remote_code: bool) -> None:
+    """Raises UserError if a folder holds no model with a score head: said of every model before the first is scored."""
+    folder = Path(model)
+    if not folder.is_dir() or is_adapter(model) or not (folder / "config.json").is_file() or form_of(folder):
+        return  # loading it says more
+    if not is_reward_model(model, read_config(model, trust_remote_code)):
+        raise UserError(f"{model} has no trained score head")
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def test_what_the_loss_needs(tmp_path):
     path = write(tmp_path / "rows.jsonl", [PAIR])
     assert "row 1: margin is missing" in refusal("--data_path", path, "--margin", "column")
     for flags in (["--margin", "strength"], ["--flip_share", "0.1"], ["--drop_share", "0.1"]):
-        said = f"row 1: the row has no strength_mean that is a finite number, and {flags[0]}"
+        said = f"row 1: the row has no finite strength_mean (reward-model ensemble writes it), and {flags[0]}"
         assert said in refusal("--data_path", path, *flags)
     point = write(tmp_path / "points.jsonl", [{"prompt": "p", "response": "r", "score": 1}])
     assert "row 1: " in refusal("--data_path", point)

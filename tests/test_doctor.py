@@ -310,7 +310,7 @@ def test_without_strengths_a_cleaned_set_is_refused(tmp_path):
         ({"output": "x.csv", "margin": True}, "end it with .jsonl"),
         ({"output": "x.jsonl", "flip": 0.6, "remove": 0.5}, "take all pairs"),
         ({"temperature": 2.0}, "--soften"),
-        ({"chat_template": "human_assistant"}, "give --tokenizer"),
+        ({"chat_template": "human_assistant"}, "give --model_name_or_path"),
         ({"remove": 1.0, "output": "x.jsonl"}, "not in"),
     ],
 )
@@ -394,3 +394,12 @@ def test_gzip_parquet_and_a_tokenizer(tmp_path):
     assert found.named("equal_once_cut").count == 1
     with gzip.open(out, "rt", encoding="utf-8") as file:
         assert json.loads(file.readline())["margin"] == -5.0
+
+
+def test_nothing_that_is_there_is_replaced(tmp_path):
+    path, there = written(tmp_path / "train.jsonl", strong()), tmp_path / "cleaned.jsonl"
+    with pytest.raises(UserError, match=r"--output .*train.jsonl is there: name another file"):
+        reward_model.examine(path, DoctorConfig(flip=0.1, output=path))
+    with pytest.raises(UserError, match=r"--report .*train.jsonl is the data"):
+        reward_model.examine(path, DoctorConfig(report=path))
+    assert "smaller share" in "\n".join(reward_model.examine(path, DoctorConfig(remove=0.9, output=str(there))).lines())

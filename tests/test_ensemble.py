@@ -274,6 +274,13 @@ COMMANDS = [
 ]
 
 
+def test_a_model_that_is_not_there_is_said_before_any_judges(models, tmp_path):
+    data = write_rows(tmp_path / "rows.jsonl", [row_of(0)])
+    with pytest.raises(UserError, match="nope: no such folder"):
+        reward_model.ensemble([models[0], "nope"], EnsembleConfig(data=str(data)))
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("rows")) == ["rows.jsonl"]
+
+
 @pytest.mark.parametrize("words, said", COMMANDS)
 def test_command_lines_that_contradict_themselves(words, said, capsys):
     assert main(["ensemble", *words]) == 1

@@ -388,7 +388,7 @@ def test_a_run_before_there_were_heads_is_one_with_a_single_head():
     [
         ("--heads 0", "--heads 0: below 1"),
         ("--heads 65", "--heads 65: not in [1, 65)"),
-        ("--head_anchor 0.1", "--head_anchor without --heads"),
+        ("--head_anchor 0.1", "--head_anchor keeps several heads apart: give --heads 2 or more"),
         ("--heads 4 --loss_level token", "--loss_level token and --heads 4"),
         ("--heads 4 --head_anchor -1", "--head_anchor -1.0: below 0"),
     ],

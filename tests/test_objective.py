@@ -128,7 +128,7 @@ def test_a_row_with_nothing_to_learn_from_says_what_it_lacks(flags, row, reason)
     assert objective(flags).missing(row) == reason
 
 
-NO_STRENGTH = "the row has no strength_mean that is a finite number"
+NO_STRENGTH = "the row has no finite strength_mean (reward-model ensemble writes it)"
 WRONG = [
     ("--margin column", PAIR, "margin is missing, and --margin column needs one, or two scores"),
     ("--margin column", RANKED, "margin is missing, and --margin column needs one, or two scores"),

@@ -265,6 +265,6 @@ def test_a_run_by_strength_says_what_it_did(demo, judged_demo, tmp_path):
 def test_rows_without_strengths_are_refused(demo, tmp_path, flags):
     result = start(demo, demo / "data" / "train.jsonl", tmp_path, *flags)
     assert result.returncode == 1
-    said = f"row 1: the row has no strength_mean that is a finite number, and {flags[0]}"
+    said = f"row 1: the row has no finite strength_mean (reward-model ensemble writes it), and {flags[0]}"
     assert said in result.stdout + result.stderr
     assert "none of the 320 rows can be used" in result.stdout + result.stderr

@@ -35,12 +35,13 @@ class DoctorConfig(Group):
         None,
         metavar="MODEL",
         aliases=("--model_name_or_path",),
-        help="A tokenizer, a folder or a hub name: also look at what is left of the texts once they are cut.",
+        help="A tokenizer, a folder or a hub name: also look at what is left of the texts once they are cut. Or "
+        "--tokenizer.",
     )
     chat_template: str | None = flag(
         None, metavar="FILE|human_assistant", help="A chat template in place of the tokenizer's own."
     )
-    max_seq_len: int = flag(512, metavar="TOKENS", help="With --tokenizer: the longest text, as main.py's flag.")
+    max_seq_len: int = flag(512, metavar="TOKENS", help="With a tokenizer: the longest text, as main.py's flag.")
     trust_remote_code: bool = flag(False, help="Run the code that a tokenizer brings. Look at it first.")
     seed: int = flag(0, metavar="N", help="Of what is drawn: rows of PATH:2000, and resamples for intervals.")
     strict: bool = flag(False, help="Exit status 1 for doubtful findings, too.")
@@ -84,7 +85,7 @@ class DoctorConfig(Group):
             raise UserError("--temperature is of --soften, which is not given")
         for name in ("chat_template", "trust_remote_code"):
             if getattr(self, name) and not self.tokenizer:
-                raise UserError(f"--{name} is of a tokenizer: give --tokenizer")
+                raise UserError(f"--{name} is of a tokenizer: give --model_name_or_path")
 
     @property
     def cleans(self) -> bool:

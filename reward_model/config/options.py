@@ -150,7 +150,7 @@ def _require_agreement(config: RunConfig) -> None:
             "that; leave one of them out"
         )
     if loss.head_anchor and config.model.heads == 1:
-        raise UserError("--head_anchor without --heads: it keeps several heads apart; give their number")
+        raise UserError("--head_anchor keeps several heads apart: give --heads 2 or more")
     if loss.loss_level == "token" and config.model.heads > 1:
         raise UserError(
             f"--loss_level token and --heads {config.model.heads}: a score at every token by every head takes K times "

@@ -41,6 +41,7 @@ def examine(data: str | Sequence[str], config: DoctorConfig | None = None) -> Ex
     paths = [data] if isinstance(data, str) else list(data)
     if not paths:
         raise UserError("name the data before the flags: files, folders or hub names")
+    require_free(paths, config)
     ledger = Ledger(Data.find(paths, config))
     cuts = Cuts(config) if config.tokenizer else None
     for row in ledger.data.rows():
@@ -68,6 +69,15 @@ def examine(data: str | Sequence[str], config: DoctorConfig | None = None) -> Ex
     return found
 
 
+def require_free(paths: Sequence[str], config: DoctorConfig) -> None:
+    """Raises UserError: a cleaned set that would take the place of a file, or a page that of the data."""
+    if config.output and Path(config.output).exists():
+        raise UserError(f"--output {config.output} is there: name another file, or remove it")
+    given = [Path(path) for path in (*paths, *config.evaluation_paths)]
+    if config.report and Path(config.report).resolve() in [path.resolve() for path in given]:
+        raise UserError(f"--report {config.report} is the data: name another file")
+
+
 def _of_judgements(ledger: Ledger) -> list[Finding]:
     near = Near(ledger)
     train, held = (judgements_of(ledger, near, of_set) for of_set in (TRAINING, EVALUATION))
@@ -93,7 +103,7 @@ def _counts(ledger: Ledger) -> dict[str, dict[str, int]]:
 def _not_looked_at(ledger: Ledger, config: DoctorConfig, has_strengths: bool) -> list[str]:
     said = []
     if not config.tokenizer:
-        said.append("what is left of the texts once they are cut: give --tokenizer and --max_seq_len")
+        said.append("what is left of the texts once they are cut: give --model_name_or_path and --max_seq_len")
     if not ledger.rows[SETS[EVALUATION]]:
         said.append("what is in both sets: give --eval_data_path")
     if not (ledger.pair_array("position") != UNKNOWN).any():

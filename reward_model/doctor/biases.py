@@ -133,7 +133,10 @@ def bias_findings(biases: Biases) -> Iterator[Finding]:
             equal = each.at_equal_length
             aside = f"; {equal.value:.3f} of {equal.pairs:,} of equal length" if equal.pairs >= LEAST_PAIRS else ""
             line = f"the answer with more {each.name} wins {interval(found)} of {found.pairs:,} pairs{aside}"
-            advice = f"a model may learn {each.name} in place of what is said: look whether it is what you want"
+            learned = "" if found.value > 0.5 else "to avoid "
+            advice = (
+                f"a model may learn {learned}{each.name} in place of what is said: look whether it is what you want"
+            )
             yield _of_bias(f"style_{each.name.replace(' ', '_')}", found, line, advice, STYLE_REACH)
 
 

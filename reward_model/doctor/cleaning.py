@@ -68,6 +68,10 @@ class Cleaned:
         ):
             if count:
                 said.append(f"  {count:,} {what}")
+        if self.flipped_above_zero or self.removed_above_zero:
+            said.append("  the models agree with the labels of those above 0: a smaller share leaves them as they are")
+        if self.flipped:
+            said.append("  a pair that is there in both orders is a repetition once one of them is swapped: look again")
         return said
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from textwrap import wrap
 
 from reward_model.common.errors import printable
 from reward_model.doctor.biases import Biases
@@ -67,7 +68,11 @@ class Examination:
             if not found:
                 continue
             yield f"\n{level}:"
-            for each in found:
+            none = [each.name.replace("_", " ") for each in found if level == "fine" and not each.count]
+            if none:
+                said = f"nothing of: {', '.join(dict.fromkeys(none))}"
+                yield from wrap(said, 118, initial_indent="  ", subsequent_indent="    ")
+            for each in (each for each in found if level != "fine" or each.count):
                 yield printable(f"  {each.line}")
                 if each.advice and level != "fine":
                     yield f"      → {each.advice}"
@@ -81,7 +86,7 @@ class Examination:
             yield f"\ndeciles of the strength: {deciles}"
         if self.suspicious:
             count = len(self.suspicious)
-            yield f"the most suspicious of {count} pairs (--report and --json have them all, with their texts):"
+            yield f"the lowest of the {count} pairs that --report and --json have with their texts:"
             for pair in self.suspicious[:MOST_PRINTED]:
                 yield printable(
                     f"  {pair['strength']:.3g}  {pair['file']}, row {pair['row']}: {pair['chosen'].strip()[:START]}"

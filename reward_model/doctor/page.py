@@ -145,7 +145,7 @@ def _strengths(found: Examination) -> Iterator[str]:
     deciles = [[f"{place * 10} %", shown(value, 3)] for place, value in enumerate(of["deciles"])]
     chart.tables.append(Table(("share of the pairs", "strength up to"), deciles))
     table = html.table(chart.tables[0], name="deciles of the strengths")
-    yield f'<div class="charts">{html.figure(chart)}<div><h3>Deciles</h3>{table}</div></div></section>\n'
+    yield f'<div class="charts">{html.figure(chart)}</div><h3>Deciles</h3>{table}</section>\n'
 
 
 def _suspicious(found: Examination) -> Iterator[str]:

@@ -84,7 +84,7 @@ def _bounds(bounds: dict) -> Iterator[str]:
     )
     yield _line("", f"accuracy {sure} of the {bounds['sure']:.0%} with |gap| > {bounds['beta']:g}·std, else {unsure}")
     bins = ", ".join(f"{b['value']:.3f} at {_range(b['low'], b['high'])}" for b in bounds["by_spread"])
-    yield _line("by std of gap", bins)
+    yield _line("by std of gap", f"accuracy {bins}")
 
 
 def _length(found: dict) -> Iterator[str]:

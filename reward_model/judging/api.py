@@ -15,11 +15,9 @@ from reward_model.common.logging import logger
 from reward_model.config.evaluation import EvaluateConfig
 from reward_model.data.sources import amount_of, raw_sources
 from reward_model.evaluation.assessment import FILE
+from reward_model.inference import require_head
 from reward_model.judging.evaluations import Evaluations, compare
 from reward_model.judging.subject import Subject
-from reward_model.models.adapters import is_adapter
-from reward_model.models.loading import is_reward_model, read_config
-from reward_model.models.saved_forms import form_of
 from reward_model.reporting.report import MOST_RUNS, page_of_assessments
 
 
@@ -69,15 +67,6 @@ def evaluate(models: str | Sequence[str], config: EvaluateConfig) -> Evaluations
     if config.report and context.is_first:
         _write_page(found, Path(config.report))
     return found
-
-
-def require_head(model: str, trust_remote_code: bool) -> None:
-    """Raises UserError if a folder holds no model with a score head: said of every model before the first is scored."""
-    folder = Path(model)
-    if not folder.is_dir() or is_adapter(model) or not (folder / "config.json").is_file() or form_of(folder):
-        return  # loading it says more
-    if not is_reward_model(model, read_config(model, trust_remote_code)):
-        raise UserError(f"{model} has no trained score head")
 
 
 def _write_page(found: Evaluations, page: Path) -> None:

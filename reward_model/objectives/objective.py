@@ -393,7 +393,9 @@ def no_strength(row: Comparison) -> str:
     if row.strength:
         return ""
     is_list = len(row.better) != 1
-    return "a list has no strength" if is_list else "the row has no strength_mean that is a finite number"
+    return (
+        "a list has no strength" if is_list else "the row has no finite strength_mean (reward-model ensemble writes it)"
+    )
 
 
 def _no_order(row: Comparison) -> str:

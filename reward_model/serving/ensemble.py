@@ -37,7 +37,7 @@ from reward_model.data.encoding import Encoded
 from reward_model.data.files import UNREADABLE, Source
 from reward_model.data.rows import PAIR
 from reward_model.data.strengths import COLUMNS, strengths_of_differences
-from reward_model.inference import Reading, RewardScorer, load_to_read
+from reward_model.inference import HUB_NAME, Reading, RewardScorer, load_to_read, require_head
 from reward_model.serving.inputs import row_of, settled
 from reward_model.serving.output import fingerprint, require_same
 
@@ -84,6 +84,10 @@ def ensemble(models: str | Sequence[str], config: EnsembleConfig) -> dict[str, A
     if len(models) == 1:
         logger.warning("one model: strength_std is 0, and strength_agree 0 or 1")
     require_free(config)
+    for model in models:  # before the first of them has judged everything
+        if not Path(model).is_dir() and not HUB_NAME.fullmatch(model):
+            raise UserError(f"{model}: no such folder")
+        require_head(model, config.trust_remote_code)
     prepare_environment()
     return judge_with([Judge(model) for model in models], config, join(config.local_rank))
 
