@@ -310,7 +310,7 @@ def test_without_strengths_a_cleaned_set_is_refused(tmp_path):
         ({"output": "x.csv", "margin": True}, "end it with .jsonl"),
         ({"output": "x.jsonl", "flip": 0.6, "remove": 0.5}, "take all pairs"),
         ({"temperature": 2.0}, "--soften"),
-        ({"chat_template": "human_assistant"}, "give --model_name_or_path"),
+        ({"chat_template": "human_assistant"}, "give --tokenizer"),
         ({"remove": 1.0, "output": "x.jsonl"}, "not in"),
     ],
 )

@@ -35,8 +35,8 @@ class DoctorConfig(Group):
         None,
         metavar="MODEL",
         aliases=("--model_name_or_path",),
-        help="A tokenizer, a folder or a hub name: also look at what is left of the texts once they are cut. Or "
-        "--tokenizer.",
+        help="A tokenizer, a folder or a hub name: also look at what is left of the texts once they are cut. "
+        "--model_name_or_path is the same.",
     )
     chat_template: str | None = flag(
         None, metavar="FILE|human_assistant", help="A chat template in place of the tokenizer's own."
@@ -85,7 +85,7 @@ class DoctorConfig(Group):
             raise UserError("--temperature is of --soften, which is not given")
         for name in ("chat_template", "trust_remote_code"):
             if getattr(self, name) and not self.tokenizer:
-                raise UserError(f"--{name} is of a tokenizer: give --model_name_or_path")
+                raise UserError(f"--{name} is of a tokenizer: give --tokenizer")
 
     @property
     def cleans(self) -> bool:

@@ -60,7 +60,8 @@ class Help(argparse.RawDescriptionHelpFormatter):
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings:
             return super()._format_action_invocation(action)
-        name = max(action.option_strings, key=lambda text: (text.startswith("--"), "_" in text))
+        own = f"--{action.dest}"  # the name that usage lines and guides have, not an alias of another program
+        name = own if own in action.option_strings else max(action.option_strings, key=lambda text: text[:2] == "--")
         if action.nargs == 0 or (action.nargs == "?" and action.const is True):
             return name
         return f"{name} {self._format_args(action, self._get_default_metavar_for_optional(action))}"

@@ -103,7 +103,7 @@ def _counts(ledger: Ledger) -> dict[str, dict[str, int]]:
 def _not_looked_at(ledger: Ledger, config: DoctorConfig, has_strengths: bool) -> list[str]:
     said = []
     if not config.tokenizer:
-        said.append("what is left of the texts once they are cut: give --model_name_or_path and --max_seq_len")
+        said.append("what is left of the texts once they are cut: give --tokenizer and --max_seq_len")
     if not ledger.rows[SETS[EVALUATION]]:
         said.append("what is in both sets: give --eval_data_path")
     if not (ledger.pair_array("position") != UNKNOWN).any():
