@@ -20,8 +20,14 @@ HEADS = torch.randn(5, 12, generator=torch.Generator().manual_seed(9))
 
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch):
-    monkeypatch.setattr(exemplar, "STEPS", 200)
-    monkeypatch.setattr(distillation, "STEPS", 300)
+    monkeypatch.setattr(exemplar, "STEPS", 20)
+    monkeypatch.setattr(distillation, "STEPS", 20)
+
+
+@pytest.fixture
+def enough_steps(few_steps, monkeypatch):
+    monkeypatch.setattr(exemplar, "STEPS", 100)
+    monkeypatch.setattr(distillation, "STEPS", 200)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +41,7 @@ def cloud():
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_outliers_have_more_energy_than_the_texts_that_were_not_seen(name, cloud):
+def test_outliers_have_more_energy_than_the_texts_that_were_not_seen(name, cloud, enough_steps):
     inside, outside = cloud
     fitted = METHODS[name].fit(inside[:400], 1, HEADS)
     unseen, far = fitted.energy(inside[400:]), fitted.energy(outside)
@@ -84,7 +90,7 @@ def test_the_classifier_begins_with_the_best_one_of_a_gaussian():
 
 
 @pytest.mark.parametrize("name", ["mahalanobis", "exemplar"])
-def test_novelty_is_a_quantile_of_texts_like_those_that_were_held_out(name, cloud):
+def test_novelty_is_a_quantile_of_texts_like_those_that_were_held_out(name, enough_steps):
     generator = torch.Generator().manual_seed(5)
     states = torch.randn(3_000, 12, generator=generator)
     fitted = Novelty.of(METHODS[name].fit(states[:1_000], 0), states[1_000:2_000], 0.95, "", {})
