@@ -20,6 +20,7 @@ from reward_model.models import saving
 from reward_model.novelty import distillation, exemplar
 from reward_model.novelty.fitted import METHODS, Novelty, fingerprint, read_novelty
 from reward_model.novelty.sample import drawn, held_out
+from reward_model.serving.output import fingerprint as of_output
 
 HEADS = torch.randn(5, 12, generator=torch.Generator().manual_seed(9))
 
@@ -146,7 +147,9 @@ def test_fit_writes_a_file_that_scoring_takes(tmp_path, family, options):
     plain = next(iter(reward_model.score(str(folder), [rows[0]])))
     assert "novelty" not in plain
     config = NoveltyConfig(data=[str(tmp_path / "train.jsonl")], data_output_path=str(tmp_path / "cache"))
+    unfitted = of_output(load(folder))
     found = reward_model.fit_novelty(str(folder), config)
+    assert of_output(load(folder)) != unfitted  # score --resume does not go on with lines of another fit
     assert found["by"] == "prompts" and found["texts"] + found["held_out"] == found["found"] == 120
     (one,) = reward_model.score(str(folder), [rows[0]])
     assert len(one["novelty"]) == 2 and all(0 <= each <= 1 for each in one["novelty"])

@@ -62,6 +62,8 @@ def fingerprint(reward: RewardScorer) -> str:
     vocabulary = backend.to_str() if backend is not None else json.dumps(sorted(reward.tokenizer.get_vocab().items()))
     said = [vocabulary, str(reward.tokenizer.chat_template), reward.mean, reward.temperature, reward.pad]
     said += [reward.beta] if reward.scorer.heads > 1 else []
+    if reward.novelty is not None:  # the quantiles tell one fit from another
+        said += [reward.novelty.about, reward.novelty.threshold, reward.novelty.quantiles.tolist()]
     digest = hashlib.sha256(json.dumps(said).encode())
     for name, weight in sorted(reward.scorer.state_dict().items()):
         values = weight.detach().flatten()
