@@ -117,7 +117,8 @@ def require_same(path: Path, had: dict, wanted: dict) -> None:
         before, now = had.get(part), wanted[part]
         if before == now:
             continue
-        if part == "input" or not isinstance(now, dict) or not isinstance(before, dict):
+        whole = part == "input" and "first line" not in now  # of files, where each name would say no more
+        if whole or not isinstance(now, dict) or not isinstance(before, dict):
             raise UserError(f"--resume: {path} was begun with another {part}")
         names = [name for name in now if before.get(name) != now[name]] or list(before.keys() - now.keys())
         each = ", ".join(f"{name} {_short(before.get(name))}, now {_short(now.get(name))}" for name in names)
