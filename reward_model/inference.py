@@ -65,11 +65,11 @@ class RowScores(NamedTuple):
 
     beside: of a model with several heads ``std``, the standard deviation of their scores (the population's), and
     ``lower``, score − β·std; of one that ``reward-model novelty fit`` was run on ``novelty``, the share of held-out
-    training texts that are less novel; else nothing.
+    training texts that are less novel, and ``novel``, whether that has come to its threshold; else nothing.
     """
 
     scores: list[float]
-    beside: dict[str, list[float]]
+    beside: dict[str, Sequence[float]]
 
 
 class RewardScorer:
@@ -171,7 +171,9 @@ class RewardScorer:
     def _judged(self, found: Judged, more: Sequence[np.ndarray]) -> Judged:
         """Raw scores as this model gives them, with the bounds of several heads and the novelty beside them."""
         found = found.on_scale(1.0, self.mean).with_bounds(self.beta)
-        return found if self.novelty is None else replace(found, beside=found.beside | {"novelty": more[0]})
+        if self.novelty is None:
+            return found
+        return replace(found, beside=found.beside | {"novelty": more[0]}, novel_from=self.novelty.threshold)
 
     def grades(self, scores: Sequence[float]) -> list[int]:
         """The likeliest grade of each score, by the thresholds that ``--loss ordinal`` has learned.
@@ -402,13 +404,14 @@ class RewardScorer:
     def _row_scores(self, columns: torch.Tensor) -> RowScores:
         """Of the responses of a row."""
         scores = [score - self.mean for score in columns[:, 0].tolist()]
-        beside: dict[str, list[float]] = {}
+        beside: dict[str, Sequence[float]] = {}
         count = self._score_columns
         if self.scorer.heads > 1:
             spread = columns[:, 1:count].std(1, correction=0).tolist()
             beside = {"std": spread, "lower": [r - self.beta * u for r, u in zip(scores, spread)]}
         if self.novelty is not None:
-            beside["novelty"] = columns[:, count].tolist()
+            novelty = columns[:, count].tolist()
+            beside |= {"novelty": novelty, "novel": self.novelty.is_novel(novelty)}
         return RowScores(scores, beside)
 
     # --- rows: a prompt and its responses, encoded together ---

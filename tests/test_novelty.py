@@ -3,25 +3,38 @@
 
 import json
 
+import models
+import numpy as np
 import pytest
+import runs
 import saved
+import server
 import torch
 
 import reward_model
+from reward_model.__main__ import main
 from reward_model.common.errors import UserError
 from reward_model.config.novelty import NoveltyConfig
 from reward_model.inference import load
+from reward_model.models import saving
 from reward_model.novelty import distillation, exemplar
 from reward_model.novelty.fitted import METHODS, Novelty, fingerprint, read_novelty
 from reward_model.novelty.sample import drawn, held_out
+from reward_model.serving.output import fingerprint as of_output
 
 HEADS = torch.randn(5, 12, generator=torch.Generator().manual_seed(9))
 
 
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch):
-    monkeypatch.setattr(exemplar, "STEPS", 200)
-    monkeypatch.setattr(distillation, "STEPS", 300)
+    monkeypatch.setattr(exemplar, "STEPS", 20)
+    monkeypatch.setattr(distillation, "STEPS", 20)
+
+
+@pytest.fixture
+def enough_steps(few_steps, monkeypatch):
+    monkeypatch.setattr(exemplar, "STEPS", 100)
+    monkeypatch.setattr(distillation, "STEPS", 200)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +48,7 @@ def cloud():
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_outliers_have_more_energy_than_the_texts_that_were_not_seen(name, cloud):
+def test_outliers_have_more_energy_than_the_texts_that_were_not_seen(name, cloud, enough_steps):
     inside, outside = cloud
     fitted = METHODS[name].fit(inside[:400], 1, HEADS)
     unseen, far = fitted.energy(inside[400:]), fitted.energy(outside)
@@ -84,7 +97,7 @@ def test_the_classifier_begins_with_the_best_one_of_a_gaussian():
 
 
 @pytest.mark.parametrize("name", ["mahalanobis", "exemplar"])
-def test_novelty_is_a_quantile_of_texts_like_those_that_were_held_out(name, cloud):
+def test_novelty_is_a_quantile_of_texts_like_those_that_were_held_out(name, enough_steps):
     generator = torch.Generator().manual_seed(5)
     states = torch.randn(3_000, 12, generator=generator)
     fitted = Novelty.of(METHODS[name].fit(states[:1_000], 0), states[1_000:2_000], 0.95, "", {})
@@ -93,6 +106,7 @@ def test_novelty_is_a_quantile_of_texts_like_those_that_were_held_out(name, clou
         assert (found <= level).float().mean().item() == pytest.approx(level, abs=0.04)
     assert fitted(states[:1] + 1_000).item() == 1 and 0 <= found.min() <= found.max() <= 1
     assert fitted(torch.full((1, 12), torch.nan)).item() == 1
+    assert fitted.is_novel([0.9, 0.95, 1.0]) == [False, True, True]
 
 
 def test_more_units_than_texts_and_units_that_never_move():
@@ -103,8 +117,6 @@ def test_more_units_than_texts_and_units_that_never_move():
 
 
 def test_texts_are_drawn_by_what_they_are():
-    import numpy as np
-
     texts = np.random.default_rng(0).integers(-(2**62), 2**62, 500)
     twice = np.concatenate([texts, texts[::-1]])
     first = drawn(twice, 100, seed=4)
@@ -135,7 +147,9 @@ def test_fit_writes_a_file_that_scoring_takes(tmp_path, family, options):
     plain = next(iter(reward_model.score(str(folder), [rows[0]])))
     assert "novelty" not in plain
     config = NoveltyConfig(data=[str(tmp_path / "train.jsonl")], data_output_path=str(tmp_path / "cache"))
+    unfitted = of_output(load(folder))
     found = reward_model.fit_novelty(str(folder), config)
+    assert of_output(load(folder)) != unfitted  # score --resume does not go on with lines of another fit
     assert found["by"] == "prompts" and found["texts"] + found["held_out"] == found["found"] == 120
     (one,) = reward_model.score(str(folder), [rows[0]])
     assert len(one["novelty"]) == 2 and all(0 <= each <= 1 for each in one["novelty"])
@@ -147,6 +161,8 @@ def test_fit_writes_a_file_that_scoring_takes(tmp_path, family, options):
     energies = reward.novelty(reward.states_of_rows(made)).reshape(8, 2).tolist()
     for row, values in zip(together, energies):  # whichever batch a text came in
         assert row.beside["novelty"] == pytest.approx(values, abs=1e-3)
+        novel = [value >= found["threshold"] for value in row.beside["novelty"]]
+        assert row.beside["novel"] == novel and isinstance(novel[0], bool)
     with torch.no_grad():
         next(reward.scorer.backbone.parameters()).add_(0.01)
     with pytest.raises(UserError, match="other weights"):
@@ -174,3 +190,78 @@ def test_a_model_in_another_dtype_keeps_its_fingerprint_where_nothing_is_rounded
     half, single = load(folder, torch.float16).scorer.half(), load(folder).scorer
     assert fingerprint(half) != fingerprint(single)
     assert fingerprint(half.float()) == fingerprint(load(folder, torch.float16).scorer)
+
+
+# --- the commands ---
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "heads"), [("mahalanobis", 1), ("exemplar", 3), ("spread", 3)])
+def test_fit_score_evaluate_and_serve_agree(tmp_path, capsys, method, heads):
+    folder = saved.save(tmp_path, "llama", heads=heads)
+    rows = _rows(tmp_path / "train.jsonl")
+    data = ["--data", str(tmp_path / "train.jsonl"), "--data_output_path", str(tmp_path / "cache")]
+    words = ["novelty", "fit", str(folder), *data, "--method", method, "--threshold", "0.4"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert f"{method} fitted to 96 texts, 24 held out by prompts: {folder}/novelty/novelty.safetensors" in out
+    assert "called novel where its novelty is 0.4 or more" in out
+    assert main([*words, "--json"]) == 0
+    fitted = json.loads(capsys.readouterr().out)
+    assert (fitted["texts"], fitted["held_out"], fitted["threshold"]) == (96, 24, 0.4)
+
+    assert main(["score", str(folder), str(tmp_path / "train.jsonl")]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(lines) == len(rows) and all(("std" in line) == (heads > 1) for line in lines)
+    novelty = np.array([line["novelty"] for line in lines])
+    novel = [line["novel"] for line in lines]
+    assert novel == (novelty >= 0.4).tolist() and 0.05 < np.mean(novel) < 0.95
+    assert main(["score", str(folder), str(tmp_path / "train.jsonl"), "--best"]) == 0
+    for line, both in zip(map(json.loads, capsys.readouterr().out.splitlines()), lines):
+        assert line["novelty"] == both["novelty"][line["best"]] and line["novel"] is both["novel"][line["best"]]
+
+    assert main(["evaluate", str(folder), *data]) == 0
+    said = capsys.readouterr().out
+    assert main(["evaluate", str(folder), *data, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["assessments"][0]["novelty"]
+    assert found["threshold"] == 0.4 and found["mean"] == pytest.approx(novelty.mean(), abs=1e-3)
+    assert found["novel"] == pytest.approx(np.mean(novel), abs=0.02)  # a text may lie at the threshold
+    assert f"{found['mean']:.3f} on average, {found['novel']:.0%} of answers novel, at 0.4 or above" in said
+    highest, wrong = novelty.max(1), np.array([line["scores"][0] < line["scores"][1] for line in lines])
+    pairs = highest[wrong][:, None] - highest[~wrong]
+    assert found["wrong_auroc"] == pytest.approx(((pairs > 0) + 0.5 * (pairs == 0)).mean(), abs=0.02)
+
+    with server.Running(folder) as service:
+        for row, line in zip(rows[:3], lines):
+            asked = {"prompt": row["prompt"], "responses": [row["chosen"], row["rejected"]]}
+            body = service.ask("/score", asked).body
+            assert body["novelty"] == pytest.approx(line["novelty"], abs=1e-3) and body["novel"] == line["novel"]
+
+
+def test_other_weights_in_the_folder_take_the_file_away(tmp_path, capsys):
+    folder = saved.save(tmp_path, "llama")
+    _rows(tmp_path / "train.jsonl")
+    config = NoveltyConfig(data=[str(tmp_path / "train.jsonl")], data_output_path=str(tmp_path / "cache"))
+    file = folder / "novelty" / "novelty.safetensors"
+    assert reward_model.fit_novelty(str(folder), config)["file"] == str(file) and file.is_file()
+    scorer = load(folder).scorer
+    with torch.no_grad():
+        next(scorer.backbone.parameters()).add_(0.01)
+    capsys.readouterr()
+    saving.save(scorer, models.write("llama", tmp_path / "base"), folder)
+    said = capsys.readouterr()
+    assert f"removed {file}: it was fitted to the weights before" in said.out + said.err
+    assert not file.parent.exists() and load(folder).novelty is None
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_drops_what_was_fitted_to_its_model(demo, tmp_path):
+    out = tmp_path / "out"
+    flags = ["--per_device_train_batch_size", 8, "--save_interval", 2, "--eval_interval", 0]
+    runs.train(demo, out, *flags, "--max_steps", 2)
+    config = NoveltyConfig(data=[str(demo / "data" / "train.jsonl")], data_output_path=str(tmp_path / "cache"))
+    reward_model.fit_novelty(str(out), config)
+    assert load(out).novelty is not None
+    went_on = runs.train(demo, out, *flags, "--max_steps", 4)
+    assert went_on.output.count("fitted to the weights before; run reward-model novelty fit again") == 1
+    assert not (out / "novelty").exists() and load(out).novelty is None

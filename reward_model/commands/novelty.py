@@ -48,6 +48,7 @@ def main(arguments: list[str]) -> int:
     size = f"{counted(found['texts'], 'text')}, {found['held_out']} held out by {found['by']}"
     left = found["found"] - found["texts"] - found["held_out"]
     print(f"{found['method']} fitted to {size}: {found['file']}")
+    print(f"a text is called novel where its novelty is {found['threshold']:g} or more")
     if left:
         print(f"{counted(left, 'different text')} beyond --max_texts {config.max_texts} were not looked at")
     return 0

@@ -30,7 +30,8 @@ def main(arguments: list[str]) -> int:
         usage="%(prog)s MODEL [FILE|-] [FLAG [VALUE …] …]",
         description="Score rows (a prompt with a pair, a list or one response, texts or chats) or lines of text. One "
         "line of JSON a row, in the order of the input: score or scores; raw, before the mean is taken off, if the "
-        "model has one; probability that the first of two is better; cut, where the prompt lost its left; or error.",
+        "model has one; std and lower, of several heads; novelty and novel, where that was fitted; probability that "
+        "the first of two is better; cut, where the prompt lost its left; or error.",
         epilog="Exit status: 0; 1, some rows could not be scored, and their lines say why, or nothing could be.\n"
         "example: reward-model score output answers.jsonl --best",
     )

@@ -35,7 +35,9 @@ class NoveltyConfig(ForwardConfig):
         20_000, metavar="N", help="The most different texts whose states are computed, a fifth of them held out."
     )
     threshold: float = flag(
-        0.95, metavar="Q", help="The novelty from which on a text counts as novel: a quantile of held-out texts."
+        0.95,
+        metavar="Q",
+        help="The novelty from which on score, serve and evaluate call a text novel, 0 to 1. It is kept in the file.",
     )
     split: str | None = flag(None, metavar="NAME", help="The split of a hub name or a folder. Default: train.")
     columns: list[str] = flag((), metavar="FIELD=COLUMN", help="As main.py's flag.")

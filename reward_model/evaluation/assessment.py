@@ -116,12 +116,13 @@ def _novelty(judged: Judged) -> dict[str, Any]:
     """Of answers, and how well that of a pair, its higher one, tells wrong pairs from right ones; {}: not fitted.
 
     Returns:
-        ``mean``; ``beyond``, the share of answers more novel than 95 % of held-out training texts; ``wrong_auroc``.
+        ``mean``; ``threshold``, from which on an answer is novel; ``novel``, the share of such; ``wrong_auroc``.
     """
     found = judged.beside.get("novelty")
     if found is None or not len(found):
         return {}
-    said = {"mean": float(found.mean()), "beyond": float((found > 0.95).mean())}
+    said = {"mean": float(found.mean()), "threshold": judged.novel_from}
+    said["novel"] = float((found >= judged.novel_from).mean())
     of_pairs, wrong = np.maximum(found[judged.better], found[judged.worse]), judged.right < 0.5
     if wrong.any() and not wrong.all():
         order = np.sort(of_pairs[~wrong])

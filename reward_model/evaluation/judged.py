@@ -32,7 +32,8 @@ class Judged:
     NaN not said. Of pairs, (p,): better, worse, which responses; margins, NaN not said.
 
     heads: the score of each response by each of several heads, (n, K); None: the model has one. beside: name → what
-    goes with the scores, (n,): of several heads ``std`` and ``lower``, as :meth:`with_bounds` has them. beta: of these.
+    goes with the scores, (n,): of several heads ``std`` and ``lower``, as :meth:`with_bounds` has them; ``novelty``,
+    where it was fitted. beta: of the bounds. novel_from: the novelty from which on a response is novel.
     """
 
     data: Comparisons
@@ -49,6 +50,7 @@ class Judged:
     heads: np.ndarray | None = None
     beside: dict[str, np.ndarray] = field(default_factory=dict)
     beta: float = 1.0
+    novel_from: float = 1.0
 
     @classmethod
     def of(cls, data: Comparisons, scores: np.ndarray, heads: np.ndarray | None = None) -> Judged:

@@ -23,8 +23,8 @@ def lines_of(found: dict) -> Iterator[str]:
         yield from _bounds(found["bounds"])
     if novelty := found.get("novelty"):
         tells = f"; tells wrong pairs with AUROC {novelty['wrong_auroc']:.3f}" if "wrong_auroc" in novelty else ""
-        beyond = f"{novelty['beyond']:.0%} of answers beyond 95 % of the training texts"
-        yield _line("novelty", f"{novelty['mean']:.3f} on average, {beyond}{tells}")
+        novel = f"{novelty['novel']:.0%} of answers novel, at {novelty['threshold']:g} or above"
+        yield _line("novelty", f"{novelty['mean']:.3f} on average, {novel}{tells}")
     yield from _length(found)
     for part in found.get("by_subset", [])[:SUBSETS_SHOWN]:
         yield _line(f"subset {part['subset'] or '(none)'}", f"{_share(part)}, {counted(part['pairs'], 'pair')}")

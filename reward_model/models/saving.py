@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -40,6 +41,7 @@ DSCHAT_WEIGHTS = "pytorch_model.bin"
 NOT_FOR_TRANSFORMERS = "none-for-Transformers-since-pytorch_model.bin-is-DeepSpeed-Chats.safetensors"  # in its error
 NAMING = "reward_model"  # the field of config.json that says what the model is, for people and other programs
 SCALE = tuple(name for name in OF_SCORES if name not in (NAMING, SCORE_PAIRS))  # those that say what its scores mean
+NOVELTY = "novelty/novelty.safetensors"  # what reward-model novelty fit has learned of weights, beside these
 OPENRLHF = ("value_head_prefix", "mean", "std")  # fields that its loader reads; it gives (score - mean) / std
 
 
@@ -151,6 +153,7 @@ def _move_into(folder: Path, staging: Path) -> list[str]:
     _share(staging)
     flush_tree(staging)
     names = sorted(item.name for item in staging.iterdir())
+    remove_novelty(folder)
     for name in names:
         if (folder / name).is_dir():  # of a save that was cut short
             remove_folder(folder / name)
@@ -158,6 +161,16 @@ def _move_into(folder: Path, staging: Path) -> list[str]:
     staging.rmdir()
     flush_folder(folder)
     return names
+
+
+def remove_novelty(folder: Path) -> None:
+    """Remove what was fitted to the weights that lie in a folder, since others take their place; it is said."""
+    for file in (folder / NOVELTY, folder / "adapter" / NOVELTY):
+        if file.is_file():
+            file.unlink()
+            with suppress(OSError):  # something else lies there
+                file.parent.rmdir()
+            logger.warning(f"removed {file}: it was fitted to the weights before; run reward-model novelty fit again")
 
 
 def _share(folder: Path) -> None:

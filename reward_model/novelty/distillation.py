@@ -13,7 +13,7 @@ from reward_model.novelty.density import Density
 from reward_model.novelty.exemplar import part_of
 
 HIDDEN, OUTPUTS = 128, 32
-STEPS, STATES, RATE = 1_000, 256, 1e-3  # of AdamW: 5 to 15 s on a core at h = 384, whatever the number of texts
+STEPS, STATES, RATE = 1_000, 256, 1e-3  # of AdamW, whatever the number of texts
 
 
 class RandomNetworkDistillation(Density):

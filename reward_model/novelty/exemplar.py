@@ -15,7 +15,7 @@ from reward_model.novelty.density import Density, Whitening
 DIRECTIONS = 64  # the noise of so many directions is far from each text, and not so far that telling is trivial
 HIDDEN = 64
 NOISE = 1.0  # of positives, in standard deviations of the training states: it sets the smoothing
-STEPS, PAIRS, RATE = 1_000, 256, 3e-3  # of AdamW: 4 to 10 s on a core, whatever the number of texts
+STEPS, PAIRS, RATE = 1_000, 256, 3e-3  # of AdamW, whatever the number of texts
 
 
 class Classifier(nn.Module):

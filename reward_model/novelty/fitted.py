@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from reward_model.common.errors import UserError, first_line
+from reward_model.models.saving import NOVELTY
 from reward_model.models.scorer import Scorer, head_layer
 from reward_model.novelty.density import Density
 from reward_model.novelty.distillation import RandomNetworkDistillation
@@ -26,7 +28,7 @@ from reward_model.novelty.exemplar import ExemplarClassifier
 from reward_model.novelty.gaussian import Mahalanobis, RelativeMahalanobis
 from reward_model.novelty.spread import SpreadOfHeads
 
-FOLDER, FILE, FORMAT = "novelty", "novelty.safetensors", 1
+FORMAT = 1
 MOST_QUANTILES = 1_001
 SAMPLE = 4_096  # numbers of each weight, evenly spread: another training moves them all
 METHODS: dict[str, type[Density]] = {
@@ -41,8 +43,9 @@ class Novelty:
 
     A text beyond all of them has 1, however far beyond; ``density.energy`` tells such texts apart.
 
-    quantiles: energies of held-out texts at evenly spaced levels, (q,) float64, rising. threshold: from which novelty
-    on a text is said to be novel. fingerprint: of the weights, see :func:`fingerprint`. about: what it was fitted to.
+    quantiles: energies of held-out texts at evenly spaced levels, (q,) float64, rising. threshold: the novelty from
+    which on a text is said to be novel. fingerprint: of the weights, see :func:`fingerprint`. about: what it was
+    fitted to.
     """
 
     density: Density
@@ -69,6 +72,10 @@ class Novelty:
         found = (low + torch.where(high > low, part, torch.zeros_like(part))) / max(1, len(quantiles) - 1)
         return torch.where(above == 0, torch.zeros_like(found), found).clamp(0, 1).float()
 
+    def is_novel(self, novelty: Sequence[float]) -> list[bool]:
+        """Whether each of some texts is novel: whether its novelty has come to the threshold."""
+        return [each >= self.threshold for each in novelty]
+
     def save(self, folder: Path) -> Path:
         """Write the file beside a model; a crash leaves the old one or the new.
 
@@ -84,10 +91,10 @@ class Novelty:
             "fingerprint": self.fingerprint,
             "about": self.about,
         }
-        file = folder / FOLDER / FILE
+        file = folder / NOVELTY
         try:
             file.parent.mkdir(exist_ok=True)
-            beside = file.with_name(f".{FILE}.partial")
+            beside = file.with_name(f".{file.name}.partial")
             beside.write_bytes(save(tensors, {"novelty": json.dumps(said)}))
             os.replace(beside, file)
         except OSError as error:
@@ -101,7 +108,7 @@ def read_novelty(folder: Path, scorer: Scorer) -> Novelty | None:
     Raises:
         UserError: the file cannot be read, or belongs to other weights.
     """
-    file = folder / FOLDER / FILE
+    file = folder / NOVELTY
     if not file.is_file():
         return None
     try:

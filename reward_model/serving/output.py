@@ -62,6 +62,8 @@ def fingerprint(reward: RewardScorer) -> str:
     vocabulary = backend.to_str() if backend is not None else json.dumps(sorted(reward.tokenizer.get_vocab().items()))
     said = [vocabulary, str(reward.tokenizer.chat_template), reward.mean, reward.temperature, reward.pad]
     said += [reward.beta] if reward.scorer.heads > 1 else []
+    if reward.novelty is not None:  # the quantiles tell one fit from another
+        said += [reward.novelty.about, reward.novelty.threshold, reward.novelty.quantiles.tolist()]
     digest = hashlib.sha256(json.dumps(said).encode())
     for name, weight in sorted(reward.scorer.state_dict().items()):
         values = weight.detach().flatten()
@@ -115,7 +117,8 @@ def require_same(path: Path, had: dict, wanted: dict) -> None:
         before, now = had.get(part), wanted[part]
         if before == now:
             continue
-        if part == "input" or not isinstance(now, dict) or not isinstance(before, dict):
+        whole = part == "input" and "first line" not in now  # of files, where each name would say no more
+        if whole or not isinstance(now, dict) or not isinstance(before, dict):
             raise UserError(f"--resume: {path} was begun with another {part}")
         names = [name for name in now if before.get(name) != now[name]] or list(before.keys() - now.keys())
         each = ", ".join(f"{name} {_short(before.get(name))}, now {_short(now.get(name))}" for name in names)

@@ -62,7 +62,7 @@ class Scored:
 
     encoded: Encoded
     scores: list[float]
-    beside: dict[str, list[float]]
+    beside: dict[str, Any]
 
     @property
     def tokens(self) -> int:

@@ -47,6 +47,7 @@ class Scores(BaseModel):
     novelty: list[float] | None = Field(
         None, description="The share of held-out training texts that are less novel, of a model it was fitted to."
     )
+    novel: list[bool] | None = Field(None, description="Whether novelty has come to the threshold that it has.")
     best: int | None = Field(None, description="The response with the highest score, counted from 0.")
     probability: float | None = Field(None, description="Of two responses, that the first is preferred.")
     cut: bool = Field(False, description="Whether the prompt lost its left, to fit the longest text.")

@@ -7,7 +7,9 @@ python tests/benchmarks/novelty.py --model FOLDER --data FOLDER --output FOLDER
 (prompt, chosen, rejected, margin). There are six topics, with two debates each. Three reward models are trained (60
 steps of 16 pairs): each on four topics, without the other two, and on pairs of four fifths of the texts of these. To
 these texts each method is fitted; in-domain is the other fifth, near are the two topics left out, far is other text:
-licenses of this machine and docstrings of Python. It prints a table of AUROCs, of these and of wrong pairs of near.
+licenses of this machine and docstrings of Python. It prints a table of AUROCs: of in-domain texts against near and far
+ones, and of pairs of near that the model has right against those it has wrong, by the more novel of their two answers
+and, to compare with, by the size of the gap, the smallest first. Mean of the models, and least and most.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import gzip
 import hashlib
 import inspect
 import json
+import math
 import os
 import subprocess
 import sys
@@ -103,8 +106,8 @@ def auroc(inside, outside) -> float:
     return ((outside[:, None] > inside).float() + 0.5 * (outside[:, None] == inside).float()).mean().item()
 
 
-def measured(rows: list[dict], folder: Path, seed: int, far: int) -> dict[str, list[float]]:
-    """Method → AUROC of near, of far and of wrong pairs of near."""
+def measured(rows: list[dict], folder: Path, seed: int, far: int) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Method → AUROC of near, of far and of wrong pairs of near; and how many texts and pairs there were."""
     import torch
 
     from reward_model.inference import load
@@ -145,16 +148,18 @@ def measured(rows: list[dict], folder: Path, seed: int, far: int) -> dict[str, l
         found[name].append(auroc(of_pairs[~wrong], of_pairs[wrong]))
     gaps = -(scores[better] - scores[worse]).abs()
     found["small gap"] = [float("nan"), float("nan"), auroc(gaps[~wrong], gaps[wrong])]
-    return found
+    sizes = {name: len(pairs) for name, pairs in sets.items()} | {"pairs": len(judged), "wrong": int(wrong.sum())}
+    return found, sizes
 
 
 def show(of_seeds: list[dict[str, list[float]]]) -> str:
-    """A table in Markdown: mean, and least and most of the seeds."""
+    """A table in Markdown: mean, and least and most of the seeds; empty where there is nothing to tell by."""
     lines = ["| method | near | far | wrong pairs |", "|---|---|---|---|"]
     for name in of_seeds[0]:
         cells = []
         for values in zip(*(each[name] for each in of_seeds)):
-            cells.append(f"{sum(values) / len(values):.3f} [{min(values):.3f}–{max(values):.3f}]")
+            mean = sum(values) / len(values)
+            cells.append("" if math.isnan(mean) else f"{mean:.3f} [{min(values):.3f}–{max(values):.3f}]")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -170,13 +175,16 @@ def main() -> None:
     for name in ("model", "data", "output"):
         setattr(options, name, getattr(options, name).resolve())
     rows = read(options.data)
-    of_seeds = []
+    of_seeds: list[dict[str, list[float]]] = []
+    said: list[str] = []
     for seed in options.seeds:
         prepare(rows, options.output / f"seed_{seed}", seed)
         train(options.model, options.output / f"seed_{seed}", seed)
-        of_seeds.append(measured(rows, options.output / f"seed_{seed}", seed, options.far))
+        found, sizes = measured(rows, options.output / f"seed_{seed}", seed, options.far)
+        of_seeds.append(found)
+        said.append(f"seed {seed}: {', '.join(f'{size} {name}' for name, size in sizes.items())}")
         (options.output / "novelty.json").write_text(json.dumps(of_seeds) + "\n", encoding="utf-8")
-    table = show(of_seeds)
+    table = "\n".join([*said, "", show(of_seeds)])
     (options.output / "novelty.md").write_text(table + "\n", encoding="utf-8")
     print(table)
 
