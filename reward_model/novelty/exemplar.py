@@ -23,9 +23,9 @@ class Classifier(nn.Module):
 
     logit D(x*, x) = f(x) − Σ_k w_k (x*_k − x_k)², f(x) = Σ_k a_k x_k² + MLP(x)
 
-    The best D has the logit log N(x; x*, σ²) − log p(x) (Fu et al. 2017, section 4.1, noise on the exemplar): a
-    quadratic of the difference, and a function of x that is −log p. It starts where p is the Gaussian of the whitened
-    states, a = ½, w = 1 / 2σ², and the MLP at 0; all of it is learned.
+    The best D has the logit log N(x; x*, σ²) − log p(x), with Fu et al.'s noise on the exemplar: a quadratic of the
+    difference, and a function of x that is −log p. It starts where p is the Gaussian of the whitened states, a = ½,
+    w = 1 / 2σ², and the MLP at 0; all of it is learned.
     """
 
     def __init__(self, directions: int, hidden: int = HIDDEN, noise: float = NOISE):
