@@ -236,7 +236,7 @@ def findings_across(ledger: Ledger, train: Judgements, held: Judgements, near: N
     like = np.isin(near.prompts(prompts[of_held]), near.prompts(of_train)) & ~asked
     yield Finding(
         "near_prompts_in_both",
-        level_of(like.mean(), 0.01, 0.2),
+        level_of(like.mean(), 0.01, 1.0),  # doubtful at most: they may be made from one form
         f"{part(int(like.sum()), total, 'evaluation row')} have a prompt that is nearly one of the training rows'",
         "look at some; prompts made from one form look alike and are not" if like.any() else "",
         int(like.sum()),
