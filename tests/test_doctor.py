@@ -233,7 +233,7 @@ def test_a_cleaned_set_is_read_by_the_trainer(tmp_path):
             expected, strength = expected[::-1], -strength
             assert row["chosen_model"] == "bad" and row["strength_agree"] == 0.75
         assert texts == expected and row["strength_mean"] == strength
-        assert judged["margin"] == [strength] and judged["probability"] == [
+        assert judged["margin"] == [max(0.0, strength)] and judged["probability"] == [
             pytest.approx(1 / (1 + np.exp(-strength / 2)))
         ]
 
@@ -393,7 +393,7 @@ def test_gzip_parquet_and_a_tokenizer(tmp_path):
     found = reward_model.examine(str(tmp_path / "train.parquet"), options)
     assert found.named("equal_once_cut").count == 1
     with gzip.open(out, "rt", encoding="utf-8") as file:
-        assert json.loads(file.readline())["margin"] == -5.0
+        assert json.loads(file.readline())["margin"] == 0.0
 
 
 def test_nothing_that_is_there_is_replaced(tmp_path):

@@ -62,7 +62,9 @@ class DoctorConfig(Group):
     soften: bool = flag(
         False, help="Write σ(strength / --temperature) as the probability of each pair, for --label_smoothing column."
     )
-    margin: bool = flag(False, help="Write the strength as the margin of each pair, for --margin column.")
+    margin: bool = flag(
+        False, help="Write the strength, 0 where it is below, as the margin of each pair, for --margin column."
+    )
     temperature: float = flag(1.0, metavar="T", help="With --soften: what strengths are divided by.")
     debug: bool = flag(False, help="Show tracebacks, and what libraries print.")
 

@@ -47,6 +47,7 @@ class Cleaned:
     removed_above_zero: int = 0
     softened: int = 0
     margins: int = 0
+    margins_at_zero: int = 0
     without_strength: int = 0
     lost_judgments: int = 0
 
@@ -63,6 +64,7 @@ class Cleaned:
             (self.not_flipped, "could not be swapped in their layout, and are as they were"),
             (self.softened, "have a new probability"),
             (self.margins, "have a new margin"),
+            (self.margins_at_zero, "of these 0, as their strength is below it; --margin strength takes it as it is"),
             (self.without_strength, "without a strength are as they were"),
             (self.unusable, "left out, as they cannot be used"),
         ):
@@ -158,8 +160,9 @@ def _cleaned(source: Source, stored: dict, what: str, config: DoctorConfig, foun
         row["probability"] = 1 / (1 + math.exp(-scaled)) if scaled > -700 else 0.0
         found.softened += 1
     if config.margin:
-        row["margin"] = strength.mean
+        row["margin"] = max(0.0, strength.mean)  # --margin column takes none below 0
         found.margins += 1
+        found.margins_at_zero += strength.mean < 0
     return row
 
 
