@@ -332,6 +332,7 @@ def test_the_command_says_what_hurts(tmp_path, capsys):
     assert main(["doctor", bad, "--json", "--report", str(tmp_path / "page.html")]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["healthy"] and not found["healthy_strict"] and found["counts"]["training"]["rows"] == 203
+    assert json.loads((tmp_path / "page.json").read_text()) == found
     assert main(["doctor"]) == 1 and "name the data" in capsys.readouterr().err
 
 
@@ -400,6 +401,9 @@ def test_nothing_that_is_there_is_replaced(tmp_path):
     path, there = written(tmp_path / "train.jsonl", strong()), tmp_path / "cleaned.jsonl"
     with pytest.raises(UserError, match=r"--output .*train.jsonl is there: name another file"):
         reward_model.examine(path, DoctorConfig(flip=0.1, output=path))
-    with pytest.raises(UserError, match=r"--report .*train.jsonl is the data"):
+    with pytest.raises(UserError, match=r"--report .*train.jsonl writes train.jsonl, which is the data"):
         reward_model.examine(path, DoctorConfig(report=path))
+    other = written(tmp_path / "data.json", strong())
+    with pytest.raises(UserError, match=r"--report .*data.html writes data.json, which is the data"):
+        reward_model.examine(other, DoctorConfig(report=str(tmp_path / "data.html")))
     assert "smaller share" in "\n".join(reward_model.examine(path, DoctorConfig(remove=0.9, output=str(there))).lines())

@@ -46,7 +46,9 @@ class DoctorConfig(Group):
     seed: int = flag(0, metavar="N", help="Of what is drawn: rows of PATH:2000, and resamples for intervals.")
     strict: bool = flag(False, help="Exit status 1 for doubtful findings, too.")
     json: bool = flag(False, help="Print one object of JSON in place of text.")
-    report: str | None = flag(None, metavar="PAGE.html", help="Write what was found as a page with charts.")
+    report: str | None = flag(
+        None, metavar="PAGE.html", help="Write what was found as a page with charts, and as JSON beside it."
+    )
     output: str | None = flag(
         None,
         metavar="FILE",

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def examine(data: str | Sequence[str], config: DoctorConfig | None = None) -> Ex
     if config.cleans:
         found.cleaned = write_cleaned(ledger, strengths, config)
     if config.report:
-        _write_page(found, Path(config.report))
+        _write_report(found, config.report)
     return found
 
 
@@ -74,8 +75,9 @@ def require_free(paths: Sequence[str], config: DoctorConfig) -> None:
     if config.output and Path(config.output).exists():
         raise UserError(f"--output {config.output} is there: name another file, or remove it")
     given = [Path(path) for path in (*paths, *config.evaluation_paths)]
-    if config.report and Path(config.report).resolve() in [path.resolve() for path in given]:
-        raise UserError(f"--report {config.report} is the data: name another file")
+    for path in _written(config.report) if config.report else ():
+        if path.resolve() in [each.resolve() for each in given]:
+            raise UserError(f"--report {config.report} writes {path.name}, which is the data: name another file")
 
 
 def _of_judgements(ledger: Ledger) -> list[Finding]:
@@ -114,12 +116,26 @@ def _not_looked_at(ledger: Ledger, config: DoctorConfig, has_strengths: bool) ->
     return said
 
 
-def _write_page(found: Examination, path: Path) -> None:
+def _written(report: str) -> tuple[Path, Path]:
+    """The page, and the JSON beside it."""
+    page = Path(report)
+    beside = page.with_suffix(".json")
+    return page, beside if beside != page else page.with_name(f"{page.name}.json")
+
+
+def _write_report(found: Examination, report: str) -> None:
+    """What ``--report`` asks for: the page for people, and what ``--json`` prints for programs.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     from reward_model.doctor.page import write_html
 
+    page, beside = _written(report)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, write_html(found))
+        page.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(page, write_html(found))
+        write_whole(beside, json.dumps(found.to_json(), ensure_ascii=False, allow_nan=False) + "\n")
     except OSError as error:
-        raise UserError(f"--report {path}: {error.strerror}") from error
-    logger.info(f"report: {path}")
+        raise UserError(f"--report {report}: {error.strerror}") from error
+    logger.info(f"report: {page}, as JSON {beside}")

@@ -39,6 +39,8 @@ FOLDS, BOOTSTRAPS = 5, 4
 DECAYS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # of the sum of the losses
 NOISE = [("random", share) for share in (0.05, 0.1, 0.2, 0.3)] + [("shorter wins", share) for share in (0.1, 0.2)]
 ARMS = ("nothing", "remove", "flip", "soften", "margin", "clean set")
+SCORES = ("strength", "strength / std", "one model's loss")
+SIDES = ("chosen", "rejected")
 
 
 def read(path: Path) -> list[dict]:
@@ -212,7 +214,7 @@ def _spread(rows: list[dict], *path: str) -> str:
 
 def table(records: list[dict]) -> str:
     """Both questions in one table: finding, then held-out accuracy."""
-    scores = ("strength", "strength / std", "one model's loss")
+    scores = [name for name in SCORES if name in records[0]["found"][0]]
     head = ["wrong labels", *(f"AUROC, {name}" for name in scores), "precision = recall, strength", "the same, loss"]
     head += ["chance", "strength < 0: precision", "recall", *(f"accuracy, {arm}" for arm in ARMS)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -220,14 +222,14 @@ def table(records: list[dict]) -> str:
         found, accuracy = record["found"], record["accuracy"]
         cells = [f"{record['kind']}, {record['share']:.0%}"]
         cells += [f"{_mean(found, name, 'auroc'):.3f}" for name in scores]
-        cells += [f"{_mean(found, name, 'precision'):.3f}" for name in (scores[0], scores[2], "chance")]
+        cells += [f"{_mean(found, name, 'precision'):.3f}" for name in ("strength", "one model's loss", "chance")]
         cells += [f"{_mean(found, 'below zero', name):.3f}" for name in ("precision", "recall")]
         cells += [_spread(accuracy, arm) for arm in ARMS]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def draw(records: list[dict], path: Path) -> None:
+def draw(records: list[dict], path: Path, title: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -235,8 +237,9 @@ def draw(records: list[dict], path: Path) -> None:
 
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
     at = np.arange(len(records))
-    for name, mark in (("strength", "o"), ("strength / std", "^"), ("one model's loss", "s"), ("chance", "x")):
-        axes[0].plot(at, [_mean(r["found"], name, "auroc") for r in records], mark, label=name)
+    for name, mark in zip((*SCORES, "chance"), "o^sx"):
+        if name in records[0]["found"][0]:
+            axes[0].plot(at, [_mean(r["found"], name, "auroc") for r in records], mark, label=name)
     axes[0].set(ylabel="AUROC of finding wrong labels", ylim=(0.4, 1.0))
     for place, arm in enumerate(ARMS):
         means = [_mean(r["accuracy"], arm) for r in records]
@@ -247,7 +250,7 @@ def draw(records: list[dict], path: Path) -> None:
         ax.set_xticks(at, [f"{r['kind']}\n{r['share']:.0%}" for r in records], fontsize=8)
         ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4)
         ax.grid(axis="y", alpha=0.3)
-    figure.suptitle("Linear heads on frozen states; mean and standard deviation of the seeds", fontsize=10)
+    figure.suptitle(f"{title}; mean and standard deviation of the seeds", fontsize=10)
     figure.savefig(path, dpi=110)
 
 
@@ -273,12 +276,10 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "doctor.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
     (folder / "doctor.md").write_text(table(records) + "\n", encoding="utf-8")
-    draw(records, folder / "doctor.png")
+    draw(records, folder / "doctor.png", "Linear heads on frozen states")
     print(table(records))
     print(f"{time.monotonic() - start:.0f} s in all")
 
-
-SIDES = ("chosen", "rejected")
 
 if __name__ == "__main__":
     main()

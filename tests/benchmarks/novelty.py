@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does novelty tell texts of other kinds, wrong pairs, and answers that exploit a reward model? Methods side by side.
+"""Does novelty tell texts of other kinds, and pairs that a reward model has wrong? Methods side by side.
 
 python tests/benchmarks/novelty.py --model FOLDER --data FOLDER --output FOLDER
 
 --model is a pretrained encoder of sentences; --data holds train_pairs and eval_pairs, .jsonl.gz, of UKPConvArg1
-(prompt, chosen, rejected, margin). There are six topics, with two debates each. Three reward models are trained (60
-steps of 16 pairs): each on four topics, without the other two, and on pairs of four fifths of the texts of these. To
-these texts each method is fitted; in-domain is the other fifth, near are the two topics left out, far is other text:
-licenses of this machine and docstrings of Python. It prints a table of AUROCs: of in-domain texts against near and far
-ones, and of pairs of near that the model has right against those it has wrong, by the more novel of their two answers
-and, to compare with, by the size of the gap, the smallest first. Mean of the models, and least and most.
+(prompt, chosen, rejected, margin). There are six topics, with two debates each. Three reward models of eight heads are
+trained (60 steps of 16 pairs): each on four topics, without the other two, and on pairs of four fifths of the texts of
+these. To these texts each method is fitted; in-domain is the other fifth, near are the two topics left out, far is
+other text: licenses of this machine and docstrings of Python. It prints a table of AUROCs: of in-domain texts against
+near and far ones, and of pairs of near that the model has right against those it has wrong, by the more novel of their
+two answers and, to compare with, by the size of the gap, the smallest first, and by that size over the standard
+deviation of the heads' gaps. Mean of the models, and least and most.
 """
 
 from __future__ import annotations
@@ -25,15 +26,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 MAIN = Path(__file__).resolve().parent.parent.parent / "training_scripts" / "main.py"
 STEPS, PAIRS = 60, 16
+HEADS = 8
+ANCHOR = 0.0013  # 0.5 / 384, RewardUQ's weight for a hidden size of 384
 HELD_OUT = 0.2  # of the texts of a topic that is trained on
 
 
-def read(data: Path) -> list[dict]:
-    """Every pair, of both files."""
+def read(data: Path, names: tuple[str, ...] = ("train_pairs", "eval_pairs")) -> list[dict]:
+    """Every row of some files, by default every pair."""
     rows = []
-    for name in ("train_pairs", "eval_pairs"):
+    for name in names:
         with gzip.open(data / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
             rows += [json.loads(line) for line in file]
     return rows
@@ -71,21 +76,27 @@ def prepare(rows: list[dict], folder: Path, seed: int) -> None:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
 
 
-def train(model: Path, folder: Path, seed: int) -> None:
-    """The reward model of a seed, if it is not there."""
-    if (folder / "model" / "config.json").is_file():
+def train(model: Path, folder: Path, seed: int, data: Path, eval_data: Path, steps: int, flags: list) -> None:
+    """A reward model, in ``folder``, if it is not there."""
+    if (folder / "config.json").is_file():
         return
     words = [sys.executable, MAIN.name, "--model_name_or_path", model, "--pooling", "mean", "--merge", "prompt"]
-    words += ["--data_path", folder / "train.jsonl", "--eval_data_path", folder / "eval.jsonl"]
-    words += ["--per_device_train_batch_size", PAIRS, "--max_steps", STEPS, "--per_device_eval_batch_size", 512]
+    words += ["--data_path", data, "--eval_data_path", eval_data, "--eval_iters", 1, "--output_dir", folder]
+    words += ["--per_device_train_batch_size", PAIRS, "--per_device_eval_batch_size", 512]
     words += ["--learning_rate", 1e-4, "--head_learning_rate", 1e-3, "--seed", seed, "--dtype", "fp32"]
-    words += ["--eval_iters", 1, "--output_dir", folder / "model"]
+    words += ["--max_steps", steps, *flags]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [str(word) for word in words], cwd=MAIN.parent, env=environment, capture_output=True, text=True
     )
     if done.returncode:
-        raise SystemExit(f"seed {seed}: {done.stderr[-3000:]}")
+        raise SystemExit(f"{folder}: {done.stderr[-3000:]}")
+
+
+def train_proxy(model: Path, folder: Path, seed: int) -> None:
+    """The reward model of a seed, on the topics that are not left out."""
+    flags = ["--heads", HEADS, "--head_anchor", ANCHOR]
+    train(model, folder / "model", seed, folder / "train.jsonl", folder / "eval.jsonl", STEPS, flags)
 
 
 def far_texts(count: int) -> list[str]:
@@ -108,9 +119,8 @@ def auroc(inside, outside) -> float:
 
 def measured(rows: list[dict], folder: Path, seed: int, far: int) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Method → AUROC of near, of far and of wrong pairs of near; and how many texts and pairs there were."""
-    import torch
-
     from reward_model.inference import load
+    from reward_model.models.scorer import head_layer
     from reward_model.novelty.fitted import METHODS
 
     reward = load(folder / "model", novelty=False)
@@ -132,22 +142,20 @@ def measured(rows: list[dict], folder: Path, seed: int, far: int) -> tuple[dict[
     places = {text: i for i, text in enumerate(near)}
     judged = [row for row in rows if topic_of(row["prompt"]) in without]
     better, worse = ([places[row["prompt"], row[side]] for row in judged] for side in ("chosen", "rejected"))
-    with torch.no_grad():
-        from reward_model.models.scorer import head_layer
-
-        scores = head_layer(reward.scorer)(states["near"]).flatten()
-    wrong = scores[better] <= scores[worse]
+    heads = head_layer(reward.scorer).weight.detach()
+    gaps = states["near"][better] @ heads.T - states["near"][worse] @ heads.T  # (pairs, heads)
+    gap, spread = gaps.mean(1), gaps.std(1, correction=0)
+    wrong = gap <= 0
     found = {}
     for name, method in METHODS.items():
-        if method.needs_heads:
-            continue
-        fitted = method.fit(states["fitted"], seed)
+        fitted = method.fit(states["fitted"], seed, heads)
         energy = {each: fitted.energy(values) for each, values in states.items()}
         of_pairs = torch.maximum(energy["near"][better], energy["near"][worse])
         found[name] = [auroc(energy["inside"], energy[each]) for each in ("near", "far")]
         found[name].append(auroc(of_pairs[~wrong], of_pairs[wrong]))
-    gaps = -(scores[better] - scores[worse]).abs()
-    found["small gap"] = [float("nan"), float("nan"), auroc(gaps[~wrong], gaps[wrong])]
+    nan = float("nan")
+    for name, doubt in {"small gap": -gap.abs(), "small gap / spread": -gap.abs() / spread}.items():
+        found[name] = [nan, nan, auroc(doubt[~wrong], doubt[wrong])]
     sizes = {name: len(pairs) for name, pairs in sets.items()} | {"pairs": len(judged), "wrong": int(wrong.sum())}
     return found, sizes
 
@@ -179,7 +187,7 @@ def main() -> None:
     said: list[str] = []
     for seed in options.seeds:
         prepare(rows, options.output / f"seed_{seed}", seed)
-        train(options.model, options.output / f"seed_{seed}", seed)
+        train_proxy(options.model, options.output / f"seed_{seed}", seed)
         found, sizes = measured(rows, options.output / f"seed_{seed}", seed, options.far)
         of_seeds.append(found)
         said.append(f"seed {seed}: {', '.join(f'{size} {name}' for name, size in sizes.items())}")
