@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from reward_model.common.words import counted
+from reward_model.evaluation.calibration import NO_TEMPERATURE, doubt_temperature
 
 SUBSETS_SHOWN = 12
 
@@ -67,8 +68,11 @@ def _calibration(found: dict) -> Iterator[str]:
         errors = f"error {of['ece']:.4f} (largest {of['mce']:.3f}), Brier {of['brier']:.4f}, loss {of['log_loss']:.4f}"
         yield _line("calibration" if name == "raw" else "", f"{errors}: {what}")
     if "tempered" not in found:
-        what = "each half of the prompts has to have 20 pairs, some of them wrong and most of them right"
-        yield _line("", f"no temperature could be tried: {what}")
+        yield _line("", f"no temperature could be tried: {NO_TEMPERATURE}")
+        return
+    interval = None if found["temperature_low"] is None else (found["temperature_low"], found["temperature_high"])
+    if doubt := doubt_temperature(found["temperature"], interval, found["fitted_on"]):
+        yield _line("", doubt)
 
 
 def _bounds(bounds: dict) -> Iterator[str]:

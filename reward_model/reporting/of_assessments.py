@@ -134,7 +134,9 @@ class Assessed:
             before, after = (each.number("calibration", kind, "ece") for kind in ("raw", "tempered"))
             if math.isfinite(before) and math.isfinite(after):
                 of_it = "" if self.is_one else f"{each.label}: "
-                said.append(f"{of_it}{before:.3f} → {after:.3f} at temperature {temperature:.3g}")
+                low, high = (each.number("calibration", f"temperature_{end}") for end in ("low", "high"))
+                between = f" [{low:.3g}, {high:.3g}]" if math.isfinite(low + high) else ""
+                said.append(f"{of_it}{before:.3f} → {after:.3f} at temperature {temperature:.3g}{between}")
         if chart.is_empty:
             return chart
         ends = np.array([0.5, 1.0])
