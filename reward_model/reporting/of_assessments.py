@@ -232,6 +232,17 @@ NUMBERS: dict[str, tuple[tuple[str, tuple[str, ...], str], ...]] = {
         ("spread among answers held equal", ("specificity", "spread"), "number"),
         ("… as a share of all spread", ("specificity", "share"), "number"),
     ),
+    "Several heads": (
+        ("heads", ("bounds", "heads"), "number"),
+        ("mean standard deviation of a score", ("bounds", "score_std"), "number"),
+        ("… of a gap", ("bounds", "gap_std"), "number"),
+        ("β of the bounds, gap ± β·std", ("bounds", "beta"), "number"),
+        ("lower bound too high by, on average", ("bounds", "lower_bound_error"), "number"),
+        ("… at most", ("bounds", "largest"), "number"),
+        ("share of pairs with both bounds on one side of 0", ("bounds", "sure"), "number"),
+        ("accuracy of these", ("bounds", "accuracy_sure"), "number"),
+        ("… of the others", ("bounds", "accuracy_unsure"), "number"),
+    ),
     "Lists": (
         ("best of the list found", ("lists", "best_of"), "number"),
         ("regret", ("lists", "regret"), "number"),
