@@ -23,7 +23,7 @@ from reward_model.batching.collate import collate
 from reward_model.batching.layout import Layout
 from reward_model.common.errors import UserError
 from reward_model.config.options import parse
-from reward_model.config.scoring import ScoreConfig
+from reward_model.config.scoring import ScoreConfig, ServeConfig
 from reward_model.data.comparisons import Comparison
 from reward_model.evaluation.bounds import bounds, lower_bound_error
 from reward_model.evaluation.judged import Judged
@@ -35,6 +35,7 @@ from reward_model.models.scorer import head_layer
 from reward_model.objectives.bootstrap import Bootstrap
 from reward_model.objectives.objective import Objective
 from reward_model.serving import stream
+from reward_model.serving.api import serve
 from reward_model.training.resume import differences, hash_of_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -439,6 +440,26 @@ def test_score_writes_them_and_so_does_serve(folder):
         assert "lower" in json.dumps(running.ask("/openapi.json").body["components"]["schemas"]["Scores"])
 
 
+def test_the_user_chooses_the_bound(folder, tmp_path, monkeypatch):
+    """Once for score, serve and evaluate; of a model with one head there is none to choose."""
+    rows = [{"prompt": PROMPTS[0], "responses": RESPONSES[0]}]
+    (usual,), (wider,), (none,) = (stream.score(str(folder), rows, ScoreConfig(beta=beta)) for beta in (None, 2.0, 0.0))
+    assert wider["scores"] == usual["scores"] == none["lower"]
+    for score, spread, lower in zip(wider["scores"], wider["std"], wider["lower"]):
+        assert lower == pytest.approx(score - 2 * spread, abs=1e-5)
+    asked = []
+    monkeypatch.setattr("reward_model.serving.api.load_to_read", lambda *args, beta: asked.append(beta) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        serve(str(folder), ServeConfig(beta=3.0, port=0))
+    assert asked == [3.0]
+    shutil.copytree(folder, tmp_path / "one")
+    shutil.rmtree(tmp_path / "one" / FOLDER)
+    with pytest.raises(UserError, match=r"--beta 2: .*one has one head, and no lower bound"):
+        stream.score(str(tmp_path / "one"), rows, ScoreConfig(beta=2.0))
+    with pytest.raises(UserError, match=r"beta -1\.0: below 0"):
+        ScoreConfig(beta=-1.0)
+
+
 def test_a_bound_that_is_no_number_is_refused(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "copy")
     config = json.loads((folder / "config.json").read_text())
@@ -463,6 +484,11 @@ def test_evaluate_tells_what_the_spread_is_worth(folder, tmp_path, capsys, own_c
     assert told["sure"] == pytest.approx(sure.mean())
     assert told["accuracy_sure"] == pytest.approx((gaps.mean(1) > 0)[sure].mean())
     assert sum(part["pairs"] for part in told["by_spread"]) == 30 and len(told["by_spread"]) == 5
+    capsys.readouterr()
+    assert main([*words, "--beta", "1.5", "--json"]) == 0
+    (other,) = json.loads(capsys.readouterr().out)["assessments"]
+    assert other["bounds"]["beta"] == 1.5
+    assert other["bounds"]["sure"] == pytest.approx((np.abs(gaps.mean(1)) > 1.5 * gaps.std(1)).mean())
     assert main(words) == 0
     said = capsys.readouterr().out
     assert "4; standard deviation of scores" in said and "lower bound σ(gap − 0.5·std) too high by" in said

@@ -56,6 +56,7 @@ class Subject:
             config.chat_template,
             config.max_seq_len,
             config.trust_remote_code,
+            beta=config.beta,
         )
         preprocessing = PreprocessingConfig(
             max_seq_len=reading.max_seq_len,
