@@ -6,12 +6,14 @@ import math
 import re
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import models
 import numpy as np
 import pytest
 import runs
 import torch
+from comparisons import table
 from flags import loss_of
 from safetensors.torch import load_file, save_file
 from saved import save
@@ -21,7 +23,9 @@ from transformers import AutoModelForSequenceClassification
 from reward_model.__main__ import main
 from reward_model.batching.collate import collate
 from reward_model.batching.layout import Layout
+from reward_model.batching.planner import Planner
 from reward_model.common.errors import UserError
+from reward_model.config.groups import BatchConfig
 from reward_model.config.options import parse
 from reward_model.config.scoring import ScoreConfig, ServeConfig
 from reward_model.data.comparisons import Comparison
@@ -55,7 +59,7 @@ ROWS = [
 
 def known(rows, **options):
     """A judged pair's two texts → its identity."""
-    batch = collate(rows, PACKED, **options)
+    batch = collate(rows, PACKED, identified=True, **options)
     ids = batch.tokens.input_ids.flatten()
     found = {}
     for better, worse, number in zip(batch.pairs.better, batch.pairs.worse, batch.pairs.identity.tolist()):
@@ -75,20 +79,40 @@ def test_a_pair_is_known_by_its_texts_alone():
         Comparison([1], [[2, 4, 5], [2, 3]], [1], [0], prompt_hash=1),
         Comparison([], [[1, 2, 3], [1, 2, 4, 5]], [0], [1]),
     ):
-        assert collate([other], PACKED).pairs.identity.tolist() == [alone]
+        assert collate([other], PACKED, identified=True).pairs.identity.tolist() == [alone]
     turned = replace(ROWS[0], better=[1], worse=[0])
-    assert collate([turned], PACKED).pairs.identity.tolist() != [alone]
+    assert collate([turned], PACKED, identified=True).pairs.identity.tolist() != [alone]
 
 
 def test_a_row_is_known_by_its_ranking_in_whatever_order_it_lists_it():
-    batch = collate(ROWS, PACKED)
+    batch = collate(ROWS, PACKED, identified=True)
     places = batch.points.row_indices.tolist()
     of_row = dict(zip(places, batch.points.identity.tolist()))
     assert batch.lists.identity.tolist() == [of_row[2]]
     assert [of_row[0], of_row[1]] == batch.pairs.identity.tolist()[:2]  # a row of one pair is that pair
     turned = Comparison([1], [[2], [9], [8]], [2, 2, 1], [1, 0, 0], ranks=[2, 1, 0])
-    assert collate([turned], PACKED).lists.identity.tolist() == [of_row[2]]
-    assert collate([replace(turned, ranks=[0, 1, 2])], PACKED).lists.identity.tolist() != [of_row[2]]
+    assert collate([turned], PACKED, identified=True).lists.identity.tolist() == [of_row[2]]
+    assert collate([replace(turned, ranks=[0, 1, 2])], PACKED, identified=True).lists.identity.tolist() != [of_row[2]]
+
+
+def test_what_a_row_is_known_by_is_computed_where_something_is_drawn_by_it(monkeypatch):
+    """Of one head nothing is; several heads refuse a batch that does not say it, of one pair, too."""
+    context = SimpleNamespace(data_rank=0, data_size=1, device=torch.device("cpu"))
+    data = table(ROWS)
+
+    def batches(identified):
+        planner = Planner(BatchConfig(per_device_train_batch_size=4), 4, 0, context, True, identified)
+        plan = planner.epoch(planner.training_groups(data), 0, "packed")
+        return [batch for step in planner.load(data, plan, PACKED) for batch in step]
+
+    for batch in batches(True):
+        assert len(batch.points.identity) == len(batch.points.row_weights)
+    monkeypatch.setattr("reward_model.batching.collate.text_digests", None)  # cannot be called
+    found = batches(False)
+    assert [len(part.identity) for b in found for part in (b.pairs, b.lists, b.points)] == [0] * 3 * len(found)
+    one = collate(ROWS[:1], PACKED)
+    with pytest.raises(AssertionError, match="not identified"):
+        Objective(loss_of("")).of_heads(one, torch.zeros(len(one.tokens.ends), 2))
 
 
 def test_the_weights_are_poisson_by_identity_seed_and_head():
@@ -132,7 +156,7 @@ def batch_of(flags):
         better, worse = ([pair[side] for pair in pairs] for side in (0, 1))
         rows.append(Comparison([i, 3], texts, better, worse, prompt_hash=i, ranks=order, targets=targets, **more))
     weights = None if flags.startswith("--loss logistic") else [1.0] * len(rows)
-    return collate(rows, PACKED, row_weights=weights)
+    return collate(rows, PACKED, row_weights=weights, identified=True)
 
 
 LOSSES = [

@@ -233,7 +233,8 @@ def prepare(
         scorer.thresholds = Thresholds(thresholds, dtype)
     scorer.keeps_states = settings.loss.reads_states
     eval_batch = settings.evaluation.per_device_eval_batch_size
-    planner = Planner(settings.batches, eval_batch, seed, context, objective.by_row)
+    draws = settings.model.heads > 1
+    planner = Planner(settings.batches, eval_batch, seed, context, objective.by_row, draws)
     most = settings.evaluation.eval_iters * eval_batch * context.data_size
     train = data.train, planner.training_groups(data.train)
     held_out = {name: (rows, planner.evaluation_groups(rows, most)) for name, rows in data.evaluation.items()}
