@@ -160,8 +160,8 @@ def doubt_temperature(temperature: float, interval: tuple[float, float] | None, 
     """In a line that the pairs are too few for a temperature; empty: they are enough.
 
     They are if, with T at either end of its interval, no probability σ(gap / T) differs by more than a bin of the
-    calibration error, 0.05: log T may be wrong by 0.05 / 0.2239, which is T by a quarter. That takes some 500 pairs
-    with gaps about as large as T.
+    calibration error, 0.05: log T may be wrong by 0.05 / 0.2239, which is T by a quarter. As drawn by
+    σ(gap / T), it takes 600 pairs whose gaps have standard deviation T, and 300 with 2T.
     """
     if interval is None:
         return f"a temperature of {counted(pairs, 'pair')} with fewer than {LEAST_PROMPTS} prompts: do not rely on it"

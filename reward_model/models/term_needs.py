@@ -37,7 +37,7 @@ def _require_dropout(model: ModelConfig, config: PretrainedConfig) -> None:
     config = copy.deepcopy(config)
     if model.dropout is not None:
         set_dropout(config, model.dropout)
-    found = _dropouts(config.to_dict())
+    found = _at_random(config.to_dict())
     if not found or any(found.values()):
         return
     whose = f"--dropout {model.dropout:g}" if model.dropout is not None else f"{model.model_name_or_path}"
@@ -48,12 +48,12 @@ def _require_dropout(model: ModelConfig, config: PretrainedConfig) -> None:
     )
 
 
-def _dropouts(values: dict[str, Any]) -> dict[str, float]:
-    """Whatever a configuration drops in training, layers included, by its name, that of a text part too."""
+def _at_random(values: dict[str, Any]) -> dict[str, float]:
+    """What a configuration drops in training, layers included, or moves routers by, by its name; a text part's, too."""
     found: dict[str, float] = {}
     for name, value in values.items():
         if isinstance(value, dict) and name in ("text_config", "decoder", "text_encoder"):
-            found |= _dropouts(value)
-        elif "drop" in name and isinstance(value, (int, float)) and not isinstance(value, bool):
+            found |= _at_random(value)
+        elif ("drop" in name or "jitter" in name) and isinstance(value, (int, float)) and not isinstance(value, bool):
             found[name] = float(value)
     return found
