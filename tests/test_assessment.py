@@ -207,6 +207,14 @@ def test_a_run_says_how_sure_its_temperature_is(caplog):
         assert hasattr(config, "score_temperature") is saved
         assert said in caplog.text
         assert ("may as well be" in caplog.text) is ("may as well be" in said)
+        if saved:  # and evaluate says so of the saved model, on whatever data
+            assert config.score_temperature_fit["pairs"] == count
+            gaps, _ = gaps_of_prompts(3_000, each=1, seed=2)
+            found = assess(judged(np.stack([gaps, np.zeros(3_000)], 1)), stored=config.score_temperature)
+            found["calibration"]["stored_fit"] = config.score_temperature_fit
+            lines = "\n".join(lines_of(found | {"model": "m", "data": ["d"]}))
+            doubt = "as the model is saved: a temperature of 60 pairs may as well be"
+            assert (doubt in lines) is bool(said)
 
 
 def test_no_temperature_where_none_is_best():

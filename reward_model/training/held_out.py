@@ -39,6 +39,8 @@ def keep_temperature(trainer: Trainer) -> None:
         logger.info(f"calibration error {raw.ece:.4f}: no temperature is better on pairs that it was not fitted on")
         return
     config.score_temperature = found.temperature
+    low, high = found.interval or (None, None)
+    config.score_temperature_fit = {"pairs": len(gaps), "low": low, "high": high}
     logger.info(
         f"calibration error {raw.ece:.4f}, and {fitted.ece:.4f} with σ(gap / {found.temperature:.3f}), on pairs that a "
         f"temperature was not fitted on; that of all {counted(len(gaps), 'pair')} is score_temperature in config.json"
