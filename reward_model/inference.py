@@ -770,6 +770,7 @@ def load_to_read(
     max_seq_len: int | None = None,
     trust_remote_code: bool = False,
     novelty: bool = True,
+    beta: float | None = None,
 ) -> tuple[RewardScorer, Reading]:
     """A model, and how it reads rows: as the run that trained it did, where nothing else is said.
 
@@ -778,10 +779,11 @@ def load_to_read(
         dtype: of the weights; ``auto``: as saved, and float32 on a CPU for float16.
         device: ``auto``: a GPU if there is one.
         novelty: as in :func:`load`.
+        beta: of the lower bound of several heads; None: as the model says.
 
     Raises:
-        UserError: no such model or device, weights missing, no chat template where one is needed, or ``max_seq_len``
-            beyond what the model takes.
+        UserError: no such model or device, weights missing, no chat template where one is needed, ``max_seq_len``
+            beyond what the model takes, or ``beta`` for a model with one head.
     """
     device = _device(device)
     wanted = None if dtype == "auto" else dtype
@@ -789,6 +791,10 @@ def load_to_read(
     if wanted is None and device.type == "cpu" and scorer.forward.dtype == torch.float16:
         logger.info(f"{name} is saved in float16, which CPUs hardly compute in: taken as float32")
         scorer = load(name, "fp32", device, trust_remote_code=trust_remote_code, novelty=novelty)
+    if beta is not None:
+        if scorer.scorer.heads == 1:
+            raise UserError(f"--beta {beta:g}: {name} has one head, and no lower bound; leave the flag out")
+        scorer.beta = beta
     tokenizer = scorer.tokenizer
     named = getattr(scorer.scorer.config, NAMING, None)  # also of what was exported
     run = read_run(Path(name) / "run.json") or (named if isinstance(named, dict) else {})

@@ -11,11 +11,20 @@ from scipy import stats
 from reward_model.data.comparisons import Origins
 from reward_model.evaluation.assessment import assess
 from reward_model.evaluation.baselines import baselines
-from reward_model.evaluation.calibration import calibration, temperature_of, tempered
+from reward_model.evaluation.calibration import (
+    MOST_CHANGE,
+    STEEPEST,
+    calibration,
+    doubt_temperature,
+    interval_of,
+    temperature_of,
+    tempered,
+)
 from reward_model.evaluation.intervals import FEW_PROMPTS, difference, share
 from reward_model.evaluation.judged import Judged
 from reward_model.evaluation.list_metrics import list_metrics, ndcg, specificity
 from reward_model.evaluation.words import compared_lines, lines_of
+from reward_model.training.held_out import keep_temperature
 
 
 def judged(scores, prompts=None, lengths=None, subsets=None, margins=None):
@@ -139,6 +148,73 @@ def test_a_temperature_gives_a_scale_back(scale):
     assert found.tempered.ece < 0.015
     assert found.raw.ece == pytest.approx(calibration(gaps).ece)
     assert scale == 1.0 or found.raw.ece > 0.04
+
+
+def gaps_of_prompts(count, each=3, seed=1):
+    """Pairs of as many prompts, right with probability σ(gap); those of a prompt are alike."""
+    chance = np.random.default_rng(seed)
+    truth = np.repeat(chance.normal(0, 2, count), each)
+    right = np.repeat(chance.random(count), each) < 1 / (1 + np.exp(-truth))
+    return np.where(right, truth, -truth), np.repeat(np.arange(count), each)
+
+
+def test_the_interval_of_a_temperature_is_that_of_the_bootstrap_by_prompt():
+    gaps, prompts = gaps_of_prompts(300)
+    temperature = temperature_of(gaps)
+    low, high = interval_of(temperature, gaps, prompts)
+    chance, by_prompt = np.random.default_rng(0), gaps.reshape(300, 3)
+    drawn = [temperature_of(by_prompt[chance.integers(300, size=300)].ravel()) for _ in range(300)]
+    assert np.log([low, high]) == pytest.approx(np.log(np.quantile(drawn, [0.025, 0.975])), abs=0.06)
+    assert high / temperature == pytest.approx(temperature / low)
+    alone = interval_of(temperature, gaps, np.arange(len(gaps)))  # as if each pair were a draw of its own
+    assert np.log(high / low) > 1.5 * np.log(alone[1] / alone[0])
+    assert interval_of(temperature, gaps, prompts % 9) is None  # too few prompts
+
+
+def test_a_temperature_of_few_pairs_is_doubted():
+    """An end of the interval that moves a probability by more than 0.05 is one too far."""
+    x = np.linspace(0, 20, 200_001)
+    assert max(x * np.exp(-x) / (1 + np.exp(-x)) ** 2) == pytest.approx(STEEPEST, abs=1e-4)
+    said = {}
+    for count in (60, 3_000):
+        gaps, _ = gaps_of_prompts(count, each=1)
+        found = assess(judged(np.stack([gaps, np.zeros(count)], 1)))
+        fitted = found["calibration"]
+        interval = fitted["temperature_low"], fitted["temperature_high"]
+        of_end = 1 / (1 + np.exp(-x / interval[1])) - 1 / (1 + np.exp(-x / fitted["temperature"]))
+        said[count] = doubt_temperature(fitted["temperature"], interval, count)
+        assert bool(said[count]) == (np.abs(of_end).max() > MOST_CHANGE)
+        assert any(said[count] in line for line in lines_of(found | {"model": "m", "data": ["d"]})) or not said[count]
+    assert said[3_000] == ""
+    assert said[60].startswith("a temperature of 60 pairs may as well be 0.")
+    assert "fewer than 10 prompts" in doubt_temperature(1.0, None, 40)
+
+
+def test_a_run_says_how_sure_its_temperature_is(caplog):
+    for count, saved, said in (
+        (3_000, True, ""),
+        (60, True, "score_temperature: a temperature of 60 pairs may as well be"),
+        (12, False, "no temperature could be tried on 12 held-out pairs: each half of the prompts has to have 20"),
+    ):
+        gaps, _ = gaps_of_prompts(count, each=1)
+        config = SimpleNamespace()
+        last = SimpleNamespace(judged=judged(np.stack([5 * gaps, np.zeros(count)], 1)))
+        forward, training = SimpleNamespace(scorer=SimpleNamespace(config=config)), SimpleNamespace(seed=1)
+        settings = SimpleNamespace(training=training)
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            keep_temperature(SimpleNamespace(last=last, forward=forward, settings=settings))
+        assert hasattr(config, "score_temperature") is saved
+        assert said in caplog.text
+        assert ("may as well be" in caplog.text) is ("may as well be" in said)
+        if saved:  # and evaluate says so of the saved model, on whatever data
+            assert config.score_temperature_fit["pairs"] == count
+            gaps, _ = gaps_of_prompts(3_000, each=1, seed=2)
+            found = assess(judged(np.stack([gaps, np.zeros(3_000)], 1)), stored=config.score_temperature)
+            found["calibration"]["stored_fit"] = config.score_temperature_fit
+            lines = "\n".join(lines_of(found | {"model": "m", "data": ["d"]}))
+            doubt = "as the model is saved: a temperature of 60 pairs may as well be"
+            assert (doubt in lines) is bool(said)
 
 
 def test_no_temperature_where_none_is_best():

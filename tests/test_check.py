@@ -2,12 +2,18 @@
 """``reward-model check``: what a look at flags and the first rows of the data shows."""
 
 import json
+from types import SimpleNamespace
 
+import models
 import pytest
 import tiny
+import torch
+from transformers import AutoModelForSequenceClassification
 
 from reward_model.commands import check
 from reward_model.common.errors import UserError
+from reward_model.config.options import parse
+from reward_model.training.run import run_in
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -75,3 +81,43 @@ def test_columns_and_layout_are_said_and_hub_names_too(tmp_path, capsys):
     assert f"{path}: read question as the user's message\n" in out
     assert f"{path}: columns that are not read: id\n" in out
     assert "not looked at: someone/data:500, which would have to come from the hub\n" in out
+
+
+def lacking(tmp_path):
+    """Models with flags that have nothing to learn from in them, and what is said."""
+    for family in ("llama", "bert", "gpt2"):
+        models.write(family, tmp_path / family)
+    reward = AutoModelForSequenceClassification.from_pretrained(tmp_path / "llama", num_labels=1)
+    models.write("llama", tmp_path / "reward")
+    reward.save_pretrained(tmp_path / "reward")
+    contrastive, language = ["--contrastive_weight", "1"], ["--sft_weight", "0.01"]
+    views = "leaves no dropout (attention_dropout 0), so that two passes give equal states: add --dropout 0.1"
+    return [
+        ("llama", contrastive, views),
+        ("llama", [*contrastive, "--dropout", "0"], "--dropout 0 leaves no dropout"),
+        ("gpt2", [*contrastive, "--dropout", "0"], "--dropout 0 leaves no dropout (attn_pdrop 0, embd_pdrop 0"),
+        ("llama", [*contrastive, "--dropout", "0.1"], None),
+        ("llama", [*contrastive, "--lora_dim", "4", "--lora_dropout", "0.1"], None),
+        ("gpt2", contrastive, None),
+        ("reward", language, "is a reward model, which has lost its language-model head"),
+        ("bert", language, "is an encoder"),
+        ("llama", language, None),
+        ("gpt2", language, None),
+    ]
+
+
+def test_a_model_that_lacks_what_a_term_needs_is_refused_before_anything_is_read(tmp_path):
+    """By ``check``, and at the start of a run: the data that is named is not there, and nothing is said of it."""
+    rows = write(tmp_path / "rows.jsonl", [PAIR])
+    context = SimpleNamespace(device=torch.device("cpu"), world_size=1, is_first=True)
+    for name, flags, said in lacking(tmp_path):
+        words = ["--model_name_or_path", str(tmp_path / name), *flags]
+        if said is None:
+            assert check.main([*words, "--data_path", str(rows)]) == 0
+            continue
+        with pytest.raises(UserError) as by_check:
+            check.main([*words, "--data_path", str(rows)])
+        with pytest.raises(UserError) as by_run:
+            run_in(None, parse([*words, "--data_path", str(tmp_path / "none.jsonl")]), context, None)
+        assert str(by_check.value) == str(by_run.value)
+        assert said in str(by_run.value) and "\n" not in str(by_run.value)

@@ -6,6 +6,7 @@ import json
 import random
 
 import browser as chromium
+import models
 import numpy as np
 import pytest
 from test_report import DRAWN, HOSTILE, MOST, Tags, require_inert
@@ -14,8 +15,9 @@ import reward_model
 from reward_model.__main__ import main
 from reward_model.common.errors import UserError
 from reward_model.config.doctor import DoctorConfig
-from reward_model.data.preprocessing import read_text
+from reward_model.data.preprocessing import PreprocessingConfig, load_comparisons, read_text
 from reward_model.data.sources import read_sources
+from reward_model.data.tokenizer import choose_special_tokens
 from reward_model.doctor.near import ALIKE, groups, signature, similarity
 from reward_model.doctor.reading import PLAIN
 from reward_model.doctor.style import STYLES, refuses, script_of, styles_of
@@ -62,9 +64,12 @@ def test_repetitions_contradictions_and_circles(tmp_path):
     ring = [{"prompt": "Which? ", "chosen": one, "rejected": other} for one, other in ((a, b), (b, c), (c, a))]
     tail = [{"prompt": "Which? ", "chosen": "a better one", "rejected": a}]  # on no circle
     found = found_in(tmp_path, rows + [again, swapped] + ring + tail)
-    assert found.named("duplicates").count == 1 and found.named("duplicates").rows == ["train.jsonl, row 21"]
+    assert found.named("duplicates").count == 1 and found.named("duplicates").rows == ["train.jsonl, row 21 (as row 4)"]
     assert found.named("contradictions").count == 2 and found.named("contradictions").level == "hurts"
-    assert found.named("contradictions").rows == ["train.jsonl, row 6", "train.jsonl, row 22"]
+    assert found.named("contradictions").rows == [
+        "train.jsonl, row 6 (against row 22)",
+        "train.jsonl, row 22 (against row 6)",
+    ]
     assert found.named("cycles").count == 3 and "1 circle," in found.named("cycles").line
     assert found.named("near_duplicates").count == 0 and not found.is_healthy()
 
@@ -75,6 +80,14 @@ def test_what_is_nearly_there_already(tmp_path):
     held = [*healthy(30, seed=2), rows[0], rows[1] | {"chosen": sentence(random.Random(7))}, other]
     found = found_in(tmp_path, [*rows, changed], held)
     assert found.named("near_duplicates").count == 1
+    assert found.named("near_duplicates").rows == ["train.jsonl, row 21 (like row 3)"]
+    assert found.named("prompts_in_both").rows == [
+        "eval.jsonl, row 31 (as train.jsonl, row 1)",
+        "eval.jsonl, row 32 (as train.jsonl, row 2)",
+    ]
+    assert found.named("pairs_in_both").rows == ["eval.jsonl, row 31 (as train.jsonl, row 1)"]
+    for name in ("near_prompts_in_both", "near_pairs_in_both"):
+        assert found.named(name).rows == ["eval.jsonl, row 33 (like train.jsonl, row 10)"]
     assert found.named("prompts_in_both").count == 2 and found.named("pairs_in_both").count == 1
     assert found.named("pairs_in_both").level == "hurts"
     assert found.named("near_prompts_in_both").count == found.named("near_pairs_in_both").count == 1
@@ -210,7 +223,7 @@ def test_strengths_are_described(tmp_path):
     found = found_in(tmp_path, strong())
     assert found.strengths["pairs"] == 40 and found.strengths["below_zero"]["value"] == 5 / 40
     assert found.strengths["deciles"][0] == -5 and found.strengths["deciles"][10] == 34
-    assert [each["row"] for each in found.suspicious[:2]] == [1, 2] and len(found.suspicious) == 40
+    assert [each["row"] for each in found.suspicious[:2]] == [1, 2] and len(found.suspicious) == 5  # below 0
     assert found.suspicious[0]["chosen"] == strong()[0]["chosen"]
     assert found.named("strength_below_zero").level == "doubtful"
     json.dumps(found.to_json(), allow_nan=False)
@@ -236,6 +249,63 @@ def test_a_cleaned_set_is_read_by_the_trainer(tmp_path):
         assert judged["margin"] == [max(0.0, strength)] and judged["probability"] == [
             pytest.approx(1 / (1 + np.exp(-strength / 2)))
         ]
+
+
+def test_no_pair_is_suspicious_that_the_models_agree_with(tmp_path):
+    rows = strong()[5:]
+    found = found_in(tmp_path, rows, report=str(tmp_path / "page.html"))
+    assert found.strengths["pairs"] == 35 and found.suspicious == []
+    assert "uspicious" not in (tmp_path / "page.html").read_text(encoding="utf-8")
+    written(tmp_path / "train.jsonl", strong())
+    page = tmp_path / "page.html"
+    found = reward_model.examine(str(tmp_path / "train.jsonl"), DoctorConfig(report=str(page)))
+    assert "5 suspicious pairs" in page.read_text(encoding="utf-8")
+    assert "the lowest of the 5 pairs below 0 that --report and --json have" in "\n".join(found.lines())
+
+
+def test_repetitions_are_left_out_and_contradictions_stay(tmp_path):
+    """With and without strengths; of a list only if all its judgements are there before."""
+    rows = healthy(6)
+    swapped = rows[1] | {"chosen": rows[1]["rejected"], "rejected": rows[1]["chosen"]}
+    again = rows[0] | {"prompt": rows[0]["prompt"] + " ", "note": "kept nowhere"}
+    out = tmp_path / "once.jsonl"
+    found = found_in(tmp_path, [*rows, again, swapped, rows[2], rows[2]], drop_repetitions=True, output=str(out))
+    assert [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()] == [*rows, swapped]
+    assert (found.cleaned.repetitions, found.cleaned.written, found.cleaned.rows) == (3, 7, 10)
+    assert "3 left out, as they repeat rows before them" in "\n".join(found.cleaned.lines())
+    lists = [
+        {"prompt": "Which? ", "responses": [f"{a} one", f"{b} one"], "ranks": [0, 1]} for a, b in ("ab", "bc", "ab")
+    ]
+    more = {"prompt": "Which? ", "responses": ["a one", "b one", "d one"], "ranks": [0, 1, 2]}
+    (tmp_path / "lists").mkdir()
+    found = found_in(tmp_path / "lists", [*lists, more], drop_repetitions=True, output=str(tmp_path / "lists.jsonl"))
+    assert (found.cleaned.repetitions, found.cleaned.written) == (1, 3)
+    (tmp_path / "strong").mkdir()
+    rows, out = [*strong(20), strong(20)[0]], tmp_path / "strong.jsonl"
+    found = found_in(tmp_path / "strong", rows, drop_repetitions=True, remove=0.1, output=str(out))
+    assert (found.cleaned.repetitions, found.cleaned.removed, found.cleaned.written) == (1, 1, 19)
+
+
+def test_an_encoder_is_given_pairs_as_in_training(tmp_path, caplog):
+    """Pairs have a separator more, so that prompts are cut which would fit joined."""
+    rows, folder = healthy(40), tmp_path / "bert"
+    tokenizer = models.write("bert", folder)
+    path = written(tmp_path / "train.jsonl", rows)
+    special = choose_special_tokens(tokenizer, len(tokenizer), fill=0)
+    sizes = [len(ids) for row in rows for ids in tokenizer([row["prompt"]], [row["chosen"]])["input_ids"]]
+    limit = int(np.median(sizes))
+    cut = {}
+    for pairs in (True, False):
+        how = PreprocessingConfig(limit, "stop", tmp_path / f"cache {pairs}", pairs=pairs)
+        train, _ = load_comparisons([path], {"": [path]}, tokenizer, special, how, 0)
+        cut[pairs] = sum(train.table["cut"])
+    assert cut[True] > cut[False] > 0
+    found = reward_model.examine(path, DoctorConfig(tokenizer=str(folder), max_seq_len=limit))
+    assert found.named("cut").count == cut[True] and "read as pairs" in found.named("cut").line
+    (folder / "config.json").unlink()
+    found = reward_model.examine(path, DoctorConfig(tokenizer=str(folder), max_seq_len=limit))
+    assert found.named("cut").count == cut[False] and "read as pairs" not in found.named("cut").line
+    assert "texts are joined, as for a decoder: there is no config.json beside it" in caplog.text
 
 
 def test_a_cleaned_set_keeps_its_columns(tmp_path):

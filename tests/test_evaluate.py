@@ -2,6 +2,7 @@
 """reward-model evaluate: saved models of every form on files of every kind, alone and by several processes."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -225,6 +226,21 @@ def test_the_command_prints_text_or_one_object(model, data, tmp_path, capsys):
     printed = capsys.readouterr()
     assert json.loads(printed.out)["assessments"][0]["pairs"] == 40
     assert "pairs.jsonl: 40 rows" in printed.err
+
+
+def test_a_model_that_was_saved_with_a_temperature_of_few_pairs_is_doubted(model, data, tmp_path, capsys):
+    copy = tmp_path / "model"
+    shutil.copytree(model, copy)
+    saved = json.loads((copy / "config.json").read_text())
+    fit = {"pairs": 40, "low": 0.25, "high": 1.0}
+    saved |= {"score_temperature": 0.5, "score_temperature_fit": fit}
+    (copy / "config.json").write_text(json.dumps(saved))
+    words = ["evaluate", str(copy), "--data", str(data), "--data_output_path", str(tmp_path)]
+    assert main(words) == 0
+    doubt = "as the model is saved: a temperature of 40 pairs may as well be 0.25 or 1 (95 %)"
+    assert doubt in capsys.readouterr().out
+    assert main([*words, "--temperature", "2"]) == 0  # it is the user's then
+    assert doubt not in capsys.readouterr().out
 
 
 def test_models_are_named_first_or_as_rewardbench_has_it():

@@ -6,12 +6,14 @@ import math
 import re
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import models
 import numpy as np
 import pytest
 import runs
 import torch
+from comparisons import table
 from flags import loss_of
 from safetensors.torch import load_file, save_file
 from saved import save
@@ -21,9 +23,11 @@ from transformers import AutoModelForSequenceClassification
 from reward_model.__main__ import main
 from reward_model.batching.collate import collate
 from reward_model.batching.layout import Layout
+from reward_model.batching.planner import Planner
 from reward_model.common.errors import UserError
+from reward_model.config.groups import BatchConfig
 from reward_model.config.options import parse
-from reward_model.config.scoring import ScoreConfig
+from reward_model.config.scoring import ScoreConfig, ServeConfig
 from reward_model.data.comparisons import Comparison
 from reward_model.evaluation.bounds import bounds, lower_bound_error
 from reward_model.evaluation.judged import Judged
@@ -35,6 +39,7 @@ from reward_model.models.scorer import head_layer
 from reward_model.objectives.bootstrap import Bootstrap
 from reward_model.objectives.objective import Objective
 from reward_model.serving import stream
+from reward_model.serving.api import serve
 from reward_model.training.resume import differences, hash_of_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -54,7 +59,7 @@ ROWS = [
 
 def known(rows, **options):
     """A judged pair's two texts → its identity."""
-    batch = collate(rows, PACKED, **options)
+    batch = collate(rows, PACKED, identified=True, **options)
     ids = batch.tokens.input_ids.flatten()
     found = {}
     for better, worse, number in zip(batch.pairs.better, batch.pairs.worse, batch.pairs.identity.tolist()):
@@ -74,20 +79,40 @@ def test_a_pair_is_known_by_its_texts_alone():
         Comparison([1], [[2, 4, 5], [2, 3]], [1], [0], prompt_hash=1),
         Comparison([], [[1, 2, 3], [1, 2, 4, 5]], [0], [1]),
     ):
-        assert collate([other], PACKED).pairs.identity.tolist() == [alone]
+        assert collate([other], PACKED, identified=True).pairs.identity.tolist() == [alone]
     turned = replace(ROWS[0], better=[1], worse=[0])
-    assert collate([turned], PACKED).pairs.identity.tolist() != [alone]
+    assert collate([turned], PACKED, identified=True).pairs.identity.tolist() != [alone]
 
 
 def test_a_row_is_known_by_its_ranking_in_whatever_order_it_lists_it():
-    batch = collate(ROWS, PACKED)
+    batch = collate(ROWS, PACKED, identified=True)
     places = batch.points.row_indices.tolist()
     of_row = dict(zip(places, batch.points.identity.tolist()))
     assert batch.lists.identity.tolist() == [of_row[2]]
     assert [of_row[0], of_row[1]] == batch.pairs.identity.tolist()[:2]  # a row of one pair is that pair
     turned = Comparison([1], [[2], [9], [8]], [2, 2, 1], [1, 0, 0], ranks=[2, 1, 0])
-    assert collate([turned], PACKED).lists.identity.tolist() == [of_row[2]]
-    assert collate([replace(turned, ranks=[0, 1, 2])], PACKED).lists.identity.tolist() != [of_row[2]]
+    assert collate([turned], PACKED, identified=True).lists.identity.tolist() == [of_row[2]]
+    assert collate([replace(turned, ranks=[0, 1, 2])], PACKED, identified=True).lists.identity.tolist() != [of_row[2]]
+
+
+def test_what_a_row_is_known_by_is_computed_where_something_is_drawn_by_it(monkeypatch):
+    """Of one head nothing is; several heads refuse a batch that does not say it, of one pair, too."""
+    context = SimpleNamespace(data_rank=0, data_size=1, device=torch.device("cpu"))
+    data = table(ROWS)
+
+    def batches(identified):
+        planner = Planner(BatchConfig(per_device_train_batch_size=4), 4, 0, context, True, identified)
+        plan = planner.epoch(planner.training_groups(data), 0, "packed")
+        return [batch for step in planner.load(data, plan, PACKED) for batch in step]
+
+    for batch in batches(True):
+        assert len(batch.points.identity) == len(batch.points.row_weights)
+    monkeypatch.setattr("reward_model.batching.collate.text_digests", None)  # cannot be called
+    found = batches(False)
+    assert [len(part.identity) for b in found for part in (b.pairs, b.lists, b.points)] == [0] * 3 * len(found)
+    one = collate(ROWS[:1], PACKED)
+    with pytest.raises(AssertionError, match="not identified"):
+        Objective(loss_of("")).of_heads(one, torch.zeros(len(one.tokens.ends), 2))
 
 
 def test_the_weights_are_poisson_by_identity_seed_and_head():
@@ -131,7 +156,7 @@ def batch_of(flags):
         better, worse = ([pair[side] for pair in pairs] for side in (0, 1))
         rows.append(Comparison([i, 3], texts, better, worse, prompt_hash=i, ranks=order, targets=targets, **more))
     weights = None if flags.startswith("--loss logistic") else [1.0] * len(rows)
-    return collate(rows, PACKED, row_weights=weights)
+    return collate(rows, PACKED, row_weights=weights, identified=True)
 
 
 LOSSES = [
@@ -439,6 +464,26 @@ def test_score_writes_them_and_so_does_serve(folder):
         assert "lower" in json.dumps(running.ask("/openapi.json").body["components"]["schemas"]["Scores"])
 
 
+def test_the_user_chooses_the_bound(folder, tmp_path, monkeypatch):
+    """Once for score, serve and evaluate; of a model with one head there is none to choose."""
+    rows = [{"prompt": PROMPTS[0], "responses": RESPONSES[0]}]
+    (usual,), (wider,), (none,) = (stream.score(str(folder), rows, ScoreConfig(beta=beta)) for beta in (None, 2.0, 0.0))
+    assert wider["scores"] == usual["scores"] == none["lower"]
+    for score, spread, lower in zip(wider["scores"], wider["std"], wider["lower"]):
+        assert lower == pytest.approx(score - 2 * spread, abs=1e-5)
+    asked = []
+    monkeypatch.setattr("reward_model.serving.api.load_to_read", lambda *args, beta: asked.append(beta) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        serve(str(folder), ServeConfig(beta=3.0, port=0))
+    assert asked == [3.0]
+    shutil.copytree(folder, tmp_path / "one")
+    shutil.rmtree(tmp_path / "one" / FOLDER)
+    with pytest.raises(UserError, match=r"--beta 2: .*one has one head, and no lower bound"):
+        stream.score(str(tmp_path / "one"), rows, ScoreConfig(beta=2.0))
+    with pytest.raises(UserError, match=r"beta -1\.0: below 0"):
+        ScoreConfig(beta=-1.0)
+
+
 def test_a_bound_that_is_no_number_is_refused(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "copy")
     config = json.loads((folder / "config.json").read_text())
@@ -463,6 +508,11 @@ def test_evaluate_tells_what_the_spread_is_worth(folder, tmp_path, capsys, own_c
     assert told["sure"] == pytest.approx(sure.mean())
     assert told["accuracy_sure"] == pytest.approx((gaps.mean(1) > 0)[sure].mean())
     assert sum(part["pairs"] for part in told["by_spread"]) == 30 and len(told["by_spread"]) == 5
+    capsys.readouterr()
+    assert main([*words, "--beta", "1.5", "--json"]) == 0
+    (other,) = json.loads(capsys.readouterr().out)["assessments"]
+    assert other["bounds"]["beta"] == 1.5
+    assert other["bounds"]["sure"] == pytest.approx((np.abs(gaps.mean(1)) > 1.5 * gaps.std(1)).mean())
     assert main(words) == 0
     said = capsys.readouterr().out
     assert "4; standard deviation of scores" in said and "lower bound σ(gap − 0.5·std) too high by" in said

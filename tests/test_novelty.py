@@ -265,3 +265,17 @@ def test_a_run_that_goes_on_drops_what_was_fitted_to_its_model(demo, tmp_path):
     went_on = runs.train(demo, out, *flags, "--max_steps", 4)
     assert went_on.output.count("fitted to the weights before; run reward-model novelty fit again") == 1
     assert not (out / "novelty").exists() and load(out).novelty is None
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("fti m --data x", "reward-model novelty has no command fti; did you mean fit?"),
+        ("output --data x", "reward-model novelty has no command output; there is fit: fit MODEL --data …"),
+        ("ft --dta x", "reward-model novelty has no command ft; did you mean fit?"),
+        ("fit --data x", "give fit and the folder of one model before the flags: fit MODEL --data …"),
+    ],
+)
+def test_a_command_that_is_not_there_is_told_with_the_nearest(words, said, capsys):
+    assert main(["novelty", *words.split()]) == 1  # as for every other typing mistake
+    assert capsys.readouterr().err.splitlines() == [f"error: {said}"]

@@ -207,6 +207,51 @@ def test_every_run_holds_what_the_plan_says(middling, demo, tmp_path, processes,
     check_against_run(held, middling, processes, name, dtype, more)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "name", "dtype"), [(2, "2", "bf16"), (1, "0", "fp32"), (2, "3", "bf16")])
+def test_heads_add_to_a_run_what_the_plan_says(middling, demo, tmp_path, processes, name, dtype):
+    """A run with 64 heads and their initial weights against the same run with one head."""
+    held, said = [], []
+    for number, flags in enumerate(("", "--heads 64 --head_anchor 0.01")):
+        held.append(hold(middling, demo, tmp_path / str(number), processes, name, dtype, flags))
+        config = parse(["--model_name_or_path", str(middling), "--dtype", dtype, *flags.split()])
+        scorer = build_on_meta(AutoConfig.from_pretrained(middling), config.model, dtype, bool(flags))
+        plan = planning.Plan(scorer, config)
+        assert (plan.counts.total, plan.counts.trained) == (held[-1]["total"], held[-1]["trained"])
+        zero = plan.zero(BY_NAME[name], processes)
+        states = model_states(plan.counts, BY_NAME[name], Cluster(processes, processes), plan.width, zero)
+        said.append(states.resident + states.gradients)
+    assert held[1]["total"] - held[0]["total"] == 63 * 256
+    assert held[1]["backward"] - held[0]["backward"] == pytest.approx(said[1] - said[0], rel=0.15)
+
+
+def test_heads_are_counted_by_hand():
+    """K heads train in place of one; --head_anchor keeps K · h numbers more on every GPU, at whatever stage."""
+    h, heads = 4096, 8
+    plain = count_parameters(on_meta(LlamaConfig(**LLAMA_7B)))
+    config = LlamaConfig(**LLAMA_7B)
+    scorer = build_on_meta(config, ModelConfig("m", heads=heads), "bf16", anchored=True)
+    counts = count_parameters(scorer)
+    assert counts.total == plain.total + (heads - 1) * h and counts.trained == counts.total
+    assert (counts.heads, counts.initial) == (heads * h, heads * h) and (plain.heads, plain.initial) == (0, 0)
+    without = count_parameters(on_meta(LlamaConfig(**LLAMA_7B), heads=heads))
+    assert replace(counts, initial=0) == without
+    for name in ("0", "2", "3", "3 + CPU"):
+        one, other = (model_states(each, BY_NAME[name], Cluster(8, 8), 2, {}) for each in (counts, without))
+        assert one.resident - other.resident == one.step - other.step == 2 * heads * h
+    assert passes(scorer, 2, 8)[0] > 0
+
+
+def test_heads_in_the_plan(folder, capsys):
+    line = f"--model {folder(LLAMA_7B)} --gpus 8 --gpu_memory 80"
+    assert "heads:" not in printed(capsys, line)
+    out = printed(capsys, f"{line} --heads 8 --head_anchor 0.01")
+    assert "8 heads: 32,768 of the parameters; --head_anchor keeps 65.5 kB beside them on each GPU; " in out
+    assert "the saved model has their mean, and 65.5 kB of heads beside it" in out
+    options = read(shlex.split(f"--{out.splitlines()[-1].split(' --', 1)[1]}"))
+    assert (options.heads, options.head_anchor) == (8, 0.01)
+
+
 def test_the_files_are_as_the_plan_takes_them():
     zero = json.loads((ZERO_FOLDER / "zeropp.json").read_text())["zero_optimization"]
     assert zero["zero_quantized_gradients"] is BY_NAME["ZeRO++"].quantized_gradients

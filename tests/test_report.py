@@ -264,6 +264,45 @@ def test_a_spike_does_not_press_the_curve_flat_and_is_told(tmp_path):
     assert ends and max(ends) < 2
 
 
+OF_HEADS = {
+    "heads": 4,
+    "beta": 1.0,
+    "score_std": 0.312,
+    "gap_std": 0.217,
+    "lower_bound_error": 0.0123,
+    "largest": 0.0456,
+    "sure": 0.789,
+    "accuracy_sure": 0.9012,
+    "accuracy_unsure": None,
+    "by_spread": [{"low": i / 7, "high": (i + 1) / 7, "pairs": 60, "value": 0.6 + i / 20} for i in range(5)],
+}
+
+
+def run_with_heads(folder):
+    """A run whose heads come together."""
+    lines = [
+        line | {"gap_heads_std": 0.2 + 3 / (10 + line["step"]), "score_heads_std": 0.3 + 2 / (10 + line["step"])}
+        if line["split"] == "eval"
+        else line
+        for line in records()
+    ]
+    return write_run(folder, lines, assessment=assessment(bounds=OF_HEADS))
+
+
+def test_a_run_with_heads_shows_how_far_they_are_apart(tmp_path):
+    plain = page_of(write_run(tmp_path / "plain", assessment=assessment()))
+    assert "heads" not in plain.text
+    page = page_of(run_with_heads(tmp_path / "heads"))
+    assert [title for title in page.titles() if title not in plain.titles()] == ["spread-of-the-heads"]
+    assert "held out, gaps" in page.text and "held out, scores" in page.text
+    table = page.text[page.text.index("Several heads") :]
+    for said in ("0.312", "0.217", "0.0123", "0.0456", "0.789", "0.9012"):
+        assert said in table, said
+    assert "Accuracy by standard deviation of the gap over the heads" in page.text
+    both = report([tmp_path / "plain", tmp_path / "heads"], tmp_path / "both.html").read_text(encoding="utf-8")
+    assert Tags(both).titles().count("spread-of-the-heads") == 1
+
+
 def test_named_sets_are_lines_of_their_own(tmp_path):
     lines = records()
     lines = [line for line in lines if line["split"] == "train"]

@@ -27,6 +27,8 @@ from reward_model.batching.layout import Layout
 from reward_model.batching.merging import PlacedRow
 from reward_model.data.comparisons import Comparison, common_prefix
 
+Digests = Sequence[list[bytes]]  # of each row those of its texts, see ``identity.py``
+
 
 @dataclass(frozen=True)
 class Tokens(TensorFields):
@@ -204,15 +206,15 @@ class Pairs(TensorFields):
     similarity: torch.Tensor  # (p,) float32
     start: torch.Tensor  # (p,) int64; first place in the two spans at which they differ
     weights: torch.Tensor  # (p,) float32; weight in the batch's mean loss; the pairs of a row share its weight
-    identity: torch.Tensor  # (p,) int64; by which whatever is drawn for a pair is drawn, see ``identity.py``
+    identity: torch.Tensor  # (p,) int64; by which whatever is drawn for a pair is drawn, see ``identity.py``; or (0,)
 
     @classmethod
-    def collate(cls, placed: Sequence[PlacedRow], spans: Sequence[list[int]], texts: Sequence[list[bytes]]) -> Pairs:
+    def collate(cls, placed: Sequence[PlacedRow], spans: Sequence[list[int]], texts: Digests | None) -> Pairs:
         """Collect the judged pairs, one row's after the other.
 
         Args:
             spans: The token ids in the span of each of the n responses.
-            texts: Of each row the digests of its texts.
+            texts: Of each row the digests of its texts; None: nothing is drawn by them.
         """
         better = [row.responses[k] for row in placed for k in row.comparison.better]
         worse = [row.responses[k] for row in placed for k in row.comparison.worse]
@@ -231,7 +233,9 @@ class Pairs(TensorFields):
             similarity=known("similarity"),
             start=_integers([_shared_tokens(spans[b], spans[w]) for b, w in zip(better, worse)]),
             weights=_floats([row.weight / len(row.comparison.better) for row in placed for _ in row.comparison.better]),
-            identity=_integers([n for row, own in zip(placed, texts) for n in pair_identities(row.comparison, own)]),
+            identity=_integers(
+                [n for row, own in zip(placed, texts or ()) for n in pair_identities(row.comparison, own)]
+            ),
         )
 
 
@@ -247,17 +251,19 @@ class Lists(TensorFields):
     responses: torch.Tensor  # (l, k) int64; 0 where a list has fewer
     ranks: torch.Tensor  # (l, k) int64; 0 is the best, equal ranks are tied, −1 where a list has fewer
     weights: torch.Tensor  # (l,) float32; weight in the batch's mean loss
-    identity: torch.Tensor  # (l,) int64; of its row
+    identity: torch.Tensor  # (l,) int64; of its row; or (0,)
 
     @classmethod
-    def collate(cls, placed: Sequence[PlacedRow], texts: Sequence[list[bytes]]) -> Lists:
+    def collate(cls, placed: Sequence[PlacedRow], texts: Digests | None) -> Lists:
         """Collect the ranked lists. A judged pair with ranks is a list of two.
 
         Args:
-            texts: Of each row the digests of its texts.
+            texts: Of each row the digests of its texts; None: nothing is drawn by them.
         """
-        known = [(row, row_identity(row.comparison, own)) for row, own in zip(placed, texts) if row.comparison.ranks]
-        ranked = [row for row, _ in known]
+        ranked = [row for row in placed if row.comparison.ranks]
+        identities = [
+            row_identity(row.comparison, own) for row, own in zip(placed, texts or ()) if row.comparison.ranks
+        ]
         longest = max((len(row.responses) for row in ranked), default=0)
 
         def padded(lists: list[list[int]], pad: int) -> torch.Tensor:
@@ -267,7 +273,7 @@ class Lists(TensorFields):
             responses=padded([row.responses for row in ranked], 0),
             ranks=padded([row.comparison.ranks for row in ranked], -1),
             weights=_floats([row.weight for row in ranked]),
-            identity=_integers([number for _, number in known]),
+            identity=_integers(identities),
         )
 
 
@@ -282,14 +288,14 @@ class Points(TensorFields):
     weights: torch.Tensor  # (t,) float32; weight in the batch's mean loss; 0 where there is no target
     row_weights: torch.Tensor  # (c,) float32; the weight of each row; they sum to 1
     row_indices: torch.Tensor  # (c,) int64; each row's position in the list that was collated
-    identity: torch.Tensor  # (c,) int64; of each row
+    identity: torch.Tensor  # (c,) int64; of each row; or (0,)
 
     @classmethod
-    def collate(cls, placed: Sequence[PlacedRow], texts: Sequence[list[bytes]]) -> Points:
+    def collate(cls, placed: Sequence[PlacedRow], texts: Digests | None) -> Points:
         """Collect every row's responses, whether they have a target or not. Those that have share the row's weight.
 
         Args:
-            texts: Of each row the digests of its texts.
+            texts: Of each row the digests of its texts; None: nothing is drawn by them.
         """
         targets, weights = [], []
         for row in placed:
@@ -305,7 +311,7 @@ class Points(TensorFields):
             weights=_floats(weights),
             row_weights=_floats([row.weight for row in placed]),
             row_indices=_integers([row.index for row in placed]),
-            identity=_integers([row_identity(row.comparison, own) for row, own in zip(placed, texts)]),
+            identity=_integers([row_identity(row.comparison, own) for row, own in zip(placed, texts or ())]),
         )
 
 

@@ -27,6 +27,7 @@ def collate(
     weight: float = 1.0,
     groups: Sequence[int] | np.ndarray | None = None,
     row_weights: Sequence[float] | np.ndarray | None = None,
+    identified: bool = False,
 ) -> Batch:
     """Merge Comparisons that share a prompt, and write them into a batch.
 
@@ -34,6 +35,8 @@ def collate(
         weight: The weight of the batch's mean loss in the step's.
         groups: As in :func:`reward_model.batching.merging.merge`.
         row_weights: The weight of each Comparison in that mean, in any unit. None means that all pairs weigh the same.
+        identified: Say by what pairs and rows are known, for what is drawn for each of them. It is a quarter of the
+            work.
 
     Example: a prompt of two tokens with two responses, of which the first was preferred.
 
@@ -56,7 +59,7 @@ def collate(
     rows = layout.rows([part.texts for part in merged])
     spans = [response for row in rows for c in row for response in c.responses]
     tokens = Tokens.collate(rows, layout, placed)
-    digests = [text_digests(row.comparison) for row in placed]
+    digests = [text_digests(row.comparison) for row in placed] if identified else None
     columns = tokens.begin.numpy(), tokens.prompt_begin.numpy(), tokens.prompt_end.numpy()
     return Batch(
         tokens=tokens,
@@ -72,17 +75,21 @@ class PlannedBatches(Sequence[list[Batch]]):
     """The batches of a plan. Each item is the list of batches of one step, made when it is asked for."""
 
     def __init__(
-        self, comparisons: Comparisons | Sequence[Comparison], plan: Sequence[list[MicroBatch]], layout: Layout
+        self,
+        comparisons: Comparisons | Sequence[Comparison],
+        plan: Sequence[list[MicroBatch]],
+        layout: Layout,
+        identified: bool = False,
     ):
-        self.comparisons, self.plan, self.layout = comparisons, plan, layout
+        self.comparisons, self.plan, self.layout, self.identified = comparisons, plan, layout, identified
 
     def __len__(self) -> int:
         return len(self.plan)
 
     def __getitem__(self, i: int) -> list[Batch]:  # type: ignore[override]  # no slices
         return [
-            collate([self.comparisons[row] for row in m.rows], self.layout, m.weight, m.groups, m.row_weights)
-            for m in self.plan[i]
+            collate(rows, self.layout, m.weight, m.groups, m.row_weights, self.identified)
+            for m, rows in ((m, [self.comparisons[row] for row in m.rows]) for m in self.plan[i])
         ]
 
 

@@ -25,15 +25,22 @@ class Planner:
     """Deals rows out to steps and ranks."""
 
     def __init__(
-        self, batches: BatchConfig, eval_batch_size: int, seed: int, context: DistributedContext, by_row: bool
+        self,
+        batches: BatchConfig,
+        eval_batch_size: int,
+        seed: int,
+        context: DistributedContext,
+        by_row: bool,
+        identified: bool = False,
     ):
         """
         Args:
             eval_batch_size: of a rank, in judged pairs or scored responses.
             by_row: the batch size counts rows, not judged pairs.
+            identified: something is drawn for pairs and rows, by what they are known by.
         """
         self.batches, self.eval_batch_size, self.seed = batches, eval_batch_size, seed
-        self.context, self.by_row = context, by_row
+        self.context, self.by_row, self.identified = context, by_row, identified
 
     def training_groups(self, rows: Comparisons) -> RowGroups:
         """The training rows, those of a prompt brought together if that is wanted."""
@@ -71,13 +78,15 @@ class Planner:
 
     def load(self, rows: Comparisons, plan: Sequence[list[MicroBatch]], layout: Layout, first: int = 0) -> DataLoader:
         """The batches of a plan, in its order, from its step ``first`` on."""
-        return loader(PlannedBatches(rows, plan, layout), on_gpu=self.context.device.type == "cuda", first=first)
+        return loader(
+            PlannedBatches(rows, plan, layout, self.identified), on_gpu=self.context.device.type == "cuda", first=first
+        )
 
     def first(self, rows: Comparisons, groups: RowGroups, layout: Layout, count: int = 3) -> list[Batch]:
         """The first micro-batches of this rank, at most so many."""
         plan = self.epoch(groups, 0, layout.kind)
         chosen = list(islice((micro_batch for step in plan for micro_batch in step), count))
-        return PlannedBatches(rows, [chosen], layout)[0]
+        return PlannedBatches(rows, [chosen], layout, self.identified)[0]
 
     def advice(self, groups: RowGroups, layout: str) -> Iterator[str]:
         """What does not fit the token budget, and what pads cost where a flag would spare much of it."""

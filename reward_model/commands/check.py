@@ -28,8 +28,8 @@ def main(arguments: list[str]) -> int:
     With ``--expand`` before them it prints them instead, what ``--config`` names in its place, as a line for a shell.
 
     Raises:
-        UserError: a wrong flag, an output folder that holds another run, a model that is a path and not there, or data
-            that cannot be read.
+        UserError: a wrong flag, an output folder that holds another run, a model that is a path and not there or that
+            lacks what a term of the loss needs, or data that cannot be read.
     """
     if arguments[:1] == ["--expand"]:
         print(shlex.join(expand(arguments[1:])))
@@ -38,12 +38,25 @@ def main(arguments: list[str]) -> int:
     require_data(config)
     require_usable_folder(config.output)
     require_model_folder(config.model.model_name_or_path, config.model.trust_remote_code)
+    _check_terms(config)
     _check_deepspeed(config)
     show_messages()
     if unseen := check_data(config):
         logger.info(f"not looked at: {', '.join(unseen)}, which would have to come from the hub")
     print("nothing found that would stop the run")
     return 0
+
+
+def _check_terms(config: RunConfig) -> None:
+    """Whether a model that lies in a folder has what the loss takes from it; an adapter is merged by the run alone."""
+    loss, model = resolve_loss(config.loss, config.given), config.model
+    is_there = (Path(model.model_name_or_path) / "config.json").is_file()
+    if not is_there or not (loss.contrastive_weight or loss.sft_weight):
+        return
+    from reward_model.models.loading import read_config
+    from reward_model.models.term_needs import require_what_terms_need
+
+    require_what_terms_need(loss, model, read_config(model.model_name_or_path, model.trust_remote_code))
 
 
 def _check_deepspeed(config: RunConfig) -> None:

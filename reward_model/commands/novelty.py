@@ -6,6 +6,7 @@ reward-model novelty fit output --data train.jsonl
 
 from __future__ import annotations
 
+import difflib
 import json
 
 from reward_model.commands.evaluate import messages_aside
@@ -14,6 +15,8 @@ from reward_model.common.logging import show_messages
 from reward_model.common.words import counted
 from reward_model.config.novelty import NoveltyConfig
 from reward_model.config.parser import build_parser, read_words
+
+SUBCOMMANDS = ("fit",)
 
 
 def main(arguments: list[str]) -> int:
@@ -34,8 +37,12 @@ def main(arguments: list[str]) -> int:
     named = []
     while words and not words[0].startswith("-"):
         named.append(words.pop(0))
+    if named and named[0] not in SUBCOMMANDS:
+        near = difflib.get_close_matches(named[0], SUBCOMMANDS, n=1)
+        meant = f"did you mean {near[0]}?" if near else f"there is {' and '.join(SUBCOMMANDS)}: fit MODEL --data …"
+        raise UserError(f"reward-model novelty has no command {named[0]}; {meant}")
     (config,) = read_words(parser, words)[:1]
-    if named[:1] != ["fit"] or len(named) != 2:
+    if len(named) != 2:
         raise UserError("give fit and the folder of one model before the flags: fit MODEL --data …")
     show_messages()
     from reward_model.judging.novelty import fit_novelty

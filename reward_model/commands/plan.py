@@ -32,6 +32,8 @@ SHARED_FLAGS = (  # with main.py
     "dtype",
     "pooling",
     "dropout",
+    "heads",
+    "head_anchor",
 )
 
 

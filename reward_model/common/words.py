@@ -25,7 +25,9 @@ def counted(count: int, noun: str) -> str:
 def in_bytes(size: float) -> str:
     """A number of bytes, in a unit that shows two digits at least.
 
-    >>> in_bytes(2.5e9), in_bytes(5_200_000)
-    ('2.50 GB', '5.2 MB')
+    >>> in_bytes(2.5e9), in_bytes(5_200_000), in_bytes(65_536)
+    ('2.50 GB', '5.2 MB', '65.5 kB')
     """
+    if size < 1e5:
+        return f"{size / 1e3:.1f} kB"
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

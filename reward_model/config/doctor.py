@@ -10,6 +10,7 @@ from reward_model.common.errors import UserError
 from reward_model.config.groups import COUNT, POSITIVE, Bounds, DataConfig, Group, flag
 
 WITH_STRENGTHS = ("remove", "flip", "soften", "margin")  # what makes a cleaned set
+CLEANING = ("drop_repetitions", *WITH_STRENGTHS)
 OUTPUTS = (".jsonl", ".jsonl.gz")
 
 
@@ -52,8 +53,13 @@ class DoctorConfig(Group):
     output: str | None = flag(
         None,
         metavar="FILE",
-        help="Write the training rows there, as they are but for the next four flags, which need strengths; .jsonl or "
-        ".jsonl.gz. Rows that cannot be used are left out.",
+        help="Write the training rows there, as they are but for the next five flags, of which the last four need "
+        "strengths; .jsonl or .jsonl.gz. Rows that cannot be used are left out.",
+    )
+    drop_repetitions: bool = flag(
+        False,
+        help="Leave out rows whose judgements are all there before, but for white space. Rows that contradict another "
+        "one stay.",
     )
     flip: float = flag(
         0.0, metavar="SHARE", help="Swap the answers of this share of the pairs, those of the lowest strength."
@@ -76,11 +82,12 @@ class DoctorConfig(Group):
                 object.__setattr__(self, name, [getattr(self, name)])
         super().__post_init__()
         DataConfig(columns=self.columns, eval_data_path=self.eval_data_path)  # refuses what main.py refuses
-        asked = [f"--{name}" for name in WITH_STRENGTHS if getattr(self, name)]
+        asked = [f"--{name}" for name in CLEANING if getattr(self, name)]
         if asked and not self.output:
             raise UserError(f"{asked[0]} needs --output, the file of the cleaned set")
         if self.output and not asked:
-            raise UserError("--output needs --remove, --flip, --soften or --margin: there is nothing else to write")
+            names = ", ".join(f"--{name}" for name in CLEANING[:-1])
+            raise UserError(f"--output needs {names} or --{CLEANING[-1]}: there is nothing else to write")
         if self.output and not self.output.endswith(OUTPUTS):
             raise UserError(f"--output {self.output}: end it with {' or '.join(OUTPUTS)}")
         if self.remove + self.flip >= 1:
@@ -95,6 +102,11 @@ class DoctorConfig(Group):
     def cleans(self) -> bool:
         """Whether a cleaned set is asked for."""
         return self.output is not None
+
+    @property
+    def needs_strengths(self) -> bool:
+        """Whether what is asked for goes by strengths."""
+        return any(getattr(self, name) for name in WITH_STRENGTHS)
 
     @property
     def names(self) -> dict[str, str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from reward_model.config.groups import COUNT, NOT_NEGATIVE, POSITIVE, Bounds, DataConfig, flag, set_of
-from reward_model.config.reading import ReadingConfig
+from reward_model.config.reading import ReadingConfig, beta_flag
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class EvaluateConfig(ReadingConfig):
     _argument_group_name: ClassVar[str] = "evaluation"
     _bounds: ClassVar[Bounds] = ReadingConfig._bounds | {
         "batch_size": COUNT, "tokens_per_batch": NOT_NEGATIVE, "max_samples": NOT_NEGATIVE, "temperature": POSITIVE,
-        "num_proc": NOT_NEGATIVE,
+        "num_proc": NOT_NEGATIVE, "beta": NOT_NEGATIVE,
     }  # fmt: skip
 
     data: list[str] = flag(
@@ -39,6 +39,7 @@ class EvaluateConfig(ReadingConfig):
     temperature: float | None = flag(
         None, metavar="T", help="Judge σ(gap / T), in place of the temperature that the model was saved with."
     )
+    beta: float | None = beta_flag()
     seed: int = flag(0, metavar="N", help="Of what is drawn: resamples, halves and folds.")
     json: bool = flag(False, help="Print one object of JSON in place of text.")
     output_dir: str | None = flag(

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from reward_model.config.groups import COUNT, Bounds, Group, flag
 
@@ -37,3 +37,13 @@ class ReadingConfig(Group):
     )
     trust_remote_code: bool = flag(False, help="Run the code that a model brings. Look at it first.")
     debug: bool = flag(False, help="Show tracebacks, and what libraries print.")
+
+
+def beta_flag() -> Any:
+    """``--beta`` of the commands that say how sure several heads are."""
+    return flag(
+        None,
+        metavar="BETA",
+        help="The lower bound of several heads is score − BETA · std. Default: score_beta in the model's config.json, "
+        "which is 1 unless somebody wrote another number there.",
+    )

@@ -6,8 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from reward_model.config.groups import COUNT, POSITIVE, Bounds, DataConfig, flag
-from reward_model.config.reading import ReadingConfig
+from reward_model.config.groups import COUNT, NOT_NEGATIVE, POSITIVE, Bounds, DataConfig, flag
+from reward_model.config.reading import ReadingConfig, beta_flag
 
 STDIN = "-"  # the file that stands for standard input
 TOKENS = 8_192  # of a forward pass: two of the longest texts that are taken where nobody says less
@@ -33,8 +33,11 @@ class ForwardConfig(ReadingConfig):
 class ScoreConfig(ForwardConfig):
     """What is scored, and what is written."""
 
+    _bounds: ClassVar[Bounds] = ForwardConfig._bounds | {"beta": NOT_NEGATIVE}
+
     lines: bool = flag(False, help="The input has one text a line, each scored as it is and closed with the end token.")
     columns: list[str] = flag((), metavar="FIELD=COLUMN", help="As main.py's flag, such as response=completion.")
+    beta: float | None = beta_flag()
     best: bool = flag(False, help="Write the best answer of each row, with its number from 0 and its score.")
     output: str | None = flag(None, metavar="FILE", help="Write there. Default: standard output.")
     resume: bool = flag(
@@ -59,6 +62,7 @@ class ServeConfig(ForwardConfig):
 
     _bounds: ClassVar[Bounds] = ForwardConfig._bounds | {
         "port": (0, 65_536, True), "max_waiting": COUNT, "max_body": POSITIVE, "timeout": POSITIVE,
+        "beta": NOT_NEGATIVE,
     }  # fmt: skip
 
     host: str = flag(
@@ -68,6 +72,7 @@ class ServeConfig(ForwardConfig):
     served_model_name: list[str] = flag(
         (), metavar="NAME", help="Names that requests may call the model by. Default: the model as it was given."
     )
+    beta: float | None = beta_flag()
     api_key: str | None = flag(
         None,
         metavar="FILE",

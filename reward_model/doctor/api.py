@@ -17,7 +17,7 @@ from reward_model.doctor.biases import bias_findings, biases_of, refusal_finding
 from reward_model.doctor.cleaning import write_cleaned
 from reward_model.doctor.examination import Examination
 from reward_model.doctor.findings import Finding
-from reward_model.doctor.judgements import Near, findings_across, findings_within, judgements_of
+from reward_model.doctor.judgements import Judgements, Near, findings_across, findings_within, judgements_of
 from reward_model.doctor.ledger import UNKNOWN, Ledger
 from reward_model.doctor.reading import EVALUATION, SETS, TRAINING, Data
 from reward_model.doctor.strengths import NO_STRENGTHS, Strengths
@@ -50,12 +50,14 @@ def examine(data: str | Sequence[str], config: DoctorConfig | None = None) -> Ex
         if cuts:
             cuts.add(ledger, row)
     strengths = Strengths(ledger)
-    if config.cleans and not len(strengths):
+    if config.needs_strengths and not len(strengths):
         raise UserError(f"--output: {NO_STRENGTHS}")
     biases = biases_of(ledger, config.seed)
     found = Examination(paths, _counts(ledger), [], biases, _not_looked_at(ledger, config, len(strengths) > 0))
     found.findings += findings_of_rows(ledger)
-    found.findings += _of_judgements(ledger)
+    near = Near(ledger)
+    judged = judgements_of(ledger, near, TRAINING)
+    found.findings += _of_judgements(ledger, judged, near)
     found.findings += cuts.findings() if cuts else []
     found.findings += bias_findings(biases)
     found.findings += refusal_findings(ledger)
@@ -64,7 +66,7 @@ def examine(data: str | Sequence[str], config: DoctorConfig | None = None) -> Ex
     found.strengths = strengths.summary(config.seed)
     found.suspicious = strengths.suspicious()
     if config.cleans:
-        found.cleaned = write_cleaned(ledger, strengths, config)
+        found.cleaned = write_cleaned(ledger, strengths, judged, config)
     if config.report:
         _write_report(found, config.report)
     return found
@@ -80,9 +82,8 @@ def require_free(paths: Sequence[str], config: DoctorConfig) -> None:
             raise UserError(f"--report {config.report} writes {path.name}, which is the data: name another file")
 
 
-def _of_judgements(ledger: Ledger) -> list[Finding]:
-    near = Near(ledger)
-    train, held = (judgements_of(ledger, near, of_set) for of_set in (TRAINING, EVALUATION))
+def _of_judgements(ledger: Ledger, train: Judgements, near: Near) -> list[Finding]:
+    held = judgements_of(ledger, near, EVALUATION)
     found = list(findings_within(ledger, train, TRAINING))
     found += [each for each in findings_within(ledger, held, EVALUATION) if each.count]
     return found + list(findings_across(ledger, train, held, near))

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
+
 from reward_model.common.errors import UserError
 from reward_model.config.doctor import DoctorConfig
 from reward_model.data.files import Source
@@ -20,6 +22,7 @@ from reward_model.data.preprocessing import read_text
 from reward_model.data.rows import Texts
 from reward_model.data.strengths import AGREE, MEAN, THEIRS
 from reward_model.doctor.findings import part
+from reward_model.doctor.judgements import Judgements
 from reward_model.doctor.ledger import Ledger
 from reward_model.doctor.reading import PLAIN, TRAINING, pair_columns, strength_in
 from reward_model.doctor.strengths import Strengths
@@ -48,6 +51,7 @@ class Cleaned:
     softened: int = 0
     margins: int = 0
     margins_at_zero: int = 0
+    repetitions: int = 0
     without_strength: int = 0
     lost_judgments: int = 0
 
@@ -58,6 +62,7 @@ class Cleaned:
         """What was done, counted."""
         said = [f"{self.path}: {part(self.written, self.rows, 'training row')} written"]
         for count, what in (
+            (self.repetitions, "left out, as they repeat rows before them"),
             (self.removed, f"left out for their strength ({self.removed_above_zero:,} of them above 0)"),
             (self.flipped, f"swapped for their strength ({self.flipped_above_zero:,} of them above 0)"),
             (self.lost_judgments, "swapped ones lost a margin, rating or scores that deny the new order"),
@@ -77,20 +82,26 @@ class Cleaned:
         return said
 
 
-def write_cleaned(ledger: Ledger, strengths: Strengths, config: DoctorConfig) -> Cleaned:
+def write_cleaned(ledger: Ledger, strengths: Strengths, judged: Judgements, config: DoctorConfig) -> Cleaned:
     """Write the training rows as they are stored but for what the flags ask, each a line of JSON.
+
+    Args:
+        judged: in the training rows.
 
     Raises:
         UserError: no strengths, training rows of several layouts, or a file that cannot be written.
     """
     assert config.output
-    flipped, removed = strengths.lowest(config.flip, config.remove)
+    empty = np.zeros(0, np.int64)
+    flipped, removed = strengths.lowest(config.flip, config.remove) if config.needs_strengths else (empty, empty)
     data = ledger.data
     layouts = {source.layout.key for source, of_set in zip(data.sources, data.sets) if of_set == TRAINING}
     names = {tuple(source.names.items()) for source, of_set in zip(data.sources, data.sets) if of_set == TRAINING}
     if len(layouts) > 1 or len(names) > 1:
         raise UserError("--output: the training data have several layouts, and a file has one: clean them one by one")
     rows = dict.fromkeys(flipped.tolist(), "flip") | dict.fromkeys(removed.tolist(), "remove")
+    if config.drop_repetitions:  # whatever else would become of them
+        rows |= dict.fromkeys(repetitions(judged), "repeat")
     known = {(ledger.of_row["source"][p], ledger.of_row["index"][p]): rows.get(p, "") for p in _of_training(ledger)}
     path = Path(config.output)
     beside = path.with_name(f".{path.name}.partial")
@@ -102,6 +113,13 @@ def write_cleaned(ledger: Ledger, strengths: Strengths, config: DoctorConfig) ->
     except OSError as error:
         raise UserError(f"--output {path}: {error.strerror}") from error
     return found
+
+
+def repetitions(judged: Judgements) -> list[int]:
+    """Rows all of whose judgements are there before, in the row itself or in others."""
+    rows, pairs = np.unique(judged.rows, return_counts=True)
+    again, repeated = np.unique(judged.rows[judged.repeated], return_counts=True)
+    return again[repeated == pairs[np.searchsorted(rows, again)]].tolist()
 
 
 def _of_training(ledger: Ledger) -> list[int]:
@@ -139,10 +157,15 @@ def _cleaned(source: Source, stored: dict, what: str, config: DoctorConfig, foun
     """A row as it is written; None: it is left out."""
     row = json.loads(stored["json"]) if source.is_text else dict(stored)
     strength = strength_in(source, stored)
+    if what == "repeat":
+        found.repetitions += 1
+        return None
     if what == "remove":
         found.removed += 1
         found.removed_above_zero += bool(strength and strength.mean > 0)
         return None
+    if not config.needs_strengths:
+        return row
     if strength is None or not _is_pair(read_text(source, stored, PLAIN, chat)):
         found.without_strength += 1
         return row | ({"probability": row.get("probability")} if config.soften else {})

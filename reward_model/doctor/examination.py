@@ -21,7 +21,8 @@ class Examination:
     """Of training data, and of what is evaluated on.
 
     counts: rows, pairs and prompts of each set. not_looked_at: what would need more than was given. strengths: as in
-    :meth:`reward_model.doctor.strengths.Strengths.summary`. suspicious: the pairs of the lowest strength.
+    :meth:`reward_model.doctor.strengths.Strengths.summary`. suspicious: pairs whose
+    strength is below 0, the lowest first.
     """
 
     data: list[str]
@@ -86,7 +87,7 @@ class Examination:
             yield f"\ndeciles of the strength: {deciles}"
         if self.suspicious:
             count = len(self.suspicious)
-            yield f"the lowest of the {count} pairs that --report and --json have with their texts:"
+            yield f"the lowest of the {count} pairs below 0 that --report and --json have with their texts:"
             for pair in self.suspicious[:MOST_PRINTED]:
                 yield printable(
                     f"  {pair['strength']:.3g}  {pair['file']}, row {pair['row']}: {pair['chosen'].strip()[:START]}"

@@ -49,6 +49,12 @@ class Judgements:
         return np.setdiff1d(np.arange(len(self.forward)), firsts, assume_unique=True)
 
     @cached_property
+    def repeated_of(self) -> np.ndarray:
+        """Of each of these the first pair that says the same, places."""
+        _, firsts, numbers = np.unique(self.forward, return_index=True, return_inverse=True)
+        return firsts[numbers[self.repeated]]
+
+    @cached_property
     def contradicted(self) -> np.ndarray:
         """Pairs whose opposite is there, too, (p,) truth values."""
         return np.isin(self.forward, self.backward)
@@ -59,15 +65,29 @@ class Judgements:
         return self.near[1] == self.near[2]
 
     @cached_property
+    def contradicted_by(self) -> np.ndarray:
+        """Of each of these the first pair that says the opposite, places."""
+        return first_of(self.backward[self.contradicted], self.forward)
+
+    @cached_property
     def near_repeated(self) -> np.ndarray:
         """Distinct judgements that are nearly another one's before them, whichever answer won, places of pairs."""
+        return self._near[0]
+
+    @cached_property
+    def near_repeated_of(self) -> np.ndarray:
+        """Of each of these the first pair that is nearly the same, places."""
+        return self._near[1]
+
+    @cached_property
+    def _near(self) -> tuple[np.ndarray, np.ndarray]:
         distinct = np.sort(np.unique(self.forward, return_index=True)[1])
         unordered = self.unordered_near[distinct]
         exact = self.unordered[distinct]
-        _, firsts = np.unique(unordered, return_index=True)
-        _, first_of = np.unique(unordered, return_inverse=True)
-        is_other = exact != exact[firsts[first_of]]  # the same two answers swapped are no near duplicates
-        return distinct[is_other]
+        _, firsts, numbers = np.unique(unordered, return_index=True, return_inverse=True)
+        first = firsts[numbers]
+        is_other = exact != exact[first]  # the same two answers swapped are no near duplicates
+        return distinct[is_other], distinct[first[is_other]]
 
     @cached_property
     def unordered(self) -> np.ndarray:
@@ -100,6 +120,12 @@ class Judgements:
         count = len(self.cycles)
         graph = coo_matrix((np.ones(count, np.int8), (numbers[:count], numbers[count:])), shape=(len(nodes),) * 2)
         return int(connected_components(graph, directed=False)[0]) if count else 0
+
+
+def first_of(keys: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """For each of some keys, all of which are known, the first place in ``known`` (n,) that has it."""
+    found, firsts = np.unique(known, return_index=True)
+    return firsts[np.searchsorted(found, keys)]
 
 
 def _sorted(one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -146,9 +172,13 @@ def judgements_of(ledger: Ledger, near: Near, of_set: int) -> Judgements:
     return Judgements(ledger.pair_array("row")[mask], prompts, better, worse, alike)
 
 
-def examples(ledger: Ledger, rows: np.ndarray) -> list[str]:
-    """The first of some rows, in words."""
-    return [ledger.origin(int(row)) for row in np.unique(rows)[:EXAMPLES]]
+def examples(ledger: Ledger, rows: np.ndarray, partners: np.ndarray | None = None, word: str = "as") -> list[str]:
+    """The first of some rows, in words, and with which other row of ``partners`` each of them is found."""
+    each, firsts = (found[:EXAMPLES] for found in np.unique(rows, return_index=True))
+    said = [ledger.origin(int(row)) for row in each]
+    if partners is None:
+        return said
+    return [f"{one} ({word} {ledger.beside(int(p), int(row))})" for one, row, p in zip(said, each, partners[firsts])]
 
 
 def findings_within(ledger: Ledger, found: Judgements, of_set: int) -> Iterator[Finding]:
@@ -159,10 +189,19 @@ def findings_within(ledger: Ledger, found: Judgements, of_set: int) -> Iterator[
     of = "" if of_set == TRAINING else f"{SETS[of_set]}: "
     prefix = "" if of_set == TRAINING else f"{SETS[of_set]}_"
 
-    def of_pairs(name: str, places: np.ndarray, line: str, advice: str, doubtful: float, hurts: float) -> Finding:
+    def of_pairs(
+        name: str,
+        places: np.ndarray,
+        line: str,
+        advice: str,
+        doubtful: float,
+        hurts: float,
+        partners: np.ndarray | None = None,
+        word: str = "as",
+    ) -> Finding:
         count = len(places)
         level = level_of(count / total, doubtful, hurts)
-        rows = examples(ledger, found.rows[places])
+        rows = examples(ledger, found.rows[places], None if partners is None else found.rows[partners], word)
         return Finding(
             prefix + name,
             level,
@@ -173,13 +212,15 @@ def findings_within(ledger: Ledger, found: Judgements, of_set: int) -> Iterator[
             rows=rows,
         )
 
+    how = " (--drop_repetitions)" if of_set == TRAINING else ""
     yield of_pairs(
         "duplicates",
         found.repeated,
         "{} repeat a judgement that is already there, but for white space",
-        "each repetition weighs the pair once more: keep one, unless several people judged it",
+        f"each repetition weighs the pair once more: keep one{how}, unless several people judged it",
         0.01,
         0.05,
+        found.repeated_of,
     )
     yield of_pairs(
         "near_duplicates",
@@ -188,6 +229,8 @@ def findings_within(ledger: Ledger, found: Judgements, of_set: int) -> Iterator[
         "look at some; forms that are filled in, such as sums, look alike and are not",
         0.05,
         0.5,
+        found.near_repeated_of,
+        "like",
     )
     yield of_pairs(
         "contradictions",
@@ -196,6 +239,8 @@ def findings_within(ledger: Ledger, found: Judgements, of_set: int) -> Iterator[
         "keep the order that more judges gave, write the share of the votes as the probability, or leave both out",
         0.0,
         0.01,
+        found.contradicted_by,
+        "against",
     )
     circles = found.circle_count
     yield of_pairs(
@@ -219,7 +264,8 @@ def findings_within(ledger: Ledger, found: Judgements, of_set: int) -> Iterator[
 def findings_across(ledger: Ledger, train: Judgements, held: Judgements, near: Near) -> Iterator[Finding]:
     """What is in both sets."""
     prompts, sets = ledger.row_array("prompt"), ledger.row_array("set")
-    of_train, of_held = prompts[sets == TRAINING], np.flatnonzero(sets == EVALUATION)
+    trained, of_held = np.flatnonzero(sets == TRAINING), np.flatnonzero(sets == EVALUATION)
+    of_train = prompts[trained]
     if not len(of_held):
         return
     total = len(of_held)
@@ -231,9 +277,10 @@ def findings_across(ledger: Ledger, train: Judgements, held: Judgements, near: N
         "hold whole prompts out: a model that has seen the prompt is judged too well" if asked.any() else "",
         int(asked.sum()),
         total,
-        rows=examples(ledger, of_held[asked]),
+        rows=examples(ledger, of_held[asked], trained[first_of(prompts[of_held[asked]], of_train)]),
     )
-    like = np.isin(near.prompts(prompts[of_held]), near.prompts(of_train)) & ~asked
+    near_train, near_held = near.prompts(of_train), near.prompts(prompts[of_held])
+    like = np.isin(near_held, near_train) & ~asked
     yield Finding(
         "near_prompts_in_both",
         level_of(like.mean(), 0.01, 1.0),  # doubtful at most: they may be made from one form
@@ -241,7 +288,7 @@ def findings_across(ledger: Ledger, train: Judgements, held: Judgements, near: N
         "look at some; prompts made from one form look alike and are not" if like.any() else "",
         int(like.sum()),
         total,
-        rows=examples(ledger, of_held[like]),
+        rows=examples(ledger, of_held[like], trained[first_of(near_held[like], near_train)], "like"),
     )
     if not len(held.rows):
         return
@@ -253,7 +300,7 @@ def findings_across(ledger: Ledger, train: Judgements, held: Judgements, near: N
         "take them out of the training rows: what is measured on them is memory" if exact.any() else "",
         int(exact.sum()),
         len(exact),
-        rows=examples(ledger, held.rows[exact]),
+        rows=examples(ledger, held.rows[exact], train.rows[first_of(held.unordered[exact], train.unordered)]),
     )
     nearly = np.isin(held.unordered_near, train.unordered_near) & ~exact
     yield Finding(
@@ -263,5 +310,10 @@ def findings_across(ledger: Ledger, train: Judgements, held: Judgements, near: N
         "look at some, and take those that are the same out of the training rows" if nearly.any() else "",
         int(nearly.sum()),
         len(nearly),
-        rows=examples(ledger, held.rows[nearly]),
+        rows=examples(
+            ledger,
+            held.rows[nearly],
+            train.rows[first_of(held.unordered_near[nearly], train.unordered_near)],
+            "like",
+        ),
     )

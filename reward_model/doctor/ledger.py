@@ -186,6 +186,11 @@ class Ledger:
     def origin(self, row: int) -> str:
         return self.data.origin(self.of_row["source"][row], self.of_row["number"][row])
 
+    def beside(self, row: int, other: int) -> str:
+        """A row as it is called beside another one: by its number alone, if both are of one file."""
+        same = self.of_row["source"][row] == self.of_row["source"][other]
+        return f"row {self.of_row['number'][row]}" if same else self.origin(row)
+
 
 _KINDS = {"q": np.int64, "i": np.int32, "h": np.int16, "b": np.int8, "d": np.float64}
 

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from reward_model.common.words import counted
 from reward_model.doctor.examination import Examination
 from reward_model.doctor.findings import LEVELS
+from reward_model.doctor.strengths import MOST_SUSPICIOUS
 from reward_model.reporting import colors, html
 from reward_model.reporting.charts import Chart, Table
 from reward_model.reporting.html import Point, text
@@ -151,8 +153,11 @@ def _strengths(found: Examination) -> Iterator[str]:
 def _suspicious(found: Examination) -> Iterator[str]:
     if not found.suspicious:
         return
-    yield f'<section><h2 id="suspicious">The {len(found.suspicious)} most suspicious pairs</h2>'
-    yield '<p class="note">Those whose chosen answer the models doubt most, the lowest strength first.</p>'
+    yield f'<section><h2 id="suspicious">{counted(len(found.suspicious), "suspicious pair")}</h2>'
+    yield (
+        '<p class="note">Their strength is below 0: the models together prefer the rejected answer. The lowest first, '
+        f"{MOST_SUSPICIOUS} at most.</p>"
+    )
     most = TEXT_BYTES // (3 * len(found.suspicious))
     for place, row in enumerate(found.suspicious):
         yield pair(row | {"chosen_score": None, "rejected_score": None}, most, is_open=place == 0, gap=row["strength"])

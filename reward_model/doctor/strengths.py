@@ -79,9 +79,13 @@ class Strengths:
         )
 
     def suspicious(self) -> list[dict]:
-        """The pairs of the lowest strength with their texts, as the pages of reports have them."""
+        """The pairs whose strength is below 0, the lowest of them, with their texts, as the pages of reports have them.
+
+        Above 0 the models together agree with the label, so that such a pair is the lowest and not suspicious.
+        """
         found = []
-        for place, mean in zip(self.places[:MOST_SUSPICIOUS].tolist(), self.means.tolist()):
+        places = self.places[self.means < 0][:MOST_SUSPICIOUS]
+        for place, mean in zip(places.tolist(), self.means.tolist()):
             of_row = self.ledger.of_row
             number = self.ledger.of_pair["row"][place]
             source, index = of_row["source"][number], of_row["index"][number]

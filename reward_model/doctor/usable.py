@@ -6,7 +6,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
+from reward_model.common.errors import UserError
+from reward_model.common.logging import logger
 from reward_model.common.words import counted
 from reward_model.config.doctor import DoctorConfig
 from reward_model.data.chat_template import give_template
@@ -18,6 +23,8 @@ from reward_model.data.tokenizer import choose_special_tokens, load_tokenizer
 from reward_model.doctor.findings import Finding, level_of, part
 from reward_model.doctor.ledger import EXAMPLES, Ledger
 from reward_model.doctor.reading import SETS, TRAINING, BadOne, Row
+from reward_model.models.loading import is_reward_model, read_config
+from reward_model.models.pair_encoding import for_training
 
 BATCH = 256  # rows that are tokenized together
 
@@ -86,6 +93,23 @@ def findings_of_rows(ledger: Ledger) -> Iterator[Finding]:
         )
 
 
+def reads_pairs(config: DoctorConfig, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a training of the model that has this tokenizer would read prompt and answer as a pair of texts.
+
+    A tokenizer without a model is taken for a decoder's, which is said.
+    """
+    name = config.tokenizer or ""
+    try:
+        if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+            raise UserError("there is no config.json beside it")
+        model = read_config(name, config.trust_remote_code)
+    except UserError as error:
+        logger.warning(f"--tokenizer {name}: texts are joined, as for a decoder: {error}")
+        return False
+    is_trained = is_reward_model(name, model)
+    return for_training(None, name, model, tokenizer, config.chat, is_trained, None, config.trust_remote_code)
+
+
 @dataclass
 class Cuts:
     """What becomes of the training rows once a tokenizer has cut them. equal: on the left, as this trainer does.
@@ -109,7 +133,7 @@ class Cuts:
             give_template(self.tokenizer, self.config.chat_template)
         largest = max(self.tokenizer.get_vocab().values()) + 1
         special = choose_special_tokens(self.tokenizer, largest, fill=self.tokenizer.pad_token_id or 0)
-        self.how = Encoding(self.tokenizer, special)
+        self.how = Encoding(self.tokenizer, special, reads_pairs(self.config, self.tokenizer))
 
     def add(self, ledger: Ledger, row: Row | BadOne) -> None:
         """Take a row; those to evaluate on, and those that cannot be used, are left out."""
@@ -174,7 +198,8 @@ class Cuts:
         yield Finding(
             "cut",
             level_of(self.cut / max(1, total), 0.05, 0.5),
-            f"{part(self.cut, total, 'row')} lose the left of their prompt at {counted(limit, 'token')}",
+            f"{part(self.cut, total, 'row')} lose the left of their prompt at {counted(limit, 'token')}"
+            f"{', read as pairs' if self.how.pairs else ''}",
             "what was asked may be gone: give --max_seq_len more tokens" if self.cut else "",
             self.cut,
             total,

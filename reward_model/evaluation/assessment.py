@@ -93,6 +93,8 @@ def _calibration(gaps: np.ndarray, prompts: np.ndarray, seed: int, stored: float
     if fitted:
         found |= {
             "temperature": fitted.temperature,
+            "temperature_low": fitted.interval and fitted.interval[0],
+            "temperature_high": fitted.interval and fitted.interval[1],
             "fitted_on": len(gaps),
             "folds": 2,
             "tempered": fitted.tempered.to_json(),

@@ -12,9 +12,15 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from reward_model.common.words import counted
+from reward_model.evaluation.intervals import CONFIDENCE, LEAST_PROMPTS, by_prompt
+
 BINS = 10  # of the predicted probability
 BOUNDS = (1e-3, 1e3)  # of a temperature; one at a bound was not found
 LEAST_PAIRS = 20  # a temperature of fewer says nothing
+MOST_CHANGE = 0.05  # of a probability, if T is at an end of its interval: one bin of ten over [½, 1]
+STEEPEST = 0.2239  # the most that σ(x / T) changes by, for a change of log T by 1: max of x·σ(x)·σ(−x), at x = 1.543
+NO_TEMPERATURE = "each half of the prompts has to have 20 pairs, some of them wrong and most of them right"
 
 
 @dataclass(frozen=True)
@@ -100,10 +106,12 @@ def temperature_of(gaps: np.ndarray) -> float | None:
 class Tempered:
     """What a temperature does to the calibration of pairs that it was not fitted on.
 
-    temperature: of all pairs. raw, tempered: of every pair, each by the temperature of the other half of the prompts.
+    temperature: of all pairs. interval: of it; None where there are too few prompts. raw, tempered: of every pair,
+    each by the temperature of the other half of the prompts.
     """
 
     temperature: float
+    interval: tuple[float, float] | None
     raw: Calibration
     tempered: Calibration
 
@@ -122,4 +130,45 @@ def tempered(gaps: np.ndarray, prompts: np.ndarray, seed: int = 0) -> Tempered |
     if temperature is None or found[0] is None or found[1] is None:
         return None
     others = np.where(is_first, found[1], found[0])
-    return Tempered(temperature, calibration(gaps), calibration(gaps / others))
+    interval = interval_of(temperature, gaps, prompts)
+    return Tempered(temperature, interval, calibration(gaps), calibration(gaps / others))
+
+
+def interval_of(temperature: float, gaps: np.ndarray, prompts: np.ndarray) -> tuple[float, float] | None:
+    """Between which temperatures the best one of all such pairs lies, at ``CONFIDENCE``; None: too few prompts.
+
+    log T is where the mean of x·σ(−x), x = Δ/T, is 0, so that its variance is that of these sums over the prompts,
+    which are the independent draws, over the square of the slope Σ x²·σ(x)·σ(−x) (the sandwich, White 1982, theorem
+    3.2, with clusters). It is as good as its normal form: for few prompts the bootstrap's is wider still.
+
+    Args:
+        gaps: (p,), to which the temperature was fitted. prompts: the prompt of each, (p,).
+    """
+    from scipy.stats import norm
+
+    x = gaps.astype(np.float64) / temperature
+    wrong, right = (np.exp(-np.logaddexp(0.0, each)) for each in (x, -x))  # σ(−x), σ(x)
+    sums, _ = by_prompt(x * wrong, prompts)
+    slope, k = float(np.sum(x**2 * right * wrong)), len(sums)
+    if k < LEAST_PROMPTS or not slope:
+        return None
+    reach = norm.ppf((1 + CONFIDENCE) / 2) * np.sqrt(np.sum(sums**2) * k / (k - 1)) / slope
+    return float(temperature * np.exp(-reach)), float(temperature * np.exp(reach))
+
+
+def doubt_temperature(temperature: float, interval: tuple[float, float] | None, pairs: int) -> str:
+    """In a line that the pairs are too few for a temperature; empty: they are enough.
+
+    They are if, with T at either end of its interval, no probability σ(gap / T) differs by more than a bin of the
+    calibration error, 0.05: log T may be wrong by 0.05 / 0.2239, which is T by a quarter. As drawn by
+    σ(gap / T), it takes 600 pairs whose gaps have standard deviation T, and 300 with 2T.
+    """
+    if interval is None:
+        return f"a temperature of {counted(pairs, 'pair')} with fewer than {LEAST_PROMPTS} prompts: do not rely on it"
+    low, high = interval
+    if STEEPEST * np.log(high / temperature) <= MOST_CHANGE:
+        return ""
+    return (
+        f"a temperature of {counted(pairs, 'pair')} may as well be {low:.3g} or {high:.3g} (95 %), by which "
+        "probabilities differ by more than 0.05: more held-out pairs make it sure"
+    )

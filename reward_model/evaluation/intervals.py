@@ -42,7 +42,7 @@ def share(right: np.ndarray, prompts: np.ndarray, seed: int = 0) -> Share:
     """
     if not len(right):
         return Share(float("nan"), None, None, 0)
-    hits, sizes = _by_prompt(right, prompts)
+    hits, sizes = by_prompt(right, prompts)
     value = float(right.mean())
     if len(sizes) < LEAST_PROMPTS:
         return Share(value, None, None, len(right))
@@ -55,7 +55,7 @@ def share(right: np.ndarray, prompts: np.ndarray, seed: int = 0) -> Share:
     return Share(value, low, high, len(right))
 
 
-def _by_prompt(values: np.ndarray, prompts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def by_prompt(values: np.ndarray, prompts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The sum of the values of each prompt's pairs, and their number, (k,) each."""
     _, numbers = np.unique(prompts, return_inverse=True)
     return np.bincount(numbers, values), np.bincount(numbers).astype(np.float64)
@@ -118,7 +118,7 @@ def difference(one: np.ndarray, other: np.ndarray, prompts: np.ndarray, seed: in
     apart = only_one + only_other
     p_value = float(binomtest(only_one, apart).pvalue) if apart else 1.0
     gaps = one - other
-    sums, sizes = _by_prompt(gaps, prompts)
+    sums, sizes = by_prompt(gaps, prompts)
     low = high = None
     if len(sizes) >= LEAST_PROMPTS and np.ptp(gaps):
         low, high = _interval(sums, sizes, seed)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from reward_model.common.words import counted
+from reward_model.evaluation.calibration import NO_TEMPERATURE, doubt_temperature
 
 SUBSETS_SHOWN = 12
 
@@ -66,9 +67,24 @@ def _calibration(found: dict) -> Iterator[str]:
             what = f"σ(gap / {found['stored_temperature']:.3f}), as the model is saved"
         errors = f"error {of['ece']:.4f} (largest {of['mce']:.3f}), Brier {of['brier']:.4f}, loss {of['log_loss']:.4f}"
         yield _line("calibration" if name == "raw" else "", f"{errors}: {what}")
+        if name == "stored" and (doubt := _doubt_stored(found)):
+            yield _line("", f"as the model is saved: {doubt}")
     if "tempered" not in found:
-        what = "each half of the prompts has to have 20 pairs, some of them wrong and most of them right"
-        yield _line("", f"no temperature could be tried: {what}")
+        yield _line("", f"no temperature could be tried: {NO_TEMPERATURE}")
+        return
+    interval = None if found["temperature_low"] is None else (found["temperature_low"], found["temperature_high"])
+    if doubt := doubt_temperature(found["temperature"], interval, found["fitted_on"]):
+        yield _line("", doubt)
+
+
+def _doubt_stored(found: dict) -> str:
+    """Whether the temperature that a model was saved with is of too few pairs, as its config.json says of it."""
+    fit = found.get("stored_fit", {})
+    pairs, low, high = (fit.get(name) for name in ("pairs", "low", "high"))
+    if not isinstance(pairs, int):
+        return ""
+    is_known = all(isinstance(end, (int, float)) and end > 0 for end in (low, high))
+    return doubt_temperature(found["stored_temperature"], (low, high) if is_known else None, pairs)
 
 
 def _bounds(bounds: dict) -> Iterator[str]:

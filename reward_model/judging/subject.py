@@ -56,6 +56,7 @@ class Subject:
             config.chat_template,
             config.max_seq_len,
             config.trust_remote_code,
+            beta=config.beta,
         )
         preprocessing = PreprocessingConfig(
             max_seq_len=reading.max_seq_len,
@@ -105,6 +106,9 @@ class Subject:
         stored = self.config.temperature or self.scorer.temperature
         found: dict[str, Any] = {"model": self.name, "data": list(paths)} | ({"set": name} if name else {})
         found |= assess(judged, Responses(judged), self.config.seed, stored)
+        fit = getattr(self.scorer.scorer.config, "score_temperature_fit", None)
+        if "stored" in found.get("calibration", {}) and self.config.temperature is None and isinstance(fit, dict):
+            found["calibration"]["stored_fit"] = fit
         if len(judged):
             found["mistakes"] = mistakes(judged, self.scorer.tokenizer)
         return found

@@ -19,9 +19,12 @@ from reward_model.common.errors import UserError, first_line
 from reward_model.common.logging import logger
 from reward_model.common.remote_code import never_asking
 from reward_model.models.heads import find_weights, read_weights
+from reward_model.models.pair_encoding import is_encoder
 from reward_model.models.saved_forms import form_of
 from reward_model.models.scorer import Scorer, count, embedding_rows, head_layer
 
+FLAG = "--sft_weight"
+NO_DECODER = "only a decoder that is scored at its last token has a language-model head to keep"
 LOGITS = 2**24  # that are there at a time: 64 MiB of float32, and as much again for their gradient
 OTHER_NAMES = ("lm_head", "embed_out")  # in a checkpoint; Transformers 5 renames GPT-NeoX's as it loads it
 # fields of a config by which a model changes its logits, and the values at which it does not
@@ -66,35 +69,52 @@ def keep_language_head(scorer: Scorer, name_or_path: str, trains: bool, trust_re
         UserError: the model is no decoder that is scored at its last token, or it has no such head, or one that does
             more than a linear layer.
     """
-    flag = "--sft_weight"
     if scorer.pooling != "last":
-        raise UserError(f"{flag}: only a decoder that is scored at its last token has a language-model head to keep")
+        raise UserError(f"{FLAG}: {NO_DECODER}")
     with never_asking(trust_remote_code):
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
-        has_form = Path(name_or_path).is_dir() and form_of(Path(name_or_path))
-        if has_form or any(name.endswith("Classification") for name in config.architectures or []):
-            raise UserError(
-                f"{flag}: {name_or_path} is a reward model, which has lost its language-model head; start from a "
-                "pretrained language model"
-            )
-        name, is_tied = _output_of(config, name_or_path, trust_remote_code)
-    text = config.get_text_config()
-    for field, neutral in CHANGES.items():
-        if getattr(text, field, None) not in neutral:
-            raise UserError(
-                f"{flag}: {name_or_path} changes its logits by {field} {getattr(text, field)}, which is not done here; "
-                "leave the flag out"
-            )
+    name, is_tied = require_language_head(name_or_path, config, trust_remote_code)
     if is_tied:
         weight, bias = scorer.backbone.get_input_embeddings().weight, None
     else:
         weight, bias = _read(scorer, name_or_path, name, trains)
     width = head_layer(scorer).in_features
     if getattr(weight, "ds_shape", weight.shape)[1] != width:
-        raise UserError(f"{flag}: the language-model head of {name_or_path} does not fit its states ({width} units)")
+        raise UserError(f"{FLAG}: the language-model head of {name_or_path} does not fit its states ({width} units)")
     scorer.language_head = LanguageHead(weight, bias)
     what = "the input embedding" if is_tied else f"{count(weight):,} parameters{'' if trains else ', frozen'}"
     logger.info(f"language-model head: {name}, {what}; the saved model is without it")
+
+
+def require_language_head(name_or_path: str, config, trust_remote_code: bool = False) -> tuple[str, bool]:
+    """The name of a language model's last layer, and whether its weight is the input embedding's.
+
+    Of a model in a folder it looks into the headers of the weights, and of one of the hub at its configuration alone.
+
+    Raises:
+        UserError: the model is a reward model or an encoder, or has no such head, or one that does more than a linear
+            layer.
+    """
+    has_form = Path(name_or_path).is_dir() and form_of(Path(name_or_path))
+    if has_form or any(name.endswith("Classification") for name in config.architectures or []):
+        raise UserError(
+            f"{FLAG}: {name_or_path} is a reward model, which has lost its language-model head; start from a "
+            "pretrained language model"
+        )
+    if is_encoder(config, trust_remote_code):
+        raise UserError(f"{FLAG}: {NO_DECODER}, and {name_or_path} is an encoder; leave the flag out")
+    with never_asking(trust_remote_code):
+        name, is_tied = _output_of(config, name_or_path, trust_remote_code)
+    text = config.get_text_config()
+    for field, neutral in CHANGES.items():
+        if getattr(text, field, None) not in neutral:
+            raise UserError(
+                f"{FLAG}: {name_or_path} changes its logits by {field} {getattr(text, field)}, which is not done here; "
+                "leave the flag out"
+            )
+    if not is_tied and Path(name_or_path).is_dir():
+        _stored(name_or_path, name)
+    return name, is_tied
 
 
 def _output_of(config, name_or_path: str, trust_remote_code: bool) -> tuple[str, bool]:
@@ -114,20 +134,26 @@ def _output_of(config, name_or_path: str, trust_remote_code: bool) -> tuple[str,
             return name, is_tied or bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
     except Exception as error:  # whatever a class that is not made for this refuses with
         why = f": {first_line(error)}"
-    raise UserError(f"--sft_weight: {name_or_path} has no language-model head that is one linear layer{why}")
+    raise UserError(f"{FLAG}: {name_or_path} has no language-model head that is one linear layer{why}")
 
 
-def _read(scorer: Scorer, name_or_path: str, name: str, trains: bool) -> tuple[nn.Parameter, nn.Parameter | None]:
-    """The weight and the bias of a head of its own, with as many rows as the embedding has."""
+def _stored(name_or_path: str, name: str) -> dict[str, str]:
+    """``weight`` and, where there is one, ``bias`` of the head of a checkpoint, each with its name there."""
     found: dict[str, str] = {}
     for each in (name, *OTHER_NAMES):
         found = found or find_weights(name_or_path, [f"{each}.weight", f"{each}.bias"])
     stored = {name.rpartition(".")[2]: name for name in found.values()}
     if "weight" not in stored:
         raise UserError(
-            f"--sft_weight: {name_or_path} has no language-model head ({name}.weight); start from a language model "
-            "that was saved with it"
+            f"{FLAG}: {name_or_path} has no language-model head ({name}.weight); start from a language model that was "
+            "saved with it"
         )
+    return stored
+
+
+def _read(scorer: Scorer, name_or_path: str, name: str, trains: bool) -> tuple[nn.Parameter, nn.Parameter | None]:
+    """The weight and the bias of a head of its own, with as many rows as the embedding has."""
+    stored = _stored(name_or_path, name)
     tensors = read_weights(name_or_path, stored.values())
     dtype = head_layer(scorer).weight.dtype
     made: dict[str, nn.Parameter] = {}

@@ -155,6 +155,7 @@ OF_SCORES = (
     "score_mean",
     "score_std",
     "score_temperature",
+    "score_temperature_fit",
     "score_thresholds",
     "lowest_grade",
     "score_heads",

@@ -136,22 +136,30 @@ class Objective:
                 pairs = batch.pairs
                 each = self.pair_loss(batch, True, states)(heads[pairs.better], heads[pairs.worse])  # (p, K)
                 weights = pairs.weights * self.pair_weights(batch, states)
-                drawn = self.bootstrap.weights(pairs.identity, count)
+                drawn = self._drawn(pairs.identity, len(pairs.weights), count)
             elif name in LIST_FUNCTIONS:
                 lists = batch.lists
                 scores = heads[lists.responses].movedim(-1, 0).flatten(0, 1)  # (K·l, k), one head's lists after another
                 each = LIST_FUNCTIONS[name](scores, lists.ranks.repeat(count, 1))
                 each = each.reshape(count, len(lists.ranks)).T  # (l, K)
-                weights, drawn = lists.weights, self.bootstrap.weights(lists.identity, count)
+                weights, drawn = lists.weights, self._drawn(lists.identity, len(lists.weights), count)
             else:
                 points = batch.points
                 scores, targets = heads[points.responses].flatten(), points.targets.repeat_interleave(count)  # (t·K,)
                 each = self._of_points(scores, targets, thresholds).unflatten(0, (-1, count))
-                weights, drawn = points.weights, self.bootstrap.weights(points.identity, count)[points.rows]
+                weights, drawn = (
+                    points.weights,
+                    self._drawn(points.identity, len(points.row_weights), count)[points.rows],
+                )
             total = total + weight * (each * drawn * weights[:, None]).sum() / count
         if self.loss.score_penalty or self.loss.length_penalty:
             total = total + torch.stack([self.penalties(batch, own) for own in heads.unbind(-1)]).mean()
         return total
+
+    def _drawn(self, identity: torch.Tensor, rows: int, heads: int) -> torch.Tensor:
+        """How often each head has drawn each row, (rows, K); the batch has to say by what its rows are known."""
+        assert len(identity) == rows, "a batch of rows that are not identified"
+        return self.bootstrap.weights(identity, heads)
 
     def pair_losses(
         self,

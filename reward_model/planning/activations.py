@@ -23,6 +23,7 @@ from reward_model.common.remote_code import never_asking
 from reward_model.config.groups import ModelConfig
 from reward_model.models.loading import DTYPES
 from reward_model.models.lora import add_lora
+from reward_model.models.many_heads import Heads, set_heads
 from reward_model.models.quantization import quantizable, quantized_bytes, unpacked_bytes
 from reward_model.models.saved_forms import no_pooler, on_drop_in, set_dropout
 from reward_model.models.scorer import Scorer, head_layer, layers_of
@@ -60,6 +61,10 @@ class _Head(ValueHead):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return F.linear(hidden.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+
+
+class _Heads(Heads, _Head):
+    """Several heads there."""
 
 
 class Meter(TorchDispatchMode):
@@ -102,8 +107,11 @@ class _Elsewhere(torch.autograd.graph.saved_tensors_hooks):
         return torch.empty(shape, dtype=dtype, device=device)
 
 
-def build_on_meta(config: PretrainedConfig, options: ModelConfig, dtype: str) -> Scorer:
+def build_on_meta(config: PretrainedConfig, options: ModelConfig, dtype: str, anchored: bool = False) -> Scorer:
     """The scorer that :func:`reward_model.training.engine.build_scorer` would load, without its weights.
+
+    Args:
+        anchored: several heads keep the weights that they begin with, for ``--head_anchor``.
 
     Raises:
         UserError: Transformers cannot build it.
@@ -122,7 +130,11 @@ def build_on_meta(config: PretrainedConfig, options: ModelConfig, dtype: str) ->
                 scorer = Scorer(model, "last" if is_decoder else "classifier")
             else:
                 scorer = on_drop_in(model, options.pooling or "last")
-        head_layer(scorer).__class__ = _Head
+        layer = head_layer(scorer)
+        layer.__class__ = _Head
+        if options.heads > 1:
+            set_heads(scorer, layer.weight.new_empty(options.heads, layer.in_features), None, anchored)
+            layer.__class__ = _Heads
     except (ValueError, KeyError, TypeError, RuntimeError, NotImplementedError) as error:
         raise UserError(f"--model_name_or_path {options.model_name_or_path}: {why_not(error)}") from error
     scorer.backbone.set_attn_implementation(ATTENTION)
@@ -144,7 +156,8 @@ def passes(scorer: Scorer, rows: int, length: int) -> tuple[int, int]:
     ids = torch.zeros(rows, length, dtype=torch.int64, device=known[0].device)
     mask, at = torch.ones_like(ids), ids[:, 0] + length - 1
     with Meter([*known, ids, mask, at]) as meter:
-        scores = scorer(ids, mask, at)
+        found = scorer(ids, mask, at)
+        scores = found if scorer.heads == 1 else found[0]  # beside them those of every head, and how far these moved
         kept = meter.now
         scores.sum().backward()
     for hook in hooks:
@@ -223,6 +236,8 @@ def count_parameters(scorer: Scorer, bits: int | None = None) -> Counts:
     linear = quantizable(scorer, scorer.backbone).values() if bits else ()
     frozen = [layer for layer in linear if not layer.weight.requires_grad]
     own = [sum(p.numel() for p in module.parameters(recurse=False)) for module in scorer.modules()]
+    heads = sum(p.numel() for p in head_layer(scorer).parameters())
+    kept = [b for module in scorer.modules() if isinstance(module, Heads) for b in module.buffers(recurse=False)]
     return Counts(
         total=sum(p.numel() for p in scorer.parameters()),
         trained=sum(p.numel() for p in scorer.parameters() if p.requires_grad),
@@ -232,5 +247,7 @@ def count_parameters(scorer: Scorer, bits: int | None = None) -> Counts:
         layers=len(layers_of(scorer)),
         quantized=sum(layer.weight.numel() for layer in frozen),
         packed=sum(quantized_bytes(layer, bits) for layer in frozen if bits),
+        heads=heads if scorer.heads > 1 else 0,
+        initial=sum(buffer.numel() for buffer in kept),
         unpacked=max((unpacked_bytes(layer, bits) for layer in frozen if bits), default=0),
     )

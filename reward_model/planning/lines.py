@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 
 from reward_model.common.errors import UserError
+from reward_model.common.words import in_bytes
 from reward_model.config.options import RunConfig
 from reward_model.config.planning import PlanConfig
 from reward_model.models.loading import read_config
@@ -17,13 +18,17 @@ from reward_model.planning.activations import build_on_meta
 from reward_model.planning.model_states import (
     SETTINGS,
     Cluster,
+    Counts,
     Setting,
     deepspeed_estimate,
 )
 from reward_model.planning.plan import CONTEXT, FRAGMENTS, GIB, Estimate, Plan
 
 MOST_GPUS = 1024
-IN_THE_LINE = ("lora_dim", "lora_module_name", "lora_dropout", "lora_bits", "optim", "pooling", "dropout")
+IN_THE_LINE = (
+    *("lora_dim", "lora_module_name", "lora_dropout", "lora_bits", "optim", "pooling", "dropout"),
+    *("heads", "head_anchor"),
+)
 NOTES = f"""\
 GiB. GPU: the most at once, activations kept; ckpt: with --gradient_checkpointing. Model states and buckets as DeepSpeed
 0.19 holds them, activations for answers of full length that share no prompt, and an allowance of
@@ -133,7 +138,9 @@ def show(asked: PlanConfig, config: RunConfig) -> Generator[str, None, bool]:
     """The plan, line by line; whether anything fits."""
     cluster, pairs = cluster_of(asked), config.batches.per_device_train_batch_size
     name, dtype, per_node = config.model.model_name_or_path, config.engine.dtype, asked.gpus_per_node or 8
-    plan = Plan(build_on_meta(read_config(name, config.model.trust_remote_code), config.model, dtype), config)
+    anchored = config.loss.head_anchor > 0
+    found = read_config(name, config.model.trust_remote_code)
+    plan = Plan(build_on_meta(found, config.model, dtype, anchored), config)
     counts, bits = plan.counts, config.model.lora_bits
     in_bits = f", and {counts.quantized / counts.total:.0%} of the parameters in {bits} bits" if bits else ""
     yield (
@@ -141,6 +148,7 @@ def show(asked: PlanConfig, config: RunConfig) -> Generator[str, None, bool]:
         f"{counts.hidden}, {'all' if counts.trained == counts.total else f'{counts.trained:,} of them'} trained, "
         f"{dtype}{in_bits}"
     )
+    yield from of_heads(counts, config.model.heads, plan.width)
     host = f", {cluster.host_memory:g} GiB of host memory" if cluster.host_memory else ""
     nodes = f", nodes of {cluster.per_node}" if cluster.gpus > 1 else ""
     yield (
@@ -166,6 +174,21 @@ def show(asked: PlanConfig, config: RunConfig) -> Generator[str, None, bool]:
     yield from over_slow_links(plan, cluster, best)
     yield f"\nAt the top of the checkout, with your data:\n{launch_line(config, best, cluster, pairs)}"
     return True
+
+
+def of_heads(counts: Counts, heads: int, width: int) -> Iterator[str]:
+    """What several heads add; nothing for one.
+
+    Args:
+        width: bytes of a parameter.
+    """
+    if heads == 1:
+        return
+    kept = f"; --head_anchor keeps {in_bytes(width * counts.initial)} beside them on each GPU" if counts.initial else ""
+    yield (
+        f"{heads} heads: {counts.heads:,} of the parameters{kept}; the saved model has their mean, and "
+        f"{in_bytes(width * counts.heads)} of heads beside it"
+    )
 
 
 def parts(plan: Plan, best: Estimate, pairs: int) -> Iterator[str]:

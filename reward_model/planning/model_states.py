@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 DEFAULT_BUCKET = 500_000_000  # elements: DeepSpeed's reduce_bucket_size, and what stage 0 reduces at once
 # bytes: float32 twice; or 8 bits twice, with a float32 scale for 256 of each
@@ -43,6 +43,7 @@ SETTINGS = (
 class Counts:
     """Parameters of a model: all, those that train, and of the module that has most of its own.
 
+    heads: those of several score heads; 0: there is one. initial: the weights that ``--head_anchor`` keeps beside all.
     quantized: those in 4 or 8 bits. packed: the bytes of these. unpacked: bytes of one layer of them while it computes.
     """
 
@@ -55,6 +56,8 @@ class Counts:
     quantized: int = 0
     packed: int = 0
     unpacked: int = 0
+    heads: int = 0
+    initial: int = 0
 
     def weights(self, width: int) -> int:
         """Bytes of all parameters."""
@@ -100,6 +103,15 @@ def model_states(
     zero: dict,
     accumulates: bool = False,
     moments: float = MOMENTS["adamw_torch_fused"],
+) -> States:
+    """Bytes that DeepSpeed 0.19 holds for AdamW, as :func:`_of_parameters`, and what each GPU keeps whole beside it."""
+    found = _of_parameters(counts, setting, cluster, width, zero, accumulates, moments)
+    kept = width * counts.initial  # ZeRO divides parameters, and no buffers
+    return replace(found, resident=found.resident + kept, step=found.step + kept)
+
+
+def _of_parameters(
+    counts: Counts, setting: Setting, cluster: Cluster, width: int, zero: dict, accumulates: bool, moments: float
 ) -> States:
     """Bytes that DeepSpeed 0.19 holds for AdamW, as counted in runs.
 

@@ -134,7 +134,9 @@ class Assessed:
             before, after = (each.number("calibration", kind, "ece") for kind in ("raw", "tempered"))
             if math.isfinite(before) and math.isfinite(after):
                 of_it = "" if self.is_one else f"{each.label}: "
-                said.append(f"{of_it}{before:.3f} → {after:.3f} at temperature {temperature:.3g}")
+                low, high = (each.number("calibration", f"temperature_{end}") for end in ("low", "high"))
+                between = f" [{low:.3g}, {high:.3g}]" if math.isfinite(low + high) else ""
+                said.append(f"{of_it}{before:.3f} → {after:.3f} at temperature {temperature:.3g}{between}")
         if chart.is_empty:
             return chart
         ends = np.array([0.5, 1.0])
@@ -229,6 +231,17 @@ NUMBERS: dict[str, tuple[tuple[str, tuple[str, ...], str], ...]] = {
         ("correlation with targets (Spearman)", ("points", "spearman"), "number"),
         ("spread among answers held equal", ("specificity", "spread"), "number"),
         ("… as a share of all spread", ("specificity", "share"), "number"),
+    ),
+    "Several heads": (
+        ("heads", ("bounds", "heads"), "number"),
+        ("mean standard deviation of a score", ("bounds", "score_std"), "number"),
+        ("… of a gap", ("bounds", "gap_std"), "number"),
+        ("β of the bounds, gap ± β·std", ("bounds", "beta"), "number"),
+        ("lower bound too high by, on average", ("bounds", "lower_bound_error"), "number"),
+        ("… at most", ("bounds", "largest"), "number"),
+        ("share of pairs with both bounds on one side of 0", ("bounds", "sure"), "number"),
+        ("accuracy of these", ("bounds", "accuracy_sure"), "number"),
+        ("… of the others", ("bounds", "accuracy_unsure"), "number"),
     ),
     "Lists": (
         ("best of the list found", ("lists", "best_of"), "number"),

@@ -66,6 +66,7 @@ class Training:
             self.scores(),
             self.correlation(),
             self.calibration(),
+            self.heads(),
             self.by_step("learning_rate", "Learning rate", "rate", ""),
             self.by_step("grad_norm", "Gradient norm", "norm, before it is clipped", "0.[00]a", self.clipping()),
             self.throughput(),
@@ -176,6 +177,24 @@ class Training:
             self._evaluations(chart, held, *held.read("calibration_error"))
         chart.see(np.zeros(1))
         chart.ticks("0.[00]")
+        return chart
+
+    def heads(self) -> Chart:
+        """How far several heads are apart; empty: there is one."""
+        chart = Chart("Spread of the heads", "step", "standard deviation")
+        chart.caption = "Held out, means over pairs and answers: of the gaps by each head and, dashed, of the scores."
+        for held in self._held():
+            for name, what, dash in (("gap", "gaps", "solid"), ("score", "scores", "dashed")):
+                x, y = held.read(f"{name}_heads_std")
+                if not len(x):
+                    continue
+                label = f"{held.label}, {what}"
+                tooltips = [(label, "@y{0.000}"), ("step", "@x{0,0}")]
+                chart.line(x, y, label, held.color, dash=dash, tooltips=tooltips, is_alone=False)
+                chart.dots(x, y, label, held.color, size=4, hollow=name == "score")
+        if not chart.is_empty:
+            chart.tables.append(self._table_of_evaluations(("gap_heads_std", "score_heads_std")))
+            chart.see(np.zeros(1))
         return chart
 
     def clipping(self) -> float:

@@ -300,14 +300,20 @@ def _held_out(page: Page) -> Iterator[str]:
     yield f'<div class="{kind}">{"".join(f"<div>{part}</div>" for part in parts)}</div></section>\n'
 
 
+SPREAD = "standard deviation of the gap over the heads"
+OF_PARTS = {("by_subset",): "subset", ("by_margin",): "margin", ("bounds", "by_spread"): SPREAD}
+
+
 def _by_part(page: Page) -> Iterator[tuple[str, str]]:
     """What the accuracy is by, and the table."""
-    for key, what in (("by_subset", "subset"), ("by_margin", "margin")):
+    for key, what in OF_PARTS.items():
         parts: dict[str, dict[int, dict[str, Any]]] = {}  # name of a part → place of an assessment → its row
         for place, each in enumerate(page.assessments):
-            for row in each.rows(key):
+            for fifth, row in enumerate(each.rows(*key), 1):
                 name = str(row.get("subset") or "none")
-                if key == "by_margin":
+                if what == SPREAD and len(page.assessments) > 1:  # each model has its own
+                    name = f"fifth {fifth}"
+                elif what != "subset":
                     name = f"{edge(number(row.get('low')))} to {edge(number(row.get('high')))}".replace(
                         " ", "\N{NO-BREAK SPACE}"
                     )
@@ -318,7 +324,7 @@ def _by_part(page: Page) -> Iterator[tuple[str, str]]:
 
 def _table_of_parts(assessments: Sequence[Assessment], what: str, parts: dict[str, dict[int, dict[str, Any]]]) -> str:
     """A row for each part, with a point for each assessment, and its interval where the ends of one are given."""
-    ends = ("value",) if what == "margin" else ("value", "low", "high")  # a margin's low and high are its own
+    ends = ("value", "low", "high") if what == "subset" else ("value",)  # a margin's low and high are its own
     values = [number(row.get(end)) for part in parts.values() for row in part.values() for end in ends]
     lowest = min((value for value in values if math.isfinite(value)), default=0.0)
     first = min(max(math.floor(lowest * 10) / 10, 0.0), 0.9)

@@ -44,7 +44,7 @@ def serve(model: str, config: ServeConfig | None = None) -> bool:
     try:
         reward, reading = load_to_read(
             model, config.dtype, config.device, config.chat, config.chat_template, config.max_seq_len,
-            config.trust_remote_code,
+            config.trust_remote_code, beta=config.beta,
         )  # fmt: skip
         service = Service(model, reward, reading, config, key)
         host, port = listening.getsockname()[:2]

@@ -34,7 +34,7 @@ class Scoring:
         """Raises UserError: it does not load, or the attention that is wanted is not right for it."""
         reward, reading = load_to_read(
             model, config.dtype, config.device, config.chat, config.chat_template, config.max_seq_len,
-            config.trust_remote_code,
+            config.trust_remote_code, beta=config.beta,
         )  # fmt: skip
         if config.lines and reward.encoding.pairs:
             raise UserError(f"{model} reads pairs of prompt and answer, and --lines has whole texts: give rows")

@@ -43,7 +43,9 @@ class Scores(BaseModel):
     scores: list[float]
     raw: list[float] | None = None
     std: list[float] | None = Field(None, description="Over the score heads, of a model that has several.")
-    lower: list[float] | None = Field(None, description="Score less β times std; β is score_beta in config.json.")
+    lower: list[float] | None = Field(
+        None, description="Score less β times std; β is --beta, or score_beta in config.json."
+    )
     novelty: list[float] | None = Field(
         None, description="The share of held-out training texts that are less novel, of a model it was fitted to."
     )

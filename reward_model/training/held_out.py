@@ -13,7 +13,7 @@ from reward_model.common.files import write_whole
 from reward_model.common.logging import logger
 from reward_model.common.words import counted
 from reward_model.evaluation.assessment import FILE, Responses, assess, mistakes
-from reward_model.evaluation.calibration import tempered
+from reward_model.evaluation.calibration import NO_TEMPERATURE, doubt_temperature, tempered
 from reward_model.evaluation.judged import Judged
 from reward_model.training.trainer import Trainer
 
@@ -32,16 +32,21 @@ def keep_temperature(trainer: Trainer) -> None:
     gaps = saved_scale(trainer, judged).gaps
     found = tempered(gaps, judged.pair_prompts, trainer.settings.training.seed)
     if found is None:
+        logger.info(f"no temperature could be tried on {counted(len(gaps), 'held-out pair')}: {NO_TEMPERATURE}")
         return
     raw, fitted = found.raw, found.tempered
     if fitted.log_loss >= raw.log_loss:
         logger.info(f"calibration error {raw.ece:.4f}: no temperature is better on pairs that it was not fitted on")
         return
     config.score_temperature = found.temperature
+    low, high = found.interval or (None, None)
+    config.score_temperature_fit = {"pairs": len(gaps), "low": low, "high": high}
     logger.info(
         f"calibration error {raw.ece:.4f}, and {fitted.ece:.4f} with σ(gap / {found.temperature:.3f}), on pairs that a "
         f"temperature was not fitted on; that of all {counted(len(gaps), 'pair')} is score_temperature in config.json"
     )
+    if doubt := doubt_temperature(found.temperature, found.interval, len(gaps)):
+        logger.warning(f"score_temperature: {doubt}")
 
 
 def saved_scale(trainer: Trainer, judged: Judged) -> Judged:

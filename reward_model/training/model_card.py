@@ -263,7 +263,8 @@ def _scoring(name: str, files: Sequence[str], tokenizer: PreTrainedTokenizerBase
         parts.append(
             f"The score is the mean of {heads} heads, and so is the head in the weights. `heads/heads.safetensors` has "
             "all of them, by which `reward-model score` and `serve` give the standard deviation u of each score, and "
-            f"`lower`, r − β·u with β = {trained.scale.get('score_beta', 1.0):g} (`score_beta` in `config.json`)."
+            f"`lower`, r − β·u with β = {trained.scale.get('score_beta', 1.0):g} (`score_beta` in `config.json`), "
+            "or with that of `--beta`."
         )
     if "score_thresholds" in trained.scale:
         parts.append("`reward.grades(scores)` gives the grades that the model was trained on.")

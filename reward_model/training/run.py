@@ -41,6 +41,7 @@ from reward_model.models.forward import ForwardPass
 from reward_model.models.loading import DTYPES, is_reward_model, read_config
 from reward_model.models.many_heads import tell_heads
 from reward_model.models.scorer import Scorer
+from reward_model.models.term_needs import require_what_terms_need
 from reward_model.objectives.losses import Thresholds
 from reward_model.objectives.objective import Objective
 from reward_model.reporting.report import FILE as REPORT
@@ -122,6 +123,7 @@ def run_in(folder: Path | None, config: RunConfig, context: DistributedContext, 
     settings = resolve(config, default_dtype, context.world_size, text.hidden_size, text.vocab_size, on_gpu)
     distributed.require_dtype(settings.engine.dtype)
     distributed.require_zero(settings.deepspeed.zero, settings.engine.nvme_path)
+    require_what_terms_need(settings.loss, settings.model, model_config)
     asks_hub = settings.output.push_to_hub and context.is_first
     if problem := distributed.first_text(hub.hindrance(settings.output) if asks_hub else ""):
         raise UserError(problem)
@@ -231,7 +233,8 @@ def prepare(
         scorer.thresholds = Thresholds(thresholds, dtype)
     scorer.keeps_states = settings.loss.reads_states
     eval_batch = settings.evaluation.per_device_eval_batch_size
-    planner = Planner(settings.batches, eval_batch, seed, context, objective.by_row)
+    draws = settings.model.heads > 1
+    planner = Planner(settings.batches, eval_batch, seed, context, objective.by_row, draws)
     most = settings.evaluation.eval_iters * eval_batch * context.data_size
     train = data.train, planner.training_groups(data.train)
     held_out = {name: (rows, planner.evaluation_groups(rows, most)) for name, rows in data.evaluation.items()}

@@ -72,7 +72,8 @@ class Model:
         self.forward.use((ON_CUDA if device.type == "cuda" else ON_CPU)[0])
         self.objective = Objective(resolve_loss(LossConfig()))
         self.optimizer = torch.optim.AdamW(self.scorer.parameters(), lr=1e-5, fused=True)
-        self.batches = [collate(batch, self.forward.layout).to(device) for batch in rows(options.pairs, options.tokens)]
+        made = rows(options.pairs, options.tokens)
+        self.batches = [collate(batch, self.forward.layout, identified=heads > 1).to(device) for batch in made]
 
     def step(self, number: int) -> float:
         """Seconds of a step."""
