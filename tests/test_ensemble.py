@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """reward-model ensemble: rows come back with what several models make of them, whoever scores which part and whenever.
 
-The reference is the score of each text alone, by each model.
+The reference is the score of each text alone, by each model and, where it has several, by each head.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 
+import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -30,7 +31,7 @@ from reward_model.inference import load
 from reward_model.serving import ensemble as module
 from reward_model.serving.ensemble import BLOCK, Judge, Notes, Scoring, notes_in_words, parts_of, require_free
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "own_cache")
 
 WORDS = ["cat", "mat", "fish", "there", "sat", "other", "eats", "where"]
 
@@ -111,6 +112,54 @@ def test_rows_come_back_with_strengths(models, tmp_path):
     assert found[0]["strength_std"] > 1e-4  # the models differ
 
 
+# --- several heads: each is a vote, and a model weighs as much as any other ---
+
+
+@pytest.fixture(scope="module")
+def with_heads(tmp_path_factory):
+    return str(save(tmp_path_factory.mktemp("heads"), seed=7, heads=3))
+
+
+def by_heads(model, rows):
+    """r(chosen) − r(rejected) of each row by each head, a text at a time."""
+    reward = load(model)
+    found = []
+    for row in rows:
+        (texts,) = reward.rows([row["prompt"]], [[row["chosen"], row["rejected"]]])
+        chosen, rejected = (reward._columns_of_texts([texts.text(side)])[0, 1:].tolist() for side in (0, 1))
+        found.append([c - r for c, r in zip(chosen, rejected)])
+    return found
+
+
+def test_each_head_of_one_model_is_a_vote(with_heads, tmp_path, capfd):
+    rows = [row_of(i) for i in range(9)]
+    summary, found = judged([with_heads], write_rows(tmp_path / "rows.jsonl", rows))
+    for row, votes in zip(found, by_heads(with_heads, rows)):
+        assert [row[name] for name in COLUMNS[:3]] == pytest.approx(list(strength_of_differences(votes)), abs=1e-5)
+        assert row["strength_models"] == 1
+    assert found[0]["strength_std"] > 1e-3
+    assert summary["models"][0]["heads"] == 3
+    assert "one model: strength_std" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("scale", ["none", "std"])
+def test_a_model_with_heads_weighs_as_much_as_one_without(models, with_heads, tmp_path, monkeypatch, scale):
+    """Also in blocks that three files of numbers of other widths hold, and where a block is short."""
+    monkeypatch.setattr(module, "BLOCK", 4)
+    rows = [row_of(i) for i in range(9)]
+    _, found = judged([with_heads, models[0]], write_rows(tmp_path / "rows.jsonl", rows), scale=scale)
+    of_heads, single = by_heads(with_heads, rows), differences(models[0], rows)
+    scales = [1.0, 1.0]
+    if scale == "std":
+        scales = [math.sqrt(np.mean(np.square(each))) for each in (np.mean(of_heads, 1), single)]
+    for row, votes, alone in zip(found, of_heads, single):
+        votes, alone = [vote / scales[0] for vote in votes], alone / scales[1]
+        mean = (sum(votes) / 3 + alone) / 2
+        variance = (sum((vote - mean) ** 2 for vote in votes) / 3 + (alone - mean) ** 2) / 2
+        agree = (sum(vote > 0 for vote in votes) / 3 + (alone > 0)) / 2
+        assert [row[name] for name in COLUMNS] == pytest.approx([mean, math.sqrt(variance), agree, 2], abs=1e-4)
+
+
 @pytest.mark.parametrize("scale", ["std", "temperature"])
 def test_models_of_other_scales(models, tmp_path, scale):
     rows = [row_of(i) for i in range(8)]
@@ -151,7 +200,11 @@ def test_prompts_that_are_cut_are_counted(models, tmp_path, capfd):
 
 
 def test_what_all_ranks_left_out_is_told_together():
-    notes = [Notes(1.0, 2, {"a": (3, 9)}), Notes(1.0, 1, {"a": (1, 4), "b": (1, 7)}), Notes(1.0, 0, {})]
+    notes = [
+        Notes(1.0, 1, 2, {"a": (3, 8, "row 9")}),
+        Notes(1.0, 1, 1, {"a": (1, 3, "row 4"), "b": (1, 6, "row 7")}),
+        Notes(1.0, 1, 0, {}),
+    ]
     assert list(notes_in_words(notes)) == [
         "the prompts of 3 rows lost their left, to fit the longest text (--max_seq_len)",
         "4 rows not judged, row 4 the first of them: a",
@@ -174,6 +227,125 @@ def test_layouts_and_parquet(models, tmp_path):
     assert [row["strength_mean"] for row in found] == pytest.approx(differences(models[0], rows), abs=1e-5)
 
 
+# --- the data, as training takes them ---
+
+
+def parts_in(tmp_path):
+    """Rows in several places: 0 to 4, 10 to 13, 20 to 22."""
+    (tmp_path / "folder").mkdir()
+    for name, numbers in (("a.jsonl", range(5)), ("folder/train.jsonl", range(10, 14)), ("folder/test.jsonl", [20])):
+        write_rows(tmp_path / name, [row_of(i) for i in numbers])
+    table = datasets.Dataset.from_list([row_of(i) for i in range(30, 33)])
+    datasets.DatasetDict(train=table, test=table.select([1])).save_to_disk(tmp_path / "saved")
+
+
+FORMS_OF_DATA = [
+    (["a.jsonl"], {}, [0, 1, 2, 3, 4]),
+    (["folder"], {}, [10, 11, 12, 13]),
+    (["folder"], {"split": "test"}, [20]),
+    (["saved"], {}, [30, 31, 32]),
+    (["saved"], {"split": "test"}, [31]),
+    (["a.jsonl", "folder", "saved"], {}, [*range(5), *range(10, 14), *range(30, 33)]),
+    (["owner/name"], {"split": "train_prefs"}, [40, 41]),
+    (["owner/name", "a.jsonl:1.0"], {"split": "test_prefs"}, [42, *range(5)]),
+]
+
+
+@pytest.mark.parametrize("entries, flags, expected", FORMS_OF_DATA)
+def test_data_are_read_as_training_reads_them(entries, flags, expected, tmp_path, monkeypatch):
+    parts_in(tmp_path)
+    hub = {"train_prefs": [40, 41], "test_prefs": [42]}
+    hub = datasets.DatasetDict({n: datasets.Dataset.from_list([row_of(i) for i in of]) for n, of in hub.items()})
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: {"owner/name": hub}[name])
+    entries = [entry if entry == "owner/name" else str(tmp_path / entry) for entry in entries]
+    rows = module.rows_of(EnsembleConfig(data=entries, output=str(tmp_path / "o.jsonl"), **flags))
+    assert [stored.columns() for stored in rows] == [row_of(i) for i in expected]
+    assert len(rows) == len(expected)
+    for first in range(len(rows)):
+        for last in range(first, len(rows) + 1):
+            assert [each.columns()["id"] for each in rows.part(first, last)] == expected[first:last]
+
+
+def test_a_part_of_a_file_is_drawn_by_the_seed(tmp_path):
+    parts_in(tmp_path)
+
+    def drawn(seed):
+        config = EnsembleConfig(data=f"{tmp_path / 'a.jsonl'}:2", output=str(tmp_path / "o.jsonl"), seed=seed)
+        return [stored.columns()["id"] for stored in module.rows_of(config)]
+
+    assert all(len(drawn(seed)) == 2 for seed in range(4))
+    assert drawn(0) == drawn(0)
+    assert len({tuple(drawn(seed)) for seed in range(8)}) > 1
+
+
+def test_several_places_are_judged_as_one(models, tmp_path, capfd):
+    parts_in(tmp_path)
+    write_rows(tmp_path / "b.jsonl", [row_of(50), {"prompt": "the cat", "chosen": " sat", "rejected": None}])
+    config = {"output": str(tmp_path / "o.jsonl"), "attention": "separate", "device": "cpu"}
+    data = [str(tmp_path / name) for name in ("b.jsonl", "saved", "folder")]
+    reward_model.ensemble(models, EnsembleConfig(data=data, **config))
+    found = rows_in(tmp_path / "o.jsonl")
+    assert [row.get("id") for row in found] == [50, None, *range(30, 33), *range(10, 14)]
+    expected = [row_of(row["id"]) for row in found if "id" in row]
+    means = np.mean([differences(model, expected) for model in models], 0)
+    assert [row["strength_mean"] for row in found if "id" in row] == pytest.approx(means.tolist(), abs=1e-5)
+    said = capfd.readouterr().out
+    assert "1 row not judged, b.jsonl, row 2 the first of them: rejected is missing" in said
+    assert "test.jsonl: rows to evaluate on, which are left out; --split takes another split" in said
+
+
+def test_other_rows_are_other_data(tmp_path):
+    """Whatever the files are called, and whenever they were written."""
+    parts_in(tmp_path)
+
+    def sha256(*names):
+        data = [str(tmp_path / name) for name in names]
+        return module.identity_of(module.rows_of(EnsembleConfig(data=data, output=str(tmp_path / "o.jsonl"))))
+
+    whole = sha256("a.jsonl", "folder")
+    assert whole["rows"] == 9
+    assert sha256("folder", "a.jsonl") != whole
+    (tmp_path / "a.jsonl").rename(tmp_path / "c.jsonl")
+    assert sha256("c.jsonl", "folder") == whole
+    write_rows(tmp_path / "folder" / "train.jsonl", [row_of(i) for i in (10, 11, 12, 14)])
+    assert sha256("c.jsonl", "folder") != whole
+    saved = sha256("saved")
+    table = datasets.Dataset.from_list([row_of(i) for i in (30, 31, 33)])
+    datasets.DatasetDict(train=table).save_to_disk(tmp_path / "again")
+    assert sha256("again") != saved
+    table = datasets.Dataset.from_list([row_of(i) for i in (30, 31, 32)])
+    datasets.DatasetDict(train=table).save_to_disk(tmp_path / "same")
+    assert sha256("same") == saved
+
+
+OTHER_ROWS = [{"prompt": "the cat", "response_a": " sat", "response_b": " ate", "winner": "model_a"}]
+REFUSED_DATA = [
+    ({"data": ["a.jsonl", "other.jsonl"]}, "several layouts, and a file has one"),
+    ({"data": ["folder"], "output": None}, "give --output: the data are not one file"),
+    ({"data": ["a.jsonl", "folder"], "output": None}, "give --output: the data are not one file"),
+    ({"data": ["folder"], "output": "folder/judged.jsonl"}, "lies in .*folder, and would be of the data"),
+    ({"data": ["a.jsonl"], "split": "test"}, "--split test: .*a.jsonl is one file, which has no splits"),
+    ({"data": ["saved"], "split": "dev"}, "has no split named dev, only train, test"),
+    ({"data": ["gone.jsonl"]}, "gone.jsonl: no such file or folder"),
+    ({"data": ["Dahoas/synthetic-instruct-gptj-pairwise/a.jsonl"]},
+     "o.jsonl: its rows would be read in another way than those of .*; let its path have Dahoas/synthetic-"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("flags, said", REFUSED_DATA)
+def test_data_that_cannot_be_read_or_written_back(flags, said, tmp_path):
+    parts_in(tmp_path)
+    write_rows(tmp_path / "other.jsonl", OTHER_ROWS)
+    known = tmp_path / "Dahoas" / "synthetic-instruct-gptj-pairwise"
+    known.mkdir(parents=True)
+    write_rows(known / "a.jsonl", [row_of(0)])
+    flags = {"output": "o.jsonl"} | flags
+    flags["data"] = [str(tmp_path / name) for name in flags["data"]]
+    flags["output"] = flags["output"] and str(tmp_path / flags["output"])
+    with pytest.raises(UserError, match=said):
+        module.rows_of(EnsembleConfig(**flags))
+
+
 class Killed(Exception):
     """In place of a signal."""
 
@@ -186,11 +358,11 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(models, tmp_path, monkey
     scored = []
     original = Scoring._differences
 
-    def until(self, start, block, source):
+    def until(self, start, block):
         scored.append((self.judge.model, start))
         if len(scored) == 5:  # in the second model's second block
             raise Killed
-        return original(self, start, block, source)
+        return original(self, start, block)
 
     monkeypatch.setattr(Scoring, "_differences", until)
     with pytest.raises(Killed):
@@ -218,13 +390,13 @@ def test_ranks_take_turns_and_the_parts_come_together(models, tmp_path, monkeypa
     data = write_rows(tmp_path / "rows.jsonl", [row_of(i) for i in range(23)])
     _, whole = judged(models, data, output=str(tmp_path / "out.jsonl"))
     config = EnsembleConfig(data=str(data), output=str(tmp_path / "three.jsonl"), attention="separate", device="cpu")
-    parts = parts_of(tmp_path / "three.jsonl")
+    parts, rows = parts_of(tmp_path / "three.jsonl"), module.rows_of(config)
     parts.mkdir()
     for number, model in enumerate(models):
         for rank in range(3):
             context = DistributedContext(rank, 3, torch.device("cpu"))
-            Scoring.load(Judge(model), config, context).run(parts, number, {})
-    module.write([Judge(model) for model in models], [1.0, 1.0], config, 3)
+            Scoring.load(Judge(model), config, context).run(parts, number, {}, lambda chat: rows)
+    module.write([Judge(model) for model in models], [Notes(1.0, 1, 0, {})] * 2, config, rows, 3)
     assert rows_in(tmp_path / "three.jsonl") == whole
 
 
@@ -248,7 +420,6 @@ REFUSED = [
     ({"output": "judged.json"}, "JSON lines"),
     ({"output": "rows.jsonl"}, "is the data"),
     ({"output": "taken.jsonl"}, "is there"),
-    ({"data": "gone.jsonl"}, "no such file"),
     ({"data": None}, "give --data"),
 ]
 

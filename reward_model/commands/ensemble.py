@@ -27,8 +27,8 @@ def main(arguments: list[str]) -> int:
     parser = build_parser(
         [EnsembleConfig],
         prog="reward-model ensemble",
-        usage="%(prog)s MODEL [MODEL …] --data FILE [FLAG [VALUE …] …]\n"
-        "       %(prog)s --folds K --data FILE [FLAG [VALUE …] …] -- FLAGS OF THE TRAINING",
+        usage="%(prog)s MODEL [MODEL …] --data PATH … [FLAG [VALUE …] …]\n"
+        "       %(prog)s --folds K --data PATH … [FLAG [VALUE …] …] -- FLAGS OF THE TRAINING",
         description="Let several models judge pairs, and write the rows as JSON lines with strength_mean (of chosen "
         "minus rejected), strength_std, strength_agree (the share that prefers chosen) and strength_models.",
         epilog="example: reward-model ensemble one two three --data train.jsonl --output judged.jsonl",
