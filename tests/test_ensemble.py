@@ -7,6 +7,7 @@ The reference is the score of each text alone, by each model and, where it has s
 import contextlib
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -24,7 +25,9 @@ from saved import save
 import reward_model
 from reward_model.__main__ import main
 from reward_model.commands.folds import HELD_OUT, MODEL, TRAIN, WORK, deal, training_of
+from reward_model.common import processes
 from reward_model.common.errors import UserError
+from reward_model.common.words import counted
 from reward_model.config.ensemble import EnsembleConfig
 from reward_model.data.strengths import COLUMNS, strength_of_differences
 from reward_model.inference import load
@@ -550,16 +553,104 @@ def test_no_model_of_a_fold_has_seen_the_rows_it_judges(demo, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2])
-def test_two_ranks_give_what_one_gives(models, tmp_path, processes):
-    data = write_rows(tmp_path / "rows.jsonl", [row_of(i) for i in range(2 * BLOCK + 40)])
-    flags = ["--data", str(data), "--device", "cpu", "--attention", "separate"]
-    environment = runs.environment(OMP_NUM_THREADS="1", RANK=None, WORLD_SIZE=None, LOCAL_RANK=None)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    for words, name in (([sys.executable], "one"), (launcher, "two")):
-        command = [*words, "-m", "reward_model", "ensemble", *models, *flags]
-        done = subprocess.run(
-            [*command, "--output", str(tmp_path / f"{name}.jsonl")], env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-    assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "two.jsonl").read_bytes()
+def test_folds_train_in_several_processes(demo, tmp_path):
+    """By torchrun, with several heads and from a folder; each head of the model of a fold is a vote."""
+    (tmp_path / "data").mkdir()
+    rows = rows_in(demo / "data" / "train.jsonl")[:64]
+    write_rows(tmp_path / "data" / "train.jsonl", rows[:40])
+    write_rows(tmp_path / "more.jsonl", rows[40:])
+    output = tmp_path / "judged.jsonl"
+    words = ["--folds", "2", "--processes", "2", "--data", str(tmp_path / "data"), str(tmp_path / "more.jsonl")]
+    training = ["--model_name_or_path", str(demo / "model"), *FEW, "--data_output_path", str(tmp_path / "cache")]
+    done = subprocess.run(
+        [sys.executable, "-m", "reward_model", "ensemble", *words, "--output", str(output), "--json", "--", *training,
+         "--heads", "3"],
+        env=runs.environment(HF_HUB_OFFLINE="1", RANK=None, WORLD_SIZE=None, LOCAL_RANK=None),
+        capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary, found = json.loads(done.stdout), rows_in(output)
+    assert [{name: row[name] for name in rows[0]} for row in found] == rows
+    assert {row["strength_models"] for row in found} == {1}
+    assert min(row["strength_std"] for row in found) > 0
+    assert [each["heads"] for each in summary["models"]] == [3, 3]
+    work = output.with_name(output.name + WORK) / "repeat-0"
+    for fold in sorted(work.iterdir()):
+        run = json.loads((fold / MODEL / "run.json").read_text())
+        assert run["world_size"] == 2
+        (judged_row,) = rows_in(fold / HELD_OUT)[:1]
+        votes = by_heads(str(fold / MODEL), [judged_row])[0]
+        assert found[rows.index(judged_row)]["strength_mean"] == pytest.approx(np.mean(votes), abs=1e-4)
+
+
+LAUNCHED = runs.environment(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", RANK=None, WORLD_SIZE=None, LOCAL_RANK=None)
+
+
+def ensemble_words(ranks):
+    """The beginning of a command line."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    return [sys.executable, *(launcher if ranks > 1 else []), "-m", "reward_model", "ensemble"]
+
+
+def ranks_of(launcher):
+    """The processes that it has started."""
+    found = {number: processes.stat(number) for number in processes.numbers()}
+    return [processes.named(number) for number, said in found.items() if said and said[1] == launcher.pid]
+
+
+def until(reached, seconds=300):
+    started = time.monotonic()
+    while not reached():
+        assert time.monotonic() - started < seconds
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_killed_ranks_are_gone_on_with_to_the_byte(models, with_heads, tmp_path):
+    """SIGKILL of the launcher in the middle of the first model, then of all in the second; one rank is the reference.
+
+    The ranks that have lost their launcher end by themselves: they would go on writing beside those of --resume.
+    """
+    rows = [row_of(i) for i in range(8 * BLOCK + 40)]
+    (tmp_path / "folder").mkdir()
+    write_rows(tmp_path / "folder" / "train.jsonl", rows[: 3 * BLOCK + 7])
+    datasets.Dataset.from_list(rows[3 * BLOCK + 7 :]).save_to_disk(tmp_path / "saved")
+    data = [str(tmp_path / "folder"), str(tmp_path / "saved")]
+
+    def command(ranks, name):
+        flags = ["--data", *data, "--device", "cpu", "--attention", "separate", "--output", str(tmp_path / name)]
+        return [*ensemble_words(ranks), with_heads, models[0], *flags]
+
+    whole = subprocess.run(command(1, "whole.jsonl"), env=LAUNCHED, capture_output=True, text=True)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    output = tmp_path / "out.jsonl"
+
+    def written(model):
+        """Numbers of a model by each rank."""
+        paths = (parts_of(output) / f"differences-{model:03}-{rank:03}.f64" for rank in (0, 1))
+        return [path.stat().st_size // 8 if path.exists() else 0 for path in paths]
+
+    def killed(model, *more, ranks_too):
+        """A run that is killed as soon as there is more of a model."""
+        before = sum(written(model))
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        with subprocess.Popen([*command(2, "out.jsonl"), *more], env=LAUNCHED, **quiet) as process:
+            until(lambda: sum(written(model)) > before or process.poll() is not None)
+            ranks = ranks_of(process)
+            for number in (process.pid, *([rank.number for rank in ranks] if ranks_too else [])):
+                os.kill(number, signal.SIGKILL)
+        assert process.returncode == -signal.SIGKILL and len(ranks) == 2
+        until(lambda: not any(rank.is_there() for rank in ranks), 30)
+        assert not output.exists()
+
+    killed(0, ranks_too=False)
+    assert 0 < sum(written(0)) < 3 * len(rows) and not sum(written(1))
+    killed(1, "--resume", ranks_too=True)
+    assert sum(written(0)) == 3 * len(rows) and 0 < sum(written(1)) < len(rows)
+    left = written(1)[0] // BLOCK * BLOCK
+    done = subprocess.run([*command(2, "out.jsonl"), "--resume"], env=LAUNCHED, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = f"differences-001-000.f64: goes on after {counted(left, 'row')}"  # the first rank speaks
+    assert (said in done.stdout + done.stderr) == (left > 0)
+    assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert not parts_of(output).exists()
