@@ -14,6 +14,7 @@ import sys
 import time
 
 import datasets
+import filelock
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -27,6 +28,7 @@ from reward_model.__main__ import main
 from reward_model.commands.folds import HELD_OUT, MODEL, TRAIN, WORK, deal, training_of
 from reward_model.common import processes
 from reward_model.common.errors import UserError
+from reward_model.common.locking import LOCK
 from reward_model.common.words import counted
 from reward_model.config.ensemble import EnsembleConfig
 from reward_model.data.strengths import COLUMNS, strength_of_differences
@@ -453,6 +455,15 @@ def test_a_model_that_is_not_there_is_said_before_any_judges(models, tmp_path):
     with pytest.raises(UserError, match="nope: no such folder"):
         reward_model.ensemble([models[0], "nope"], EnsembleConfig(data=str(data)))
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("rows")) == ["rows.jsonl"]
+
+
+def test_two_runs_do_not_write_to_one_place(models, tmp_path):
+    data = write_rows(tmp_path / "rows.jsonl", [row_of(0)])
+    parts = parts_of(tmp_path / "out.jsonl")
+    parts.mkdir()
+    with filelock.FileLock(parts / LOCK), pytest.raises(UserError, match="another run is writing there"):
+        judged(models, data, resume=True)
+    judged(models, data, resume=True)
 
 
 @pytest.mark.parametrize("words, said", COMMANDS)

@@ -31,6 +31,7 @@ from reward_model.common import distributed
 from reward_model.common.distributed import DistributedContext, join, prepare_environment
 from reward_model.common.errors import UserError
 from reward_model.common.files import flush_folder, remove_folder, write_whole
+from reward_model.common.locking import locked
 from reward_model.common.logging import logger
 from reward_model.common.progress import progress
 from reward_model.common.words import counted
@@ -157,23 +158,20 @@ def judge_with(judges: Sequence[Judge], config: EnsembleConfig, context: Distrib
     read = cache(lambda chat: rows_of(config, chat))  # as some models read rows, and as others do
     rows = read(False)
     distributed.from_first(None)  # all have seen that the output is free before the first makes the folder
-    try:
-        parts.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {output}: {error.strerror}") from error
-    given = distributed.from_first(identity_of(rows) if context.is_first else None)
-    found = []
-    for number, judge in enumerate(judges):
-        logger.info(f"{judge.model}: model {number + 1} of {len(judges)}")
-        scoring = Scoring.load(judge, config, context)
-        if len(judges) == 1 and scoring.heads == 1:
-            logger.warning("one model: strength_std is 0, and strength_agree 0 or 1")
-        found.append(scoring.run(parts, number, given, read))
-    of_ranks = distributed.gather_objects(found)  # and all files are whole
-    for number, judge in enumerate(judges):
-        for line in notes_in_words([notes[number] for notes in of_ranks]):
-            logger.warning(f"{judge.model}: {line}")
-    return write(judges, found, config, rows, context.world_size) if context.is_first else {}
+    with locked(parts, context, f"--output {output}"):
+        given = distributed.from_first(identity_of(rows) if context.is_first else None)
+        found = []
+        for number, judge in enumerate(judges):
+            logger.info(f"{judge.model}: model {number + 1} of {len(judges)}")
+            scoring = Scoring.load(judge, config, context)
+            if len(judges) == 1 and scoring.heads == 1:
+                logger.warning("one model: strength_std is 0, and strength_agree 0 or 1")
+            found.append(scoring.run(parts, number, given, read))
+        of_ranks = distributed.gather_objects(found)  # and all files are whole
+        for number, judge in enumerate(judges):
+            for line in notes_in_words([notes[number] for notes in of_ranks]):
+                logger.warning(f"{judge.model}: {line}")
+        return write(judges, found, config, rows, context.world_size) if context.is_first else {}
 
 
 class Notes(NamedTuple):

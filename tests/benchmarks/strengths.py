@@ -2,7 +2,8 @@
 """What ``reward-model ensemble`` takes for many rows: time, and the memory of the process as it gets on.
 
 python strengths.py                       two tiny models on 20,000 and 100,000 pairs of a few words
-python strengths.py --rows 1000000 --heads 1 4
+python strengths.py --rows 1000000 --stand_in   the models are loaded, and numbers are made up in place of scores
+python strengths.py --heads 1 4
 
 Memory is what Linux tells of the process while it runs: its own (RssAnon), which has to be there, and that of files
 that are mapped (RssFile: libraries, the rows, what the models made of them), which the kernel takes back when it wants
@@ -28,6 +29,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "helpers"))
 from saved import save
 
 WORDS = ["cat", "mat", "fish", "there", "sat", "other", "eats", "where"]
+STAND_IN = """
+import sys
+import numpy as np
+from reward_model.__main__ import main
+from reward_model.serving.ensemble import Scoring
+
+def differences(self, start, block):
+    return np.sin(np.arange(start, start + len(block)))[:, None].repeat(self.heads, 1), [], 0
+
+Scoring._differences = differences
+sys.exit(main(sys.argv[1:]))
+"""
 PEAKS = ("RssAnon", "RssFile")
 LOOKS = 0.1  # seconds
 
@@ -56,7 +69,7 @@ def peaks_of(process: subprocess.Popen) -> dict[str, float]:
     return found
 
 
-def measure(folder: Path, models: list[Path], count: int) -> str:
+def measure(folder: Path, models: list[Path], count: int, stand_in: bool) -> str:
     """A line of the table."""
     data, output = folder / f"rows{count}.jsonl", folder / f"out{count}.jsonl"
     write_rows(data, count)
@@ -66,7 +79,7 @@ def measure(folder: Path, models: list[Path], count: int) -> str:
     with (
         (folder / "said").open("w") as said,
         subprocess.Popen(
-            [sys.executable, "-m", "reward_model", "ensemble", *words],
+            [sys.executable, *(["-c", STAND_IN] if stand_in else ["-m", "reward_model"]), "ensemble", *words],
             stdout=subprocess.DEVNULL, stderr=said, env=environment,
         ) as process,
     ):  # fmt: skip
@@ -88,6 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[20_000, 100_000])
     parser.add_argument("--heads", type=int, nargs="+", default=[1, 1], help="of each model")
+    parser.add_argument("--stand_in", action="store_true", help="no model scores: what is left is reading and writing")
     options = parser.parse_args()
     with TemporaryDirectory() as place:
         models = []
@@ -99,7 +113,7 @@ def main() -> None:
             "| rows | data | CPU time | wall time | own memory, peak | mapped files, peak |\n|---|---|---|---|---|---|"
         )
         for count in options.rows:
-            print(measure(Path(place), models, count), flush=True)
+            print(measure(Path(place), models, count, options.stand_in), flush=True)
 
 
 if __name__ == "__main__":
