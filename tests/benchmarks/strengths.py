@@ -43,16 +43,21 @@ sys.exit(main(sys.argv[1:]))
 """
 PEAKS = ("RssAnon", "RssFile")
 LOOKS = 0.1  # seconds
+DRAWN_AT_ONCE = 10_000
 
 
 def write_rows(path: Path, count: int) -> None:
     """Pairs of 2 to 7 words, and a prompt of two."""
     chance = np.random.default_rng(0)
     with path.open("w") as file:
-        for number in range(count):
-            chosen, rejected = (" ".join(chance.choice(WORDS, chance.integers(2, 8))) for _ in range(2))
-            row = {"prompt": f"{WORDS[number % 5]} {number % 997} ", "chosen": chosen, "rejected": rejected}
-            file.write(json.dumps(row) + "\n")
+        for first in range(0, count, DRAWN_AT_ONCE):
+            words = chance.integers(len(WORDS), size=(DRAWN_AT_ONCE, 2, 7)).tolist()
+            lengths = chance.integers(2, 8, (DRAWN_AT_ONCE, 2)).tolist()
+            for number in range(first, min(first + DRAWN_AT_ONCE, count)):
+                of_row = zip(words[number - first], lengths[number - first])
+                chosen, rejected = (" ".join(WORDS[word] for word in each[:length]) for each, length in of_row)
+                row = {"prompt": f"{WORDS[number % 5]} {number % 997} ", "chosen": chosen, "rejected": rejected}
+                file.write(json.dumps(row) + "\n")
 
 
 def peaks_of(process: subprocess.Popen) -> dict[str, float]:
