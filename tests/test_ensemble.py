@@ -331,7 +331,7 @@ REFUSED_DATA = [
     ({"data": ["folder"], "output": "folder/judged.jsonl"}, "lies in .*folder, and would be of the data"),
     ({"data": ["a.jsonl"], "split": "test"}, "--split test: .*a.jsonl is one file, which has no splits"),
     ({"data": ["saved"], "split": "dev"}, "has no split named dev, only train, test"),
-    ({"data": ["gone.jsonl"]}, "gone.jsonl: no such file or folder"),
+    ({"data": ["gone.jsonl"], "output": None}, "gone.jsonl: no such file or folder"),
     ({"data": ["Dahoas/synthetic-instruct-gptj-pairwise/a.jsonl"]},
      "o.jsonl: its rows would be read in another way than those of .*; let its path have Dahoas/synthetic-"),
 ]  # fmt: skip

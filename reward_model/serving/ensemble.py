@@ -38,6 +38,7 @@ from reward_model.common.words import counted
 from reward_model.config.ensemble import EnsembleConfig
 from reward_model.data.comparisons import BadRow
 from reward_model.data.encoding import Encoded
+from reward_model.data.files import loader_of
 from reward_model.data.rows import PAIR
 from reward_model.data.sources import amount_of, require_one_layout
 from reward_model.data.strengths import COLUMNS, strengths_of_differences
@@ -106,7 +107,7 @@ def output_of(config: EnsembleConfig) -> Path:
     paths = [Path(amount_of(entry)[0]) for entry in config.data]
     if config.output:
         output = Path(config.output)
-    elif len(paths) == 1 and paths[0].is_file():
+    elif len(paths) == 1 and (paths[0].is_file() or (loader_of(paths[0]) and not paths[0].is_dir())):  # or a typo
         output = paths[0].with_name(paths[0].name.split(".")[0] + ".strengths.jsonl")
     else:
         raise UserError("give --output: the data are not one file, beside which the rows would be written")
