@@ -515,6 +515,15 @@ class RewardScorer:
         """
         return [self._row_scores(columns) for columns in self._columns_of_rows(rows, tokens_per_batch)]
 
+    def scores_of_heads(self, rows: Sequence[Comparison], tokens_per_batch: int = TOKENS) -> list[np.ndarray]:
+        """The scores of each row's responses by each head, (responses, K) float64; as :meth:`assess_rows`.
+
+        Their mean over the heads is the score, to rounding. A model with one head has K = 1.
+        """
+        first = 1 if self.scorer.heads > 1 else 0  # before those of the heads stands their mean
+        columns = self._columns_of_rows(rows, tokens_per_batch)
+        return [each[:, first : self._score_columns].double().numpy() - self.mean for each in columns]
+
     def states_of_rows(self, rows: Sequence[Comparison], tokens_per_batch: int = TOKENS) -> torch.Tensor:
         """What the head is given of each response of each row, in the order given, (n, h) float32, on the host."""
         self._wants_states = True

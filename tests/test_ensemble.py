@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """reward-model ensemble: rows come back with what several models make of them, whoever scores which part and whenever.
 
-The reference is the score of each text alone, by each model.
+The reference is the score of each text alone, by each model and, where it has several, by each head.
 """
 
 import contextlib
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
 import time
 
+import datasets
+import filelock
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -23,14 +26,17 @@ from saved import save
 import reward_model
 from reward_model.__main__ import main
 from reward_model.commands.folds import HELD_OUT, MODEL, TRAIN, WORK, deal, training_of
+from reward_model.common import processes
 from reward_model.common.errors import UserError
+from reward_model.common.locking import LOCK
+from reward_model.common.words import counted
 from reward_model.config.ensemble import EnsembleConfig
 from reward_model.data.strengths import COLUMNS, strength_of_differences
 from reward_model.inference import load
 from reward_model.serving import ensemble as module
 from reward_model.serving.ensemble import BLOCK, Judge, Notes, Scoring, notes_in_words, parts_of, require_free
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "own_cache")
 
 WORDS = ["cat", "mat", "fish", "there", "sat", "other", "eats", "where"]
 
@@ -111,6 +117,54 @@ def test_rows_come_back_with_strengths(models, tmp_path):
     assert found[0]["strength_std"] > 1e-4  # the models differ
 
 
+# --- several heads: each is a vote, and a model weighs as much as any other ---
+
+
+@pytest.fixture(scope="module")
+def with_heads(tmp_path_factory):
+    return str(save(tmp_path_factory.mktemp("heads"), seed=7, heads=3))
+
+
+def by_heads(model, rows):
+    """r(chosen) − r(rejected) of each row by each head, a text at a time."""
+    reward = load(model)
+    found = []
+    for row in rows:
+        (texts,) = reward.rows([row["prompt"]], [[row["chosen"], row["rejected"]]])
+        chosen, rejected = (reward._columns_of_texts([texts.text(side)])[0, 1:].tolist() for side in (0, 1))
+        found.append([c - r for c, r in zip(chosen, rejected)])
+    return found
+
+
+def test_each_head_of_one_model_is_a_vote(with_heads, tmp_path, capfd):
+    rows = [row_of(i) for i in range(9)]
+    summary, found = judged([with_heads], write_rows(tmp_path / "rows.jsonl", rows))
+    for row, votes in zip(found, by_heads(with_heads, rows)):
+        assert [row[name] for name in COLUMNS[:3]] == pytest.approx(list(strength_of_differences(votes)), abs=1e-5)
+        assert row["strength_models"] == 1
+    assert found[0]["strength_std"] > 1e-3
+    assert summary["models"][0]["heads"] == 3
+    assert "one model: strength_std" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("scale", ["none", "std"])
+def test_a_model_with_heads_weighs_as_much_as_one_without(models, with_heads, tmp_path, monkeypatch, scale):
+    """Also in blocks that three files of numbers of other widths hold, and where a block is short."""
+    monkeypatch.setattr(module, "BLOCK", 4)
+    rows = [row_of(i) for i in range(9)]
+    _, found = judged([with_heads, models[0]], write_rows(tmp_path / "rows.jsonl", rows), scale=scale)
+    of_heads, single = by_heads(with_heads, rows), differences(models[0], rows)
+    scales = [1.0, 1.0]
+    if scale == "std":
+        scales = [math.sqrt(np.mean(np.square(each))) for each in (np.mean(of_heads, 1), single)]
+    for row, votes, alone in zip(found, of_heads, single):
+        votes, alone = [vote / scales[0] for vote in votes], alone / scales[1]
+        mean = (sum(votes) / 3 + alone) / 2
+        variance = (sum((vote - mean) ** 2 for vote in votes) / 3 + (alone - mean) ** 2) / 2
+        agree = (sum(vote > 0 for vote in votes) / 3 + (alone > 0)) / 2
+        assert [row[name] for name in COLUMNS] == pytest.approx([mean, math.sqrt(variance), agree, 2], abs=1e-4)
+
+
 @pytest.mark.parametrize("scale", ["std", "temperature"])
 def test_models_of_other_scales(models, tmp_path, scale):
     rows = [row_of(i) for i in range(8)]
@@ -151,7 +205,11 @@ def test_prompts_that_are_cut_are_counted(models, tmp_path, capfd):
 
 
 def test_what_all_ranks_left_out_is_told_together():
-    notes = [Notes(1.0, 2, {"a": (3, 9)}), Notes(1.0, 1, {"a": (1, 4), "b": (1, 7)}), Notes(1.0, 0, {})]
+    notes = [
+        Notes(1.0, 1, 2, {"a": (3, 8, "row 9")}),
+        Notes(1.0, 1, 1, {"a": (1, 3, "row 4"), "b": (1, 6, "row 7")}),
+        Notes(1.0, 1, 0, {}),
+    ]
     assert list(notes_in_words(notes)) == [
         "the prompts of 3 rows lost their left, to fit the longest text (--max_seq_len)",
         "4 rows not judged, row 4 the first of them: a",
@@ -174,6 +232,125 @@ def test_layouts_and_parquet(models, tmp_path):
     assert [row["strength_mean"] for row in found] == pytest.approx(differences(models[0], rows), abs=1e-5)
 
 
+# --- the data, as training takes them ---
+
+
+def parts_in(tmp_path):
+    """Rows in several places: 0 to 4, 10 to 13, 20 to 22."""
+    (tmp_path / "folder").mkdir()
+    for name, numbers in (("a.jsonl", range(5)), ("folder/train.jsonl", range(10, 14)), ("folder/test.jsonl", [20])):
+        write_rows(tmp_path / name, [row_of(i) for i in numbers])
+    table = datasets.Dataset.from_list([row_of(i) for i in range(30, 33)])
+    datasets.DatasetDict(train=table, test=table.select([1])).save_to_disk(tmp_path / "saved")
+
+
+FORMS_OF_DATA = [
+    (["a.jsonl"], {}, [0, 1, 2, 3, 4]),
+    (["folder"], {}, [10, 11, 12, 13]),
+    (["folder"], {"split": "test"}, [20]),
+    (["saved"], {}, [30, 31, 32]),
+    (["saved"], {"split": "test"}, [31]),
+    (["a.jsonl", "folder", "saved"], {}, [*range(5), *range(10, 14), *range(30, 33)]),
+    (["owner/name"], {"split": "train_prefs"}, [40, 41]),
+    (["owner/name", "a.jsonl:1.0"], {"split": "test_prefs"}, [42, *range(5)]),
+]
+
+
+@pytest.mark.parametrize("entries, flags, expected", FORMS_OF_DATA)
+def test_data_are_read_as_training_reads_them(entries, flags, expected, tmp_path, monkeypatch):
+    parts_in(tmp_path)
+    hub = {"train_prefs": [40, 41], "test_prefs": [42]}
+    hub = datasets.DatasetDict({n: datasets.Dataset.from_list([row_of(i) for i in of]) for n, of in hub.items()})
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: {"owner/name": hub}[name])
+    entries = [entry if entry == "owner/name" else str(tmp_path / entry) for entry in entries]
+    rows = module.rows_of(EnsembleConfig(data=entries, output=str(tmp_path / "o.jsonl"), **flags))
+    assert [stored.columns() for stored in rows] == [row_of(i) for i in expected]
+    assert len(rows) == len(expected)
+    for first in range(len(rows)):
+        for last in range(first, len(rows) + 1):
+            assert [each.columns()["id"] for each in rows.part(first, last)] == expected[first:last]
+
+
+def test_a_part_of_a_file_is_drawn_by_the_seed(tmp_path):
+    parts_in(tmp_path)
+
+    def drawn(seed):
+        config = EnsembleConfig(data=f"{tmp_path / 'a.jsonl'}:2", output=str(tmp_path / "o.jsonl"), seed=seed)
+        return [stored.columns()["id"] for stored in module.rows_of(config)]
+
+    assert all(len(drawn(seed)) == 2 for seed in range(4))
+    assert drawn(0) == drawn(0)
+    assert len({tuple(drawn(seed)) for seed in range(8)}) > 1
+
+
+def test_several_places_are_judged_as_one(models, tmp_path, capfd):
+    parts_in(tmp_path)
+    write_rows(tmp_path / "b.jsonl", [row_of(50), {"prompt": "the cat", "chosen": " sat", "rejected": None}])
+    config = {"output": str(tmp_path / "o.jsonl"), "attention": "separate", "device": "cpu"}
+    data = [str(tmp_path / name) for name in ("b.jsonl", "saved", "folder")]
+    reward_model.ensemble(models, EnsembleConfig(data=data, **config))
+    found = rows_in(tmp_path / "o.jsonl")
+    assert [row.get("id") for row in found] == [50, None, *range(30, 33), *range(10, 14)]
+    expected = [row_of(row["id"]) for row in found if "id" in row]
+    means = np.mean([differences(model, expected) for model in models], 0)
+    assert [row["strength_mean"] for row in found if "id" in row] == pytest.approx(means.tolist(), abs=1e-5)
+    said = capfd.readouterr().out
+    assert "1 row not judged, b.jsonl, row 2 the first of them: rejected is missing" in said
+    assert "test.jsonl: rows to evaluate on, which are left out; --split takes another split" in said
+
+
+def test_other_rows_are_other_data(tmp_path):
+    """Whatever the files are called, and whenever they were written."""
+    parts_in(tmp_path)
+
+    def sha256(*names):
+        data = [str(tmp_path / name) for name in names]
+        return module.identity_of(module.rows_of(EnsembleConfig(data=data, output=str(tmp_path / "o.jsonl"))))
+
+    whole = sha256("a.jsonl", "folder")
+    assert whole["rows"] == 9
+    assert sha256("folder", "a.jsonl") != whole
+    (tmp_path / "a.jsonl").rename(tmp_path / "c.jsonl")
+    assert sha256("c.jsonl", "folder") == whole
+    write_rows(tmp_path / "folder" / "train.jsonl", [row_of(i) for i in (10, 11, 12, 14)])
+    assert sha256("c.jsonl", "folder") != whole
+    saved = sha256("saved")
+    table = datasets.Dataset.from_list([row_of(i) for i in (30, 31, 33)])
+    datasets.DatasetDict(train=table).save_to_disk(tmp_path / "again")
+    assert sha256("again") != saved
+    table = datasets.Dataset.from_list([row_of(i) for i in (30, 31, 32)])
+    datasets.DatasetDict(train=table).save_to_disk(tmp_path / "same")
+    assert sha256("same") == saved
+
+
+OTHER_ROWS = [{"prompt": "the cat", "response_a": " sat", "response_b": " ate", "winner": "model_a"}]
+REFUSED_DATA = [
+    ({"data": ["a.jsonl", "other.jsonl"]}, "several layouts, and a file has one"),
+    ({"data": ["folder"], "output": None}, "give --output: the data are not one file"),
+    ({"data": ["a.jsonl", "folder"], "output": None}, "give --output: the data are not one file"),
+    ({"data": ["folder"], "output": "folder/judged.jsonl"}, "lies in .*folder, and would be of the data"),
+    ({"data": ["a.jsonl"], "split": "test"}, "--split test: .*a.jsonl is one file, which has no splits"),
+    ({"data": ["saved"], "split": "dev"}, "has no split named dev, only train, test"),
+    ({"data": ["gone.jsonl"], "output": None}, "gone.jsonl: no such file or folder"),
+    ({"data": ["Dahoas/synthetic-instruct-gptj-pairwise/a.jsonl"]},
+     "o.jsonl: its rows would be read in another way than those of .*; let its path have Dahoas/synthetic-"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("flags, said", REFUSED_DATA)
+def test_data_that_cannot_be_read_or_written_back(flags, said, tmp_path):
+    parts_in(tmp_path)
+    write_rows(tmp_path / "other.jsonl", OTHER_ROWS)
+    known = tmp_path / "Dahoas" / "synthetic-instruct-gptj-pairwise"
+    known.mkdir(parents=True)
+    write_rows(known / "a.jsonl", [row_of(0)])
+    flags = {"output": "o.jsonl"} | flags
+    flags["data"] = [str(tmp_path / name) for name in flags["data"]]
+    flags["output"] = flags["output"] and str(tmp_path / flags["output"])
+    with pytest.raises(UserError, match=said):
+        module.rows_of(EnsembleConfig(**flags))
+
+
 class Killed(Exception):
     """In place of a signal."""
 
@@ -186,11 +363,11 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(models, tmp_path, monkey
     scored = []
     original = Scoring._differences
 
-    def until(self, start, block, source):
+    def until(self, start, block):
         scored.append((self.judge.model, start))
         if len(scored) == 5:  # in the second model's second block
             raise Killed
-        return original(self, start, block, source)
+        return original(self, start, block)
 
     monkeypatch.setattr(Scoring, "_differences", until)
     with pytest.raises(Killed):
@@ -218,13 +395,13 @@ def test_ranks_take_turns_and_the_parts_come_together(models, tmp_path, monkeypa
     data = write_rows(tmp_path / "rows.jsonl", [row_of(i) for i in range(23)])
     _, whole = judged(models, data, output=str(tmp_path / "out.jsonl"))
     config = EnsembleConfig(data=str(data), output=str(tmp_path / "three.jsonl"), attention="separate", device="cpu")
-    parts = parts_of(tmp_path / "three.jsonl")
+    parts, rows = parts_of(tmp_path / "three.jsonl"), module.rows_of(config)
     parts.mkdir()
     for number, model in enumerate(models):
         for rank in range(3):
             context = DistributedContext(rank, 3, torch.device("cpu"))
-            Scoring.load(Judge(model), config, context).run(parts, number, {})
-    module.write([Judge(model) for model in models], [1.0, 1.0], config, 3)
+            Scoring.load(Judge(model), config, context).run(parts, number, {}, lambda chat: rows)
+    module.write([Judge(model) for model in models], [Notes(1.0, 1, 0, {})] * 2, config, rows, 3)
     assert rows_in(tmp_path / "three.jsonl") == whole
 
 
@@ -248,7 +425,6 @@ REFUSED = [
     ({"output": "judged.json"}, "JSON lines"),
     ({"output": "rows.jsonl"}, "is the data"),
     ({"output": "taken.jsonl"}, "is there"),
-    ({"data": "gone.jsonl"}, "no such file"),
     ({"data": None}, "give --data"),
 ]
 
@@ -279,6 +455,15 @@ def test_a_model_that_is_not_there_is_said_before_any_judges(models, tmp_path):
     with pytest.raises(UserError, match="nope: no such folder"):
         reward_model.ensemble([models[0], "nope"], EnsembleConfig(data=str(data)))
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("rows")) == ["rows.jsonl"]
+
+
+def test_two_runs_do_not_write_to_one_place(models, tmp_path):
+    data = write_rows(tmp_path / "rows.jsonl", [row_of(0)])
+    parts = parts_of(tmp_path / "out.jsonl")
+    parts.mkdir()
+    with filelock.FileLock(parts / LOCK), pytest.raises(UserError, match="another run is writing there"):
+        judged(models, data, resume=True)
+    judged(models, data, resume=True)
 
 
 @pytest.mark.parametrize("words, said", COMMANDS)
@@ -379,16 +564,104 @@ def test_no_model_of_a_fold_has_seen_the_rows_it_judges(demo, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2])
-def test_two_ranks_give_what_one_gives(models, tmp_path, processes):
-    data = write_rows(tmp_path / "rows.jsonl", [row_of(i) for i in range(2 * BLOCK + 40)])
-    flags = ["--data", str(data), "--device", "cpu", "--attention", "separate"]
-    environment = runs.environment(OMP_NUM_THREADS="1", RANK=None, WORLD_SIZE=None, LOCAL_RANK=None)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    for words, name in (([sys.executable], "one"), (launcher, "two")):
-        command = [*words, "-m", "reward_model", "ensemble", *models, *flags]
-        done = subprocess.run(
-            [*command, "--output", str(tmp_path / f"{name}.jsonl")], env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-    assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "two.jsonl").read_bytes()
+def test_folds_train_in_several_processes(demo, tmp_path):
+    """By torchrun, with several heads and from a folder; each head of the model of a fold is a vote."""
+    (tmp_path / "data").mkdir()
+    rows = rows_in(demo / "data" / "train.jsonl")[:64]
+    write_rows(tmp_path / "data" / "train.jsonl", rows[:40])
+    write_rows(tmp_path / "more.jsonl", rows[40:])
+    output = tmp_path / "judged.jsonl"
+    words = ["--folds", "2", "--processes", "2", "--data", str(tmp_path / "data"), str(tmp_path / "more.jsonl")]
+    training = ["--model_name_or_path", str(demo / "model"), *FEW, "--data_output_path", str(tmp_path / "cache")]
+    done = subprocess.run(
+        [sys.executable, "-m", "reward_model", "ensemble", *words, "--output", str(output), "--json", "--", *training,
+         "--heads", "3"],
+        env=runs.environment(HF_HUB_OFFLINE="1", RANK=None, WORLD_SIZE=None, LOCAL_RANK=None),
+        capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary, found = json.loads(done.stdout), rows_in(output)
+    assert [{name: row[name] for name in rows[0]} for row in found] == rows
+    assert {row["strength_models"] for row in found} == {1}
+    assert min(row["strength_std"] for row in found) > 0
+    assert [each["heads"] for each in summary["models"]] == [3, 3]
+    work = output.with_name(output.name + WORK) / "repeat-0"
+    for fold in sorted(work.iterdir()):
+        run = json.loads((fold / MODEL / "run.json").read_text())
+        assert run["world_size"] == 2
+        (judged_row,) = rows_in(fold / HELD_OUT)[:1]
+        votes = by_heads(str(fold / MODEL), [judged_row])[0]
+        assert found[rows.index(judged_row)]["strength_mean"] == pytest.approx(np.mean(votes), abs=1e-4)
+
+
+LAUNCHED = runs.environment(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", RANK=None, WORLD_SIZE=None, LOCAL_RANK=None)
+
+
+def ensemble_words(ranks):
+    """The beginning of a command line."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    return [sys.executable, *(launcher if ranks > 1 else []), "-m", "reward_model", "ensemble"]
+
+
+def ranks_of(launcher):
+    """The processes that it has started."""
+    found = {number: processes.stat(number) for number in processes.numbers()}
+    return [processes.named(number) for number, said in found.items() if said and said[1] == launcher.pid]
+
+
+def until(reached, seconds=300):
+    started = time.monotonic()
+    while not reached():
+        assert time.monotonic() - started < seconds
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_killed_ranks_are_gone_on_with_to_the_byte(models, with_heads, tmp_path):
+    """SIGKILL of the launcher in the middle of the first model, then of all in the second; one rank is the reference.
+
+    The ranks that have lost their launcher end by themselves: they would go on writing beside those of --resume.
+    """
+    rows = [row_of(i) for i in range(8 * BLOCK + 40)]
+    (tmp_path / "folder").mkdir()
+    write_rows(tmp_path / "folder" / "train.jsonl", rows[: 3 * BLOCK + 7])
+    datasets.Dataset.from_list(rows[3 * BLOCK + 7 :]).save_to_disk(tmp_path / "saved")
+    data = [str(tmp_path / "folder"), str(tmp_path / "saved")]
+
+    def command(ranks, name):
+        flags = ["--data", *data, "--device", "cpu", "--attention", "separate", "--output", str(tmp_path / name)]
+        return [*ensemble_words(ranks), with_heads, models[0], *flags]
+
+    whole = subprocess.run(command(1, "whole.jsonl"), env=LAUNCHED, capture_output=True, text=True)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    output = tmp_path / "out.jsonl"
+
+    def written(model):
+        """Numbers of a model by each rank."""
+        paths = (parts_of(output) / f"differences-{model:03}-{rank:03}.f64" for rank in (0, 1))
+        return [path.stat().st_size // 8 if path.exists() else 0 for path in paths]
+
+    def killed(model, *more, ranks_too):
+        """A run that is killed as soon as there is more of a model."""
+        before = sum(written(model))
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        with subprocess.Popen([*command(2, "out.jsonl"), *more], env=LAUNCHED, **quiet) as process:
+            until(lambda: sum(written(model)) > before or process.poll() is not None)
+            ranks = ranks_of(process)
+            for number in (process.pid, *([rank.number for rank in ranks] if ranks_too else [])):
+                os.kill(number, signal.SIGKILL)
+        assert process.returncode == -signal.SIGKILL and len(ranks) == 2
+        until(lambda: not any(rank.is_there() for rank in ranks), 30)
+        assert not output.exists()
+
+    killed(0, ranks_too=False)
+    assert 0 < sum(written(0)) < 3 * len(rows) and not sum(written(1))
+    killed(1, "--resume", ranks_too=True)
+    assert sum(written(0)) == 3 * len(rows) and 0 < sum(written(1)) < len(rows)
+    left = written(1)[0] // BLOCK * BLOCK
+    done = subprocess.run([*command(2, "out.jsonl"), "--resume"], env=LAUNCHED, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = f"differences-001-000.f64: goes on after {counted(left, 'row')}"  # the first rank speaks
+    assert (said in done.stdout + done.stderr) == (left > 0)
+    assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert not parts_of(output).exists()

@@ -327,6 +327,9 @@ def test_the_saved_model_has_the_mean_and_beside_it_all(form, tmp_path):
     scores, each = torch.tensor(reward.score(*TEXTS)), heads_of(reward)
     torch.testing.assert_close(each.mean(1), scores, atol=1e-5, rtol=1e-5)
     assert each.std(1).min() > 0.01
+    rows = reward.rows(TEXTS[0], [[response] for response in TEXTS[1]])
+    together = torch.cat([torch.tensor(scores) for scores in reward.scores_of_heads(rows)])
+    torch.testing.assert_close(together.float(), each, atol=0.02 if form == "bfloat16" else 1e-5, rtol=1e-5)
     if form not in ("modules", "dschat"):
         model, info = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
         assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]

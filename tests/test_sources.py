@@ -7,10 +7,13 @@ import re
 
 import datasets
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from reward_model.common.errors import UserError
 from reward_model.data.comparisons import BadRow
+from reward_model.data.files import ROWS_AT_ONCE
 from reward_model.data.layouts import BY_NAME, NO_REJECTED
 from reward_model.data.sources import read_sources, split_indices
 
@@ -344,6 +347,34 @@ def test_numbers_are_those_of_the_file_after_selection(tmp_path):
     assert [row["chosen"] for row in rows_of(source)] == [f"a{i}" for i in source.numbers]
     twice = source.select(np.array([5, 2]))
     assert [row["chosen"] for row in rows_of(twice)] == [f"a{i}" for i in source.numbers[[5, 2]]]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
+def test_rows_as_stored_from_any_place_on(name, tmp_path):
+    """They are taken out of their table many at a time."""
+    count = 2 * ROWS_AT_ONCE + 5
+    rows = [{"prompt": f"{i}: ", "chosen": "yes", "rejected": str(i), "other": [i]} for i in range(count)]
+    (source,), _ = read(write(tmp_path / name, rows))
+    expected = [(i + 1, dict(source.rows[i])) for i in range(count)]
+    assert list(source.stored()) == expected
+    for start, most in ((0, 1), (ROWS_AT_ONCE - 1, 3), (5, 2 * ROWS_AT_ONCE), (count - 1, 9), (count, 4)):
+        assert list(source.stored(most, start)) == expected[start : start + most]
+    assert list(source.stored(start=100)) == expected[100:]
+    assert list(source.select(np.array([130, 7, 8])).stored()) == [expected[i] for i in (130, 7, 8)]
+
+
+def test_row_that_cannot_be_taken_out_is_named(tmp_path):
+    texts = pyarrow.array([f"{i}" for i in range(100)]).cast(pyarrow.binary()).to_pylist()
+    texts[70] = b"\xff"
+    table = pyarrow.table({name: pyarrow.array(texts) for name in ("prompt", "chosen", "rejected")})
+    text = pyarrow.schema([(name, pyarrow.string()) for name in table.column_names])
+    columns = [pyarrow.Array.from_buffers(pyarrow.string(), 100, table[name].chunk(0).buffers()) for name in text.names]
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays(columns, schema=text), tmp_path / "rows.parquet")
+    (source,), _ = read(tmp_path / "rows.parquet")
+    rows = source.stored()
+    assert [next(rows)[0] for _ in range(70)] == list(range(1, 71))
+    with pytest.raises(UserError, match=r"rows.parquet, row 71 cannot be read: 'utf-8' codec"):
+        next(rows)
 
 
 def test_data_split_says_what_it_takes(tmp_path, capsys):

@@ -45,6 +45,24 @@ def test_many_pairs_are_each_of_those_that_judged_them():
         assert (mean[i], std[i], agree[i]) == pytest.approx(tuple(expected), nan_ok=True)
 
 
+def test_heads_share_the_vote_of_their_model():
+    """Against a loop: a vote of a model with K heads, one of M that have judged, weighs 1 / (M·K)."""
+    heads = [3, 1, 2]
+    differences = np.random.default_rng(1).normal(size=(6, 8)).round(1)
+    differences[:3, 2], differences[3, 3], differences[:, 4], differences[1, 5] = np.nan, np.nan, np.nan, 0.0
+    mean, std, agree, counts = strengths_of_differences(differences, heads)
+    for i in range(8):
+        models = [d for d in np.split(differences[:, i], [3, 4]) if not np.isnan(d).any()]
+        assert counts[i] == len(models)
+        votes = [(d, 1 / (len(models) * len(each))) for each in models for d in each]
+        center = sum(d * w for d, w in votes) if votes else math.nan
+        spread = math.sqrt(sum(w * (d - center) ** 2 for d, w in votes)) if votes else math.nan
+        share = sum(w * ((d > 0) + 0.5 * (d == 0)) for d, w in votes) if votes else math.nan
+        assert (mean[i], std[i], agree[i]) == pytest.approx((center, spread, share), nan_ok=True)
+    one = strengths_of_differences(differences[:3, :1], [3])
+    assert [each[0] for each in one] == pytest.approx([*strength_of_differences(differences[:3, 0]), 1])
+
+
 @pytest.mark.parametrize(
     "row, mean, std, agree",
     [

@@ -14,6 +14,7 @@ import os
 from reward_model.commands.evaluate import messages_aside, models_of
 from reward_model.common.errors import UserError
 from reward_model.common.logging import show_messages
+from reward_model.common.orphans import end_with_the_launcher
 from reward_model.config.ensemble import EnsembleConfig
 from reward_model.config.parser import build_parser, read_words
 
@@ -27,8 +28,8 @@ def main(arguments: list[str]) -> int:
     parser = build_parser(
         [EnsembleConfig],
         prog="reward-model ensemble",
-        usage="%(prog)s MODEL [MODEL …] --data FILE [FLAG [VALUE …] …]\n"
-        "       %(prog)s --folds K --data FILE [FLAG [VALUE …] …] -- FLAGS OF THE TRAINING",
+        usage="%(prog)s MODEL [MODEL …] --data PATH … [FLAG [VALUE …] …]\n"
+        "       %(prog)s --folds K --data PATH … [FLAG [VALUE …] …] -- FLAGS OF THE TRAINING",
         description="Let several models judge pairs, and write the rows as JSON lines with strength_mean (of chosen "
         "minus rejected), strength_std, strength_agree (the share that prefers chosen) and strength_models.",
         epilog="example: reward-model ensemble one two three --data train.jsonl --output judged.jsonl",
@@ -44,6 +45,7 @@ def main(arguments: list[str]) -> int:
     if not config.folds and not models:
         raise UserError("name the models before the flags: folders or hub names; or train them by --folds")
     show_messages()
+    end_with_the_launcher()  # ranks that went on would write what --resume goes on with
     from reward_model.common.distributed import end
     from reward_model.serving.ensemble import described, ensemble
 

@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+from array import array
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -23,15 +24,16 @@ import numpy as np
 
 from reward_model.common.distributed import join, prepare_environment
 from reward_model.common.errors import UserError
-from reward_model.common.files import sha256_of, write_whole
+from reward_model.common.files import write_whole
 from reward_model.common.logging import logger
 from reward_model.common.words import counted
 from reward_model.config.ensemble import EnsembleConfig
 from reward_model.config.options import RunConfig, parse
 from reward_model.data.chat_template import give_template
 from reward_model.data.tokenizer import load_tokenizer
-from reward_model.serving.ensemble import Judge, fields_of, judge_with, line_of_row, require_free
-from reward_model.serving.inputs import row_of, settled
+from reward_model.data.training_rows import TrainingRows
+from reward_model.serving.ensemble import Judge, identity_of, judge_with, line_of_row, output_of, require_free, rows_of
+from reward_model.serving.inputs import row_of
 from reward_model.serving.output import require_same
 
 WORK = ".folds"  # of the folder beside the output
@@ -40,7 +42,15 @@ TRAIN, HELD_OUT, MODEL = "train.jsonl", "held_out.jsonl", "model"
 FINISHED = "finished.json"  # which a run writes beside its model
 RESUMABLE = os.EX_TEMPFAIL
 EVALUATED = 2_000  # rows of its own part on which the training of a model is evaluated
-OURS = ("data_path", "output_dir", "resume", "seed", "columns", "push_to_hub")  # that are not for the training's flags
+OURS = (
+    "data_path",
+    "split",
+    "output_dir",
+    "resume",
+    "seed",
+    "columns",
+    "push_to_hub",
+)  # that are not for the training's flags
 
 
 def cross_fit(config: EnsembleConfig, words: list[str]) -> dict[str, Any]:
@@ -57,28 +67,31 @@ def cross_fit(config: EnsembleConfig, words: list[str]) -> dict[str, Any]:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("--folds starts the processes of its trainings: start it once, with --processes N")
-    data, output = config.paths()
+    output = output_of(config)
     training = training_of(words)
     require_free(config)
+    if config.repeats == 1 and training.model.heads == 1:
+        logger.warning("one model judges each pair: strength_std is 0, and strength_agree 0 or 1; --repeats makes more")
+    rows = rows_of(config, training.data.chat)
     work = output.with_name(output.name + WORK)
     if work.exists() and any(work.iterdir()) and not config.resume:
         raise UserError(f"{work} is left of another run: --resume goes on with it, or remove it")
     work.mkdir(parents=True, exist_ok=True)
     wanted = {
-        "input": {"bytes": data.stat().st_size, "sha256": sha256_of(data)},
+        "input": identity_of(rows),
         "flags": {name: getattr(config, name) for name in ("folds", "repeats", "processes", "seed", "columns")}
         | {"training": " ".join(words)},
     }
     if (work / PLAN).exists():
         require_same(work, json.loads((work / PLAN).read_text(encoding="utf-8")), wanted)
-    hashes = prompts_of(config, training)
+    hashes = prompts_of(rows, training)
     folds = np.stack([deal(hashes, config.folds, config.seed + repeat) for repeat in range(config.repeats)])
     write_whole(work / PLAN, json.dumps(wanted, indent=1) + "\n")
     judges = []
     for repeat, of_rows in enumerate(folds):
         places = [work / f"repeat-{repeat}" / f"fold-{fold:03}" for fold in range(config.folds)]
         if not all((place / MODEL / FINISHED).exists() for place in places):
-            write_folds(config, of_rows, places)
+            write_folds(rows, of_rows, places)
         for fold, place in enumerate(places):
             mine = of_rows == fold
             said = f"repeat {repeat + 1}, fold {fold + 1} of {config.folds}: a model of {int((~mine).sum())} rows"
@@ -97,7 +110,9 @@ def training_of(words: list[str]) -> RunConfig:
     training = parse(words)
     for name in OURS:
         if name in training.given:
-            instead = {"seed": "--seed before -- is that of the split, and of the trainings"}.get(name, "leave it out")
+            before = {"seed": "--seed before -- is that of the parts, and of the trainings"}
+            before |= {name: f"--{name} before -- is that of the rows" for name in ("split", "columns")}
+            instead = before.get(name, "leave it out")
             raise UserError(f"--{name} after --: the folds have their own; {instead}")
     chosen = [name for name in ("keep_best", "early_stop") if getattr(training.evaluation, name)]
     if chosen and not training.data.eval_data_path:
@@ -107,7 +122,7 @@ def training_of(words: list[str]) -> RunConfig:
     return training
 
 
-def prompts_of(config: EnsembleConfig, training: RunConfig) -> np.ndarray:
+def prompts_of(rows: TrainingRows, training: RunConfig) -> np.ndarray:
     """A hash of each row's prompt as the training reads it, int64 (n,); of a row that cannot be read, of its number.
 
     Raises:
@@ -117,9 +132,8 @@ def prompts_of(config: EnsembleConfig, training: RunConfig) -> np.ndarray:
     tokenizer = load_tokenizer(model.model_name_or_path, data.add_eot_token, model.trust_remote_code)
     if data.chat_template:
         give_template(tokenizer, data.chat_template)
-    source, stored = settled(str(config.data), config.names, data.chat)
-    hashes, unknown = [], 0
-    for at, (number, row) in enumerate(stored):
+    hashes, unknown = array("q"), 0
+    for at, (source, number, row) in enumerate(rows):
         texts = row_of(number, row, source, data.chat, tokenizer).texts
         if not isinstance(texts, str):
             unknown += not texts.has_prompt
@@ -160,9 +174,8 @@ def deal(hashes: np.ndarray, folds: int, seed: int) -> np.ndarray:
     return parts[inverse]
 
 
-def write_folds(config: EnsembleConfig, of_rows: np.ndarray, places: list[Path]) -> None:
+def write_folds(rows: TrainingRows, of_rows: np.ndarray, places: list[Path]) -> None:
     """Write of each fold the rows that its model learns from, and those that it will judge."""
-    source, stored = settled(str(config.data), config.names, chat=False)
     with ExitStack() as stack:
         files: list[tuple[BinaryIO, BinaryIO]] = []
         for place in places:
@@ -170,8 +183,8 @@ def write_folds(config: EnsembleConfig, of_rows: np.ndarray, places: list[Path])
             one, other = (stack.enter_context((place / f".{name}").open("wb")) for name in (TRAIN, HELD_OUT))
             files.append((one, other))
         unreadable = 0
-        for fold, (_, stored_row) in zip(of_rows, stored):
-            row = fields_of(stored_row, source)
+        for fold, stored in zip(of_rows, rows):
+            row = stored.columns()
             if row is None:
                 unreadable += 1
                 continue

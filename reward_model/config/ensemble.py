@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar, Literal
 
 from reward_model.common.errors import UserError
@@ -23,16 +22,22 @@ class EnsembleConfig(ForwardConfig):
         "folds": NOT_NEGATIVE, "repeats": COUNT, "processes": COUNT, "seed": (0, 2**31, True),
     }  # fmt: skip
 
-    data: str | None = flag(
-        None, metavar="FILE", help="The rows: a file (.jsonl, .json, .parquet, .csv, also .gz). Required."
+    data: list[str] = flag(
+        (),
+        metavar="PATH",
+        aliases=("--data_path",),
+        help="The rows, as main.py takes them: files (.jsonl, .json, .parquet, .csv, also .gz), folders (their train "
+        "files), what save_to_disk wrote, or hub names; PATH:2000 and PATH:0.5 take a part. Required.",
     )
     output: str | None = flag(
         None,
         metavar="FILE",
-        help="Write the rows there, as JSON lines. Default: NAME.strengths.jsonl beside the data.",
+        help="Write the rows there, as JSON lines. Default: NAME.strengths.jsonl beside the data, where these are one "
+        "file.",
     )
     resume: bool = flag(False, help="Go on where a run of the same models, flags and data was interrupted.")
     columns: list[str] = flag((), metavar="FIELD=COLUMN", help="As main.py's flag.")
+    split: str | None = flag(None, metavar="NAME", help="The split of a hub name or a folder. Default: train.")
     scale: Literal["none", "std", "temperature"] = flag(
         "none",
         help="What each model's differences are divided by: nothing, which suits models that were trained alike; the "
@@ -48,13 +53,14 @@ class EnsembleConfig(ForwardConfig):
     )
     repeats: int = flag(1, metavar="R", help="With --folds: so many times, each with another split and another seed.")
     processes: int = flag(1, metavar="N", help="With --folds: the processes of each training, by torchrun.")
-    seed: int = flag(0, metavar="N", help="With --folds: of the split.")
+    seed: int = flag(0, metavar="N", help="Of the rows that PATH:2000 takes; with --folds, of the parts.")
     local_rank: int = flag(-1, metavar="N", help="Set by launchers.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.columns, str):
-            object.__setattr__(self, "columns", [self.columns])
+        for name in ("data", "columns"):
+            if isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, [getattr(self, name)])
         DataConfig(columns=self.columns)  # refuses what is no FIELD=COLUMN
         if self.folds == 1 or self.folds > MOST_FOLDS:
             raise UserError(f"--folds {self.folds}: give 2 to {MOST_FOLDS}")
@@ -66,20 +72,3 @@ class EnsembleConfig(ForwardConfig):
     def names(self) -> dict[str, str]:
         """Field → the column that holds it."""
         return DataConfig(columns=self.columns).names
-
-    def paths(self) -> tuple[Path, Path]:
-        """Where rows are read and where they are written.
-
-        Raises:
-            UserError: no data, or a name that says that the file is of another kind.
-        """
-        if not self.data:
-            raise UserError("give --data: a file of rows")
-        data = Path(self.data)
-        beside = data.with_name(data.name.split(".")[0] + ".strengths.jsonl")
-        output = Path(self.output) if self.output else beside
-        if output.suffix != ".jsonl":
-            raise UserError(f"--output {output}: rows are written as JSON lines, in a file ending in .jsonl")
-        if output.resolve() == data.resolve():
-            raise UserError(f"--output {output} is the data: name another file")
-        return data, output

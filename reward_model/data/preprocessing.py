@@ -33,7 +33,7 @@ from reward_model.data.comparisons import BadRow, Comparison, Comparisons, Origi
 from reward_model.data.encoding import EncodedRow, Encoding, is_empty
 from reward_model.data.files import Source
 from reward_model.data.rows import PAIR, Texts, read_row, require_different
-from reward_model.data.sources import Splits, amount_of, read_sources, take
+from reward_model.data.sources import Splits, amount_of, read_sources, require_splits, take, training_sources
 from reward_model.data.tokenizer import SpecialTokens
 
 EVAL_SHARE = 0.1  # of the rows, where a data set brings no evaluation rows: upstream's share too
@@ -125,8 +125,7 @@ def load_comparisons(
     Raises:
         UserError: unreadable data, a bad row under ``stop``, or nothing left.
     """
-    if preprocessing.splits.train and all(os.path.isfile(amount_of(path)[0]) for path in train_paths):
-        raise UserError(f"--split {preprocessing.splits.train}: {train_paths[0]} is one file, which has no splits")
+    require_splits(train_paths, preprocessing.splits.train)
     train, undivided = [], []
     evaluation: dict[str, list[Comparisons]] = {name: [] for name in eval_sets or ("",)}
     for entry in train_paths:
@@ -244,12 +243,8 @@ def load_training_texts(
     Raises:
         UserError: unreadable data, a bad row under ``stop``, or nothing left.
     """
-    parts = []
-    for entry in paths:
-        path, amount = amount_of(entry)
-        first, _ = read_sources(path, seed, None, False, preprocessing.names, preprocessing.splits, preprocessing.chat)
-        found = take(first, amount, seed, path)
-        parts += [tokenize(source, tokenizer, special, preprocessing, None) for source in found]
+    found, _ = training_sources(paths, seed, preprocessing.names, preprocessing.splits, preprocessing.chat)
+    parts = [tokenize(source, tokenizer, special, preprocessing, None) for source in found]
     return _at_most(parts, 0, "texts", seed)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,7 +39,7 @@ class Splits:
         if self.evaluation:
             return (self.evaluation,)
         ending = self.train.removeprefix("train") if self.train and self.train.startswith("train") else ""
-        return tuple(name + ending for name in EVAL_NAMES)
+        return tuple(name + ending for name in EVAL_NAMES if name + ending != self.train)
 
 
 def read_sources(
@@ -73,14 +74,14 @@ def read_sources(
     for name in NO_REJECTED:
         if name in path:
             raise UserError(f"data set {name} has no rejected answers: a reward model needs preferences")
-    known = next((name for name in BY_NAME if name in path), "")
+    known = _known(path)
     splits = replace(splits, evaluation=splits.evaluation or EVAL_SPLITS.get(known))
     train, evaluation = _find(path, splits, first)
     for source in train + evaluation:
         if len(source.rows) == 0:
             raise UserError(f"{source.name} holds no rows")
         source.names = names_in(source, names or {})
-        source.layout = BY_NAME[known] if known else _layout(source, chat)
+        source.layout = _layout(path, source, chat)
     _say_layouts(path, train + evaluation)
     if known and not evaluation and hold_out:
         whole = train
@@ -92,6 +93,55 @@ def read_sources(
         train = [_phase_two(source, data_split, seed) for source in train]
         evaluation = [_phase_two(source, data_split, seed) for source in evaluation]
     return train, evaluation
+
+
+def training_sources(
+    paths: Iterable[str],
+    seed: int,
+    names: dict[str, str] | None = None,
+    splits: Splits = Splits(),
+    chat: bool = False,
+) -> tuple[list[Source], list[Source]]:
+    """The training rows of some ``--data_path`` entries, none of them held out, and the evaluation rows beside them.
+
+    Args:
+        paths: entries, each with the number or share at its end, if it has one; of a file all rows.
+        seed: of the rows that a number or share takes.
+
+    Raises:
+        UserError: as :func:`read_sources`, or a split of files.
+    """
+    paths = list(paths)
+    require_splits(paths, splits.train)
+    train, evaluation = [], []
+    for entry in paths:
+        path, amount = amount_of(entry)
+        first, second = read_sources(path, seed, None, False, names, splits, chat)
+        train += take(first, amount, seed, path)
+        evaluation += second
+    return train, evaluation
+
+
+def require_splits(paths: list[str], split: str | None) -> None:
+    """Raises UserError: a split is named, and nothing of the data could have one."""
+    if split and paths and all(os.path.isfile(amount_of(path)[0]) for path in paths):
+        raise UserError(f"--split {split}: {paths[0]} is one file, which has no splits")
+
+
+def require_one_layout(sources: list[Source], output: str | Path, chat: bool = False) -> None:
+    """Raises UserError: the rows of some sources, written to one file as they are, would be read in another way.
+
+    Args:
+        chat: as the sources were read.
+    """
+    first = sources[0]
+    if any(source.layout != first.layout or source.names != first.names for source in sources):
+        raise UserError("--output: the data have several layouts, and a file has one: take them one by one")
+    if _layout(str(output), first, chat) == first.layout:
+        return
+    known = next((name for name, layout in BY_NAME.items() if layout == first.layout), None)
+    instead = f"let its path have {known} in it, by which these rows are read" if known else "give it another path"
+    raise UserError(f"--output {output}: its rows would be read in another way than those of {first.name}; {instead}")
 
 
 def raw_sources(path: str, split: str | None = None, first: int | None = None) -> list[Source]:
@@ -179,7 +229,15 @@ def names_in(source: Source, names: dict[str, str]) -> dict[str, str]:
     return {name: column for name, column in names.items() if column in columns}
 
 
-def _layout(source: Source, chat: bool) -> Layout:
+def _known(path: str) -> str:
+    """The name of a data set that upstream knows by it; empty: it is none."""
+    return next((name for name in BY_NAME if name in path), "")
+
+
+def _layout(path: str, source: Source, chat: bool) -> Layout:
+    """Of rows that are found under a path, which may name a data set that upstream knows."""
+    if known := _known(path):
+        return BY_NAME[known]
     for _, row in source.stored(None if source.is_text else 1):
         try:
             return layout_of(source.fields(), source.named(row), chat)

@@ -6,6 +6,7 @@ arXiv 2401.06080, equation 4)
 
     mean = Σ d_m / M,    std = √(Σ (d_m − mean)² / M),    agree = share of models with d_m > 0, a tie counts half.
 
+Where a model has several heads (``--heads``), each of them is a vote: :func:`strengths_of_differences`.
 A mean below 0 says that the models, asked together, prefer the answer that the data call rejected.
 """
 
@@ -52,22 +53,41 @@ def strength_of_differences(differences: Sequence[float]) -> Strength:
     return Strength(float(found.mean()), float(found.std()), float(((found > 0) + 0.5 * (found == 0)).mean()))
 
 
-def strengths_of_differences(differences: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The same of many pairs, where a model may have judged some of them alone.
+def strengths_of_differences(
+    differences: np.ndarray, heads: Sequence[int] | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The same of many pairs, where a model may have judged some of them alone, and may have several heads.
+
+    Each of the K_m heads of model m is a vote d_mk, and all models weigh the same: with w = 1 / (M·K_m) a vote,
+    mean = Σ w d, std = √(Σ w (d − mean)²), agree = Σ w [d > 0], a tie counting one half. One model with K heads gives
+    mean and std over the heads; models with one head each give :func:`strength_of_differences`.
 
     Args:
-        differences: (m, n), NaN where a model has not judged a pair.
+        differences: of every head, those of a model one after the other, (v, n); all of a model's are NaN where it has
+            not judged a pair.
+        heads: of each model, (m,), v in all; None: one each.
 
     Returns:
-        mean, std and agree, (n,) each, NaN where no model has; and how many models have, (n,).
+        mean, std and agree, (n,) each, NaN where no model has judged; and how many models have, (n,).
+
+    >>> mean, std, agree, models = strengths_of_differences(np.array([[3.0], [1.0], [-4.0]]), [2, 1])
+    >>> float(mean[0]), float(agree[0]), int(models[0])
+    (-1.0, 0.5, 2)
     """
+    of_models = np.ones(len(differences), int) if heads is None else np.asarray(heads)
+    firsts = np.cumsum(of_models) - of_models
     known = np.isfinite(differences)
-    counts = known.sum(0)
     found = np.where(known, differences, 0.0)
+    counts = known[firsts].sum(0)
+
+    def mean_of(values: np.ndarray) -> np.ndarray:
+        """(v, n) → (n,): the mean over the models of each one's mean over its heads."""
+        return (np.add.reduceat(np.where(known, values, 0.0), firsts, 0) / of_models[:, None]).sum(0) / counts
+
     with np.errstate(invalid="ignore"):  # 0 / 0 where no model has judged
-        mean = found.sum(0) / counts
-        std = np.sqrt((np.where(known, found - mean, 0.0) ** 2).sum(0) / counts)
-        agree = (known & (differences > 0)).sum(0) / counts + 0.5 * (known & (differences == 0)).sum(0) / counts
+        mean = mean_of(found)
+        std = np.sqrt(mean_of((found - mean) ** 2))
+        agree = mean_of(found > 0) + 0.5 * mean_of(found == 0)
     return mean, std, agree, counts
 
 

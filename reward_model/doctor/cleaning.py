@@ -20,6 +20,7 @@ from reward_model.data.files import Source
 from reward_model.data.layouts import SCORES
 from reward_model.data.preprocessing import read_text
 from reward_model.data.rows import Texts
+from reward_model.data.sources import require_one_layout
 from reward_model.data.strengths import AGREE, MEAN, THEIRS
 from reward_model.doctor.findings import part
 from reward_model.doctor.judgements import Judgements
@@ -95,10 +96,8 @@ def write_cleaned(ledger: Ledger, strengths: Strengths, judged: Judgements, conf
     empty = np.zeros(0, np.int64)
     flipped, removed = strengths.lowest(config.flip, config.remove) if config.needs_strengths else (empty, empty)
     data = ledger.data
-    layouts = {source.layout.key for source, of_set in zip(data.sources, data.sets) if of_set == TRAINING}
-    names = {tuple(source.names.items()) for source, of_set in zip(data.sources, data.sets) if of_set == TRAINING}
-    if len(layouts) > 1 or len(names) > 1:
-        raise UserError("--output: the training data have several layouts, and a file has one: clean them one by one")
+    of_training = [source for source, of_set in zip(data.sources, data.sets) if of_set == TRAINING]
+    require_one_layout(of_training, config.output, config.chat)
     rows = dict.fromkeys(flipped.tolist(), "flip") | dict.fromkeys(removed.tolist(), "remove")
     if config.drop_repetitions:  # whatever else would become of them
         rows |= dict.fromkeys(repetitions(judged), "repeat")

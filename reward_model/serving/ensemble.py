@@ -2,9 +2,12 @@
 """What several models make of pairs: each scores all of them, then the rows are written with their strengths.
 
 The models come one after the other, so that one at a time is in memory. What a model makes of the rows is a file of
-numbers, r(chosen) − r(rejected) of each row, in a folder beside the output. Each rank has a file of its own, with every
-W-th block of rows, W the number of ranks; a block is scored as it would be alone, so that neither the number of ranks
-nor an interruption changes a number. At the end the first rank reads the rows once more and writes them.
+numbers, r(chosen) − r(rejected) of each row by each of its heads, in a folder beside the output. Each rank has a file
+of its own, with every W-th block of rows, W the number of ranks; a block is scored as it would be alone, so that
+neither the number of ranks nor an interruption changes a number. At the end the first rank reads the rows once more and
+writes them.
+
+Notation: m models, K heads of one of them, v votes (the heads of all models together), n rows.
 """
 
 from __future__ import annotations
@@ -15,10 +18,10 @@ import math
 import os
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,18 +30,21 @@ import numpy as np
 from reward_model.common import distributed
 from reward_model.common.distributed import DistributedContext, join, prepare_environment
 from reward_model.common.errors import UserError
-from reward_model.common.files import flush_folder, remove_folder, sha256_of, write_whole
+from reward_model.common.files import flush_folder, remove_folder, write_whole
+from reward_model.common.locking import locked
 from reward_model.common.logging import logger
 from reward_model.common.progress import progress
 from reward_model.common.words import counted
 from reward_model.config.ensemble import EnsembleConfig
 from reward_model.data.comparisons import BadRow
 from reward_model.data.encoding import Encoded
-from reward_model.data.files import UNREADABLE, Source
+from reward_model.data.files import loader_of
 from reward_model.data.rows import PAIR
+from reward_model.data.sources import amount_of, require_one_layout
 from reward_model.data.strengths import COLUMNS, strengths_of_differences
+from reward_model.data.training_rows import Stored, TrainingRows
 from reward_model.inference import HUB_NAME, Reading, RewardScorer, load_to_read, require_head
-from reward_model.serving.inputs import row_of, settled
+from reward_model.serving.inputs import row_of
 from reward_model.serving.output import fingerprint, require_same
 
 BLOCK = 256  # rows, sorted by length among themselves
@@ -57,14 +63,14 @@ class Judge:
 
 
 def ensemble(models: str | Sequence[str], config: EnsembleConfig) -> dict[str, Any]:
-    """Let each model judge all pairs of a file, and write its rows with what they make of them together.
+    """Let each model judge all pairs of a data set, and write its rows with what they make of them together.
 
     Every process of a launch calls it. Columns and order of the rows stay; those of
     :mod:`reward_model.data.strengths` are added, or replaced where the row has them. A row without a pair is written as
     it is.
 
     >>> import reward_model
-    >>> config = reward_model.EnsembleConfig(data="train.jsonl", output="judged.jsonl")
+    >>> config = reward_model.EnsembleConfig(data=["train.jsonl"], output="judged.jsonl")
     >>> reward_model.ensemble(["one", "two", "three"], config)["below_zero"]  # doctest: +SKIP
     0.24
 
@@ -81,8 +87,6 @@ def ensemble(models: str | Sequence[str], config: EnsembleConfig) -> dict[str, A
         raise UserError("folds is for the command, which trains their models: reward-model ensemble --folds")
     if twice := [model for model, count in Counter(models).items() if count > 1]:
         raise UserError(f"{twice[0]} is given twice: it would agree with itself")
-    if len(models) == 1:
-        logger.warning("one model: strength_std is 0, and strength_agree 0 or 1")
     require_free(config)
     for model in models:  # before the first of them has judged everything
         if not Path(model).is_dir() and not HUB_NAME.fullmatch(model):
@@ -92,16 +96,55 @@ def ensemble(models: str | Sequence[str], config: EnsembleConfig) -> dict[str, A
     return judge_with([Judge(model) for model in models], config, join(config.local_rank))
 
 
+def output_of(config: EnsembleConfig) -> Path:
+    """Where rows are written.
+
+    Raises:
+        UserError: no data, no name where none follows from the data, or one that is theirs or of another kind of file.
+    """
+    if not config.data:
+        raise UserError("give --data: files, folders or hub names of rows")
+    paths = [Path(amount_of(entry)[0]) for entry in config.data]
+    if config.output:
+        output = Path(config.output)
+    elif len(paths) == 1 and (paths[0].is_file() or (loader_of(paths[0]) and not paths[0].is_dir())):  # or a typo
+        output = paths[0].with_name(paths[0].name.split(".")[0] + ".strengths.jsonl")
+    else:
+        raise UserError("give --output: the data are not one file, beside which the rows would be written")
+    if output.suffix != ".jsonl":
+        raise UserError(f"--output {output}: rows are written as JSON lines, in a file ending in .jsonl")
+    for path in paths:
+        if output.resolve() == path.resolve():
+            raise UserError(f"--output {output} is the data: name another file")
+        if path.is_dir() and path.resolve() in output.resolve().parents:
+            raise UserError(f"--output {output} lies in {path}, and would be of the data: name a file elsewhere")
+    return output
+
+
 def require_free(config: EnsembleConfig) -> None:
-    """Raises UserError: the data are not there, the output is, or a run was interrupted and is not gone on with."""
-    data, output = config.paths()
-    if not data.is_file():
-        raise UserError(f"--data {data}: no such file")
+    """Raises UserError: the output is there, or a run was interrupted and is not gone on with."""
+    output = output_of(config)
     if output.exists():
         raise UserError(f"--output {output} is there: name another file, or remove it")
     parts = parts_of(output)
     if parts.exists() and any(parts.iterdir()) and not config.resume:
         raise UserError(f"{parts} is left of a run that was interrupted: --resume goes on with it, or remove it")
+
+
+def rows_of(config: EnsembleConfig, chat: bool = False) -> TrainingRows:
+    """The rows of ``--data``.
+
+    Raises:
+        UserError: they cannot be read, or not written to one file.
+    """
+    rows = TrainingRows.find(config.data, config.seed, config.names, config.split, chat)
+    require_one_layout(rows.sources, output_of(config), chat)
+    return rows
+
+
+def identity_of(rows: TrainingRows) -> dict[str, Any]:
+    """What must be the same for a run to go on."""
+    return {"rows": len(rows), "sha256": rows.sha256()}
 
 
 def parts_of(output: Path) -> Path:
@@ -111,36 +154,38 @@ def parts_of(output: Path) -> Path:
 
 def judge_with(judges: Sequence[Judge], config: EnsembleConfig, context: DistributedContext) -> dict[str, Any]:
     """Judge on all ranks, and write on the first; its summary, and nothing on the others."""
-    data, output = config.paths()
+    output = output_of(config)
     parts = parts_of(output)
+    read = cache(lambda chat: rows_of(config, chat))  # as some models read rows, and as others do
+    rows = read(False)
     distributed.from_first(None)  # all have seen that the output is free before the first makes the folder
-    try:
-        parts.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {output}: {error.strerror}") from error
-    given = {"bytes": data.stat().st_size, "sha256": sha256_of(data)}
-    found = []
-    for number, judge in enumerate(judges):
-        logger.info(f"{judge.model}: model {number + 1} of {len(judges)}")
-        found.append(Scoring.load(judge, config, context).run(parts, number, given))
-    of_ranks = distributed.gather_objects(found)  # and all files are whole
-    for number, judge in enumerate(judges):
-        for line in notes_in_words([notes[number] for notes in of_ranks]):
-            logger.warning(f"{judge.model}: {line}")
-    temperatures = [notes.temperature for notes in found]
-    return write(judges, temperatures, config, context.world_size) if context.is_first else {}
+    with locked(parts, context, f"--output {output}"):
+        given = distributed.from_first(identity_of(rows) if context.is_first else None)
+        found = []
+        for number, judge in enumerate(judges):
+            logger.info(f"{judge.model}: model {number + 1} of {len(judges)}")
+            scoring = Scoring.load(judge, config, context)
+            if len(judges) == 1 and scoring.heads == 1:
+                logger.warning("one model: strength_std is 0, and strength_agree 0 or 1")
+            found.append(scoring.run(parts, number, given, read))
+        of_ranks = distributed.gather_objects(found)  # and all files are whole
+        for number, judge in enumerate(judges):
+            for line in notes_in_words([notes[number] for notes in of_ranks]):
+                logger.warning(f"{judge.model}: {line}")
+        return write(judges, found, config, rows, context.world_size) if context.is_first else {}
 
 
 class Notes(NamedTuple):
     """What is told of a model's share of the rows.
 
-    temperature: of the model. cut: rows whose prompt lost its left. left: why rows were not judged → how many, and the
-    number of the first.
+    temperature, heads: of the model. cut: rows whose prompt lost its left. left: why rows were not judged → how many,
+    and of the first its place and what it is called.
     """
 
     temperature: float
+    heads: int
     cut: int
-    left: dict[str, tuple[int, int]]
+    left: dict[str, tuple[int, int, str]]
 
 
 def notes_in_words(of_ranks: Sequence[Notes]) -> Iterator[str]:
@@ -149,9 +194,8 @@ def notes_in_words(of_ranks: Sequence[Notes]) -> Iterator[str]:
         yield f"the prompts of {counted(cut, 'row')} lost their left, to fit the longest text (--max_seq_len)"
     for reason in dict.fromkeys(reason for notes in of_ranks for reason in notes.left):
         found = [notes.left[reason] for notes in of_ranks if reason in notes.left]
-        first = min(number for _, number in found)
-        count = sum(count for count, _ in found)
-        yield f"{counted(count, 'row')} not judged, row {first} the first of them: {reason}"
+        _, first = min((place, origin) for _, place, origin in found)
+        yield f"{counted(sum(each[0] for each in found), 'row')} not judged, {first} the first of them: {reason}"
 
 
 @dataclass(frozen=True)
@@ -170,15 +214,20 @@ class Scoring:
         device = context.device if config.device == "auto" else config.device
         reward, reading = load_to_read(
             judge.model, config.dtype, device, config.chat, config.chat_template, config.max_seq_len,
-            config.trust_remote_code,
+            config.trust_remote_code, novelty=False,
         )  # fmt: skip
-        if (heads := getattr(reward.scorer, "heads", 1)) > 1:
-            logger.warning(f"{judge.model} has {heads} heads and counts as one model, by the mean of their scores")
         logger.info(reward.choose_attention(reading.max_seq_len, config.attention))
         return cls(judge, reward, reading, config, context)
 
-    def run(self, parts: Path, number: int, given: dict[str, Any]) -> Notes:
+    @property
+    def heads(self) -> int:
+        return self.reward.scorer.heads
+
+    def run(self, parts: Path, number: int, given: dict[str, Any], read: Callable[[bool], TrainingRows]) -> Notes:
         """Write the differences of this rank's blocks of rows, those that are not there yet.
+
+        Args:
+            given: what tells these rows from others. read: the rows, by whether plain text becomes messages.
 
         Raises:
             UserError: what is there was begun with another model, other data, flags or ranks.
@@ -192,7 +241,7 @@ class Scoring:
             else:
                 path.unlink(missing_ok=True)
                 write_whole(beside, json.dumps(wanted, indent=1) + "\n")
-            return self._append(path)
+            return self._append(path, read(self.reading.chat))
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}") from error
 
@@ -201,68 +250,71 @@ class Scoring:
         config, reading = self.config, self.reading
         found = {name: getattr(config, name) for name in ("columns", "chat_template", "dtype", "tokens_per_batch")}
         found |= {"chat": reading.chat, "max_seq_len": reading.max_seq_len, "ranks": self.context.world_size}
+        if self.heads > 1:
+            found["heads"] = self.heads
         if self.judge.rows is not None:
             found["rows"] = sha256_of_array(self.judge.rows)
         return found
 
-    def _append(self, path: Path) -> Notes:
-        done = path.stat().st_size // (BLOCK * NUMBER.itemsize) if path.exists() else 0
+    def _append(self, path: Path, rows: TrainingRows) -> Notes:
+        size = BLOCK * self.heads * NUMBER.itemsize
+        done = path.stat().st_size // size if path.exists() else 0
         left: Counter[str] = Counter()
-        first: dict[str, int] = {}
+        first: dict[str, tuple[int, str]] = {}
         cut = 0
-        source, stored = settled(str(self.config.data), self.config.names, self.reading.chat)
         with path.open("ab") as file:
-            file.truncate(done * BLOCK * NUMBER.itemsize)  # of a block that was not written to its end
+            file.truncate(done * size)  # of a block that was not written to its end
             if done:
                 logger.info(f"{path.name}: goes on after {counted(done * BLOCK, 'row')}")
-            bar = progress(desc="judging", unit="row", disable=None if self.context.is_first else True)
-            for start, block in blocks(stored):
-                turn, rank = divmod(start // BLOCK, self.context.world_size)
-                if rank == self.context.rank and turn >= done:
-                    differences, reasons, shortened = self._differences(start, block, source)
-                    cut += shortened
-                    for at, reason in reasons:
-                        left[reason] += 1
-                        first.setdefault(reason, at)
-                    file.write(differences.astype(NUMBER).tobytes())
-                    file.flush()
-                bar.update(len(block))
+            step = BLOCK * self.context.world_size
+            shown = {"total": len(rows), "initial": min(done * step, len(rows)), "desc": "judging", "unit": "row"}
+            bar = progress(**shown, disable=None if self.context.is_first else True)
+            for start in range(done * step + BLOCK * self.context.rank, len(rows), step):
+                block = list(rows.part(start, min(start + BLOCK, len(rows))))
+                differences, reasons, shortened = self._differences(start, block)
+                cut += shortened
+                for at, reason in reasons:
+                    left[reason] += 1
+                    first.setdefault(reason, (start + at, rows.origin(block[at].source, block[at].number)))
+                file.write(differences.astype(NUMBER).tobytes())
+                file.flush()
+                bar.update(min(step, len(rows) - bar.n))
             bar.close()
             os.fsync(file.fileno())
-        return Notes(self.reward.temperature, cut, {reason: (left[reason], first[reason]) for reason in left})
+        found = {reason: (left[reason], *first[reason]) for reason in left}
+        return Notes(self.reward.temperature, self.heads, cut, found)
 
-    def _differences(
-        self, start: int, block: list[tuple[int, dict]], source: Source
-    ) -> tuple[np.ndarray, list[tuple[int, str]], int]:
-        """r(chosen) − r(rejected) of each row of a block, NaN where there is none; why not, as row and reason; and of
-        how many rows the prompt was cut."""
-        found = np.full(len(block), np.nan)
+    def _differences(self, start: int, block: list[Stored]) -> tuple[np.ndarray, list[tuple[int, str]], int]:
+        """r(chosen) − r(rejected) of each row of a block by each head, (rows, K), NaN where there is none; why not, as
+        place in the block and reason; and of how many rows the prompt was cut."""
+        found = np.full((len(block), self.heads), np.nan)
         mine = [at for at in range(len(block)) if self.judge.rows is None or self.judge.rows[start + at]]
         reasons = []
         texts, places = [], []
         for at in mine:
-            row = row_of(*block[at], source, self.reading.chat, self.reward.tokenizer)
+            stored = block[at]
+            row = row_of(stored.number, stored.row, stored.source, self.reading.chat, self.reward.tokenizer)
             if isinstance(row.texts, str):
-                reasons.append((row.number, row.texts))
+                reasons.append((at, row.texts))
             elif tuple(row.texts.names) != PAIR:
-                reasons.append((row.number, NOT_A_PAIR))
+                reasons.append((at, NOT_A_PAIR))
             else:
                 texts.append(row.texts)
                 places.append(at)
         good, cut = [], 0
         for at, each in zip(places, self.reward.encoded(texts, self.reading.max_seq_len)):
             if isinstance(each, BadRow):
-                reasons.append((block[at][0], str(each)))
+                reasons.append((at, str(each)))
             else:
                 assert isinstance(each, Encoded)
                 good.append((at, each.row))
                 cut += each.cut
-        scores = self.reward.score_rows([row for _, row in good], self.config.tokens_per_batch) if good else []
+        scores = self.reward.scores_of_heads([row for _, row in good], self.config.tokens_per_batch) if good else []
         for (at, _), (chosen, rejected) in zip(good, scores):
-            if math.isfinite(chosen - rejected):
+            if np.isfinite(chosen - rejected).all():
                 found[at] = chosen - rejected
             else:
-                reasons.append((block[at][0], "a score is not finite; --dtype fp32 has a wider range"))
+                reasons.append((at, "a score is not finite; --dtype fp32 has a wider range"))
         return found, reasons, cut
 
 
@@ -284,69 +336,72 @@ def part_of(parts: Path, number: int, rank: int) -> Path:
     return parts / f"differences-{number:03}-{rank:03}.f64"
 
 
-def blocks(stored: Iterator[tuple[int, dict]]) -> Iterator[tuple[int, list[tuple[int, dict]]]]:
-    """The rows in blocks, each with the place of its first row, from 0."""
-    start = 0
-    while block := list(islice(stored, BLOCK)):
-        yield start, block
-        start += len(block)
-
-
 class Parts:
-    """The differences that all models and ranks have written, block by block."""
+    """The differences that all models and ranks have written, block by block.
 
-    def __init__(self, folder: Path, models: int, ranks: int):
+    heads: of each model, (m,).
+    """
+
+    def __init__(self, folder: Path, heads: Sequence[int], ranks: int):
         self.ranks = ranks
-        self.files = [[_numbers_in(part_of(folder, m, r)) for r in range(ranks)] for m in range(models)]
+        self.files = [[_numbers_in(part_of(folder, m, r), k) for r in range(ranks)] for m, k in enumerate(heads)]
 
     def of_block(self, start: int, size: int) -> np.ndarray:
-        """Of rows from a place on, (models, rows); NaN where a model has none."""
+        """Of rows from a place on, (v, rows); NaN where a model has none."""
         turn, rank = divmod(start // BLOCK, self.ranks)
         found = [files[rank][turn * BLOCK : turn * BLOCK + size] for files in self.files]
         assert all(len(each) == size for each in found)  # every rank has been through all of its rows
-        return np.stack(found)
+        return np.concatenate([each.T for each in found])
 
     def model(self, number: int) -> Iterator[np.ndarray]:
-        """All numbers of a model that are not NaN, a part at a time."""
+        """All numbers of a model that are not NaN, the mean over its heads, a part at a time."""
         for values in self.files[number]:
             for first in range(0, len(values), 1 << 16):
-                part = np.asarray(values[first : first + (1 << 16)])
+                part = values[first : first + (1 << 16)].mean(1)
                 yield part[np.isfinite(part)]
 
 
-def _numbers_in(path: Path) -> np.ndarray:
-    return np.memmap(path, NUMBER, "r") if path.stat().st_size else np.zeros(0, NUMBER)
+def _numbers_in(path: Path, heads: int) -> np.ndarray:
+    """(rows, K)."""
+    return np.memmap(path, NUMBER, "r").reshape(-1, heads) if path.stat().st_size else np.zeros((0, heads), NUMBER)
 
 
-def write(judges: Sequence[Judge], temperatures: Sequence[float], config: EnsembleConfig, ranks: int) -> dict[str, Any]:
+def write(
+    judges: Sequence[Judge], found: Sequence[Notes], config: EnsembleConfig, rows: TrainingRows, ranks: int
+) -> dict[str, Any]:
     """Write the rows with their strengths, and say what these are like.
+
+    Args:
+        found: what is told of each model.
 
     Raises:
         UserError: no row was judged, or the output cannot be written.
     """
-    data, output = config.paths()
-    parts = Parts(parts_of(output), len(judges), ranks)
-    of_models = [_about(judge.model, parts.model(number)) for number, judge in enumerate(judges)]
-    scales = _scales(config, of_models, temperatures)
+    output = output_of(config)
+    heads = [notes.heads for notes in found]
+    parts = Parts(parts_of(output), heads, ranks)
+    of_models = [
+        _about(judge.model, notes.heads, parts.model(number))
+        for number, (judge, notes) in enumerate(zip(judges, found))
+    ]
+    scales = _scales(config, of_models, [notes.temperature for notes in found])
+    of_votes = np.repeat(scales, heads)[:, None]
     tally = Tally()
     partial = parts_of(output) / "rows.jsonl"
     try:
         with partial.open("wb") as file:
-            source, stored = settled(str(data), config.names, chat=False)
-            bar = progress(desc="writing", unit="row")
-            for start, block in blocks(stored):
-                differences = parts.of_block(start, len(block)) / scales[:, None]
-                rows = [fields_of(row, source) for _, row in block]
-                for row, *strength in zip(rows, *(each.tolist() for each in strengths_of_differences(differences))):
-                    file.write(tally.line(row, strength))
+            bar = progress(total=len(rows), desc="writing", unit="row")
+            for start in range(0, len(rows), BLOCK):
+                block = list(rows.part(start, min(start + BLOCK, len(rows))))
+                strengths = strengths_of_differences(parts.of_block(start, len(block)) / of_votes, heads)
+                for stored, *strength in zip(block, *(each.tolist() for each in strengths)):
+                    file.write(tally.line(stored.columns(), strength))
                 bar.update(len(block))
             bar.close()
             file.flush()
             os.fsync(file.fileno())
-        if not tally.rows:
-            raise UserError(f"--data {data} holds no rows")
         if not len(tally.means):
-            raise UserError(f"--data {data}: no row has a pair that a model could judge")
+            raise UserError(f"--data {' '.join(config.data)}: no row has a pair that a model could judge")
         os.replace(partial, output)
         flush_folder(output.parent)
     except OSError as error:
@@ -359,19 +414,20 @@ def write(judges: Sequence[Judge], temperatures: Sequence[float], config: Ensemb
     return {"output": str(output), "models": models} | tally.summary()
 
 
-def _about(model: str, differences: Iterator[np.ndarray]) -> dict[str, Any]:
-    """Of one model: how many pairs it judged, its accuracy, a tie counting half, and the size of its differences."""
-    count, right, squares = 0, 0.0, 0.0
+def _about(model: str, heads: int, differences: Iterator[np.ndarray]) -> dict[str, Any]:
+    """Of one model: how many pairs it judged, its accuracy, a tie counting half, and the size of its differences, each
+    the mean over its heads."""
+    number, right, squares = 0, 0.0, 0.0
     for values in differences:
-        count += len(values)
+        number += len(values)
         right += float((values > 0).sum() + 0.5 * (values == 0).sum())
         squares += float((values**2).sum())
-    known = {"accuracy": right / count, "root_mean_square": math.sqrt(squares / count)} if count else {}
-    return {"model": model, "judged": count} | known
+    known = {"accuracy": right / number, "root_mean_square": math.sqrt(squares / number)} if number else {}
+    return {"model": model, "heads": heads, "judged": number} | known
 
 
 def _scales(config: EnsembleConfig, of_models: Sequence[dict], temperatures: Sequence[float]) -> np.ndarray:
-    """What each model's differences are divided by, (models,)."""
+    """What the differences of each model are divided by, those of all of its heads alike, (m,)."""
     if config.scale == "temperature":
         for about, temperature in zip(of_models, temperatures):
             if temperature == 1:
@@ -392,7 +448,7 @@ class Tally:
     """Counts rows while they are written. 24 bytes are kept of each row that was judged."""
 
     def __init__(self) -> None:
-        self.rows = self.unreadable = self.replaced = self.by_some = 0
+        self.rows = self.unreadable = self.replaced = 0
         self.means, self.stds, self.agrees = array("d"), array("d"), array("d")
 
     def line(self, row: dict | None, strength: list) -> bytes:
@@ -448,12 +504,6 @@ class Tally:
         }
 
 
-def fields_of(stored: dict, source: Source) -> dict | None:
-    """The columns of a row, as its file has them; None: it cannot be read."""
-    row = json.loads(stored["json"]) if source.is_text else stored
-    return None if UNREADABLE in row else row
-
-
 def line_of_row(row: dict) -> bytes:
     """Of JSON lines, with what the row has, also NaN and halves of characters."""
     return (json.dumps(row, ensure_ascii=False, default=str) + "\n").encode("utf-8", "backslashreplace")
@@ -462,8 +512,12 @@ def line_of_row(row: dict) -> bytes:
 def described(summary: dict[str, Any]) -> Iterator[str]:
     """A summary as text, in lines."""
     for each in summary["models"]:
-        accuracy = f"accuracy {each['accuracy']:.4f}, differences of size {each['root_mean_square']:.3g}"
-        yield f"{each['model']}: {counted(each['judged'], 'pair')}" + (f", {accuracy}" if each["judged"] else "")
+        said = [counted(each["judged"], "pair")]
+        if each["heads"] > 1:
+            said.append(f"by {each['heads']} heads")
+        if each["judged"]:
+            said += [f"accuracy {each['accuracy']:.4f}", f"differences of size {each['root_mean_square']:.3g}"]
+        yield f"{each['model']}: {', '.join(said)}"
     yield (
         f"{summary['judged']} of {counted(summary['rows'], 'row')} judged: mean strength {summary['mean']:.4g}, "
         f"{summary['below_zero']:.1%} below 0, {summary['agree']:.1%} of the votes for chosen"

@@ -1,20 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The output folder of a run: one run's alone, and what it says of the run."""
+"""The output folder of a run, and what it says of the run."""
 
 from __future__ import annotations
 
 import json
-import os
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 import reward_model
 from reward_model.common import distributed
@@ -33,38 +29,7 @@ from reward_model.training.data import Data
 from reward_model.training.model_card import where_from
 from reward_model.training.resume import FINISHED, INTERRUPTED, hash_of_model, hash_of_rows, hash_of_sets
 
-LOCK = ".lock"
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "tokenizers", "peft")  # whose versions run.json has
-
-
-@contextmanager
-def locked(folder: Path | None, context: DistributedContext) -> Iterator[None]:
-    """Keep other runs out of an output folder, and make it.
-
-    Raises:
-        UserError: another run has it, or it cannot be made.
-    """
-    lock, problem = None, ""
-    if folder and context.is_first:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(folder / LOCK)
-            lock.acquire(blocking=False)
-        except Timeout:
-            problem = f"--output_dir {folder}: another run is writing there; name another folder, or wait for its end"
-        except OSError as error:
-            problem = f"--output_dir {folder}: {error.strerror}"
-    if problem := distributed.first_text(problem):
-        raise UserError(problem)
-    try:
-        yield
-    finally:
-        if lock and folder:
-            with suppress(OSError):
-                if os.listdir(folder) == [LOCK]:  # nothing was done: leave nothing
-                    (folder / LOCK).unlink()
-                    folder.rmdir()
-            lock.release()
 
 
 def described_by(settings: Settings, context: DistributedContext, data: Data) -> dict[str, Any]:

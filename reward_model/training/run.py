@@ -19,6 +19,7 @@ from reward_model.batching.planner import Planner
 from reward_model.common import distributed
 from reward_model.common.distributed import DistributedContext
 from reward_model.common.errors import UserError
+from reward_model.common.locking import locked
 from reward_model.common.logging import logger
 from reward_model.common.pulse import beat
 from reward_model.common.words import counted
@@ -57,7 +58,7 @@ from reward_model.training.held_out import keep_temperature, write_evaluation
 from reward_model.training.meta import MetaStep
 from reward_model.training.model_card import Trained, card_of, write_card
 from reward_model.training.naming import name_model
-from reward_model.training.output_folder import described_by, locked, mark, open_folder
+from reward_model.training.output_folder import described_by, mark, open_folder
 from reward_model.training.records import Records
 from reward_model.training.resume import FINISHED, INTERRUPTED, Start, choose_start
 from reward_model.training.stopping import Interrupted, StopRequest
@@ -106,7 +107,7 @@ def run(config: RunConfig) -> TrainResult:
     folder = Path(config.output.output_dir) if config.output.output_dir else None
     context = distributed.start(config.engine.local_rank, config.engine.offload, config.output.debug)
     context = distributed.share_texts(context, config.engine.sequence_parallel_size)
-    with locked(folder, context):
+    with locked(folder, context, f"--output_dir {folder}"):
         return run_in(folder, config, context, StopRequest(config.output.time_limit))
 
 
