@@ -157,14 +157,18 @@ def measured(rows: list[dict], people: dict, folder: Path, seed: int, options: a
     return {"made": over_debates(made), "people": over_debates(peoples)}
 
 
+def beside_r(of_seeds: list[dict], kind: str, name: str) -> list[list[float]]:
+    """By how much more the best of each N is worth than by r alone, of each model."""
+    return [[one - r for one, r in zip(each[kind][name], each[kind]["r"])] for each in of_seeds]
+
+
 def show(of_seeds: list[dict], kind: str, ns: tuple[int, ...]) -> str:
-    """A table in Markdown: mean of the models at each N; in brackets the least and most of them at the last."""
-    lines = [f"| chosen by | {' | '.join(f'N = {n}' for n in ns)} |", f"|{'---|' * (len(ns) + 1)}"]
+    """A table in Markdown: mean of the models at each N, and what is gained over r at the last, least and most."""
+    lines = [f"| chosen by | {' | '.join(f'N = {n}' for n in ns)} | beside r |", f"|{'---|' * (len(ns) + 2)}"]
     for name in of_seeds[0][kind]:
-        curves = [each[kind][name] for each in of_seeds]
-        cells = [f"{mean(values):.2f}" for values in zip(*curves)]
-        last = [curve[-1] for curve in curves]
-        cells[-1] += f" [{min(last):.2f}–{max(last):.2f}]"
+        cells = [f"{mean(values):.2f}" for values in zip(*(each[kind][name] for each in of_seeds))]
+        last = [gained[-1] for gained in beside_r(of_seeds, kind, name)]
+        cells.append("" if name == "r" else f"{mean(last):+.2f} [{min(last):+.2f} to {max(last):+.2f}]")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -175,28 +179,30 @@ def draw(of_seeds: list[dict], shown: list[str], picture: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    titles = {
-        "made": (NS, "made answers, by a judge trained on their debates"),
-        "people": (PEOPLES, "people's arguments, by people"),
-    }
-    for axis, (kind, (ns, title)) in zip(axes, titles.items()):
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4.4), layout="constrained")
+    panels = (
+        ("made", NS, "made answers: what the judge says of the best of N"),
+        ("made", NS, "the same, less that by r alone; bands are the models"),
+        ("people", PEOPLES, "people's arguments: what people say of the best of N"),
+    )
+    for place, (axis, (kind, ns, title)) in enumerate(zip(axes, panels)):
         for i, name in enumerate(shown):
-            curves = [each[kind][name] for each in of_seeds]
+            if name == "the judge" and place == 1:
+                continue
+            curves = beside_r(of_seeds, kind, name) if place == 1 else [each[kind][name] for each in of_seeds]
+            label = "a choice without error" if name == "the judge" else name
+            color, line = ("grey", ":") if name == "the judge" else (f"C{i}", "-")
             means = [mean(values) for values in zip(*curves)]
-            style = {"color": "grey", "linestyle": ":"} if name == "the judge" else {"color": f"C{i}"}
-            axis.plot(
-                ns, means, "o-", markersize=3, label="a choice without error" if name == "the judge" else name, **style
-            )
-            low, high = [min(v) for v in zip(*curves)], [max(v) for v in zip(*curves)]
-            axis.fill_between(ns, low, high, alpha=0.1, linewidth=0, color=style["color"])
+            axis.plot(ns, means, marker="o", linestyle=line, color=color, markersize=3, label=label)
+            if place == 1:
+                low, high = [min(v) for v in zip(*curves)], [max(v) for v in zip(*curves)]
+                axis.fill_between(ns, low, high, alpha=0.12, linewidth=0, color=color)
         axis.set_xscale("log", base=2)
         axis.set_xticks(ns, ns)
         axis.set_xlabel("N")
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("what the best of N is worth")
     axes[0].legend(fontsize=8, frameon=False)
     figure.savefig(picture, dpi=110)
 
@@ -214,6 +220,7 @@ def main() -> None:
         setattr(options, name, getattr(options, name).resolve())
     rows, people = read(options.data), peoples_scores(options.data)
     of_seeds = []
+    name = f"best_of_n_{options.strange:g}"
     for seed in options.seeds:
         folder = options.output / f"seed_{seed}"
         prepare(rows, folder, seed)
@@ -221,11 +228,10 @@ def main() -> None:
         data = (folder / "eval.jsonl", folder / "train.jsonl")  # the proxy's, the other way round
         train(options.model, folder / "judge", seed + 100, *data, JUDGE_STEPS, [])
         of_seeds.append(measured(rows, people, folder, seed, options))
-        name = f"best_of_n_{options.strange:g}"
         (options.output / f"{name}.json").write_text(json.dumps(of_seeds) + "\n", encoding="utf-8")
     for kind, ns in (("made", NS), ("people", PEOPLES)):
         print(f"{kind}\n\n{show(of_seeds, kind, ns)}\n")
-    shown = ["r", "r − 1·novelty, mahalanobis", "r − 4·novelty, mahalanobis", "r − 0.25·z, mahalanobis", "r − 4·u"]
+    shown = ["r", "r − 1·novelty, mahalanobis", "r − 4·novelty, mahalanobis", "r − 0.1·z, mahalanobis", "r − 16·u"]
     draw(of_seeds, [*shown, "the judge"], options.output / f"{name}.png")
 
 
