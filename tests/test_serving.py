@@ -481,7 +481,7 @@ def test_an_address_that_is_taken(folder, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert main(["serve", str(folder), "--port", str(taken.getsockname()[1])]) == 1
     assert "Address already in use" in capsys.readouterr().err
-    assert main(["serve"]) == 1 and "name a model" in capsys.readouterr().err
+    assert main(["serve"]) == 1 and "name one model" in capsys.readouterr().err
     with pytest.raises(UserError, match="--port"):
         ServeConfig(port=65_536)
 

@@ -8,13 +8,12 @@ reward-model doctor with_strengths.jsonl --flip 0.1 --remove 0.1 --output cleane
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 
 from reward_model.commands.evaluate import messages_aside
 from reward_model.common.errors import UserError
 from reward_model.common.logging import show_messages
 from reward_model.config.doctor import DoctorConfig
-from reward_model.config.parser import build_parser, read_words
+from reward_model.config.parser import build_parser, read_words, split_at_flags
 
 
 def main(arguments: list[str]) -> int:
@@ -33,7 +32,7 @@ def main(arguments: list[str]) -> int:
         epilog="Exit status: 0, nothing hurts; 1, something does, or with --strict is doubtful, or the data cannot be "
         "read.\nexample: reward-model doctor train.jsonl --eval_data_path eval.jsonl --report doctor.html",
     )
-    data, words = _named(arguments)
+    data, words = split_at_flags(arguments)
     (config,) = read_words(parser, words)[:1]
     if not data:
         raise UserError("name the data before the flags: files, folders or hub names")
@@ -47,12 +46,3 @@ def main(arguments: list[str]) -> int:
     else:
         print("\n" + "\n".join(found.lines()))
     return 0 if found.is_healthy(config.strict) else 1
-
-
-def _named(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words before the first flag, and the flags."""
-    words = list(arguments)
-    named: list[str] = []
-    while words and not words[0].startswith("-"):
-        named.append(words.pop(0))
-    return named, words

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from reward_model.common.errors import UserError
 from reward_model.common.logging import show_messages
 from reward_model.config.evaluation import EvaluateConfig
-from reward_model.config.parser import build_parser, read_words
+from reward_model.config.parser import build_parser, read_words, split_at_flags
 
 
 def main(arguments: list[str]) -> int:
@@ -50,10 +50,7 @@ def main(arguments: list[str]) -> int:
 
 def models_of(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """The models, which are the words before the first flag and those of rewardbench's --model; and the other words."""
-    models: list[str] = []
-    words = list(arguments)
-    while words and not words[0].startswith("-"):
-        models.append(words.pop(0))
+    models, words = split_at_flags(arguments)
     while "--model" in words:
         at = words.index("--model")
         words.pop(at)

@@ -14,7 +14,7 @@ from reward_model.common.errors import UserError
 from reward_model.common.logging import show_messages
 from reward_model.common.words import counted
 from reward_model.config.novelty import NoveltyConfig
-from reward_model.config.parser import build_parser, read_words
+from reward_model.config.parser import build_parser, read_words, split_at_flags
 
 SUBCOMMANDS = ("fit",)
 
@@ -33,10 +33,7 @@ def main(arguments: list[str]) -> int:
         "beside each score: the share of held-out training texts that are less novel, 0 to 1.",
         epilog="example: reward-model novelty fit output --data train.jsonl --method exemplar",
     )
-    words = list(arguments)
-    named = []
-    while words and not words[0].startswith("-"):
-        named.append(words.pop(0))
+    named, words = split_at_flags(arguments)
     if named and named[0] not in SUBCOMMANDS:
         near = difflib.get_close_matches(named[0], SUBCOMMANDS, n=1)
         meant = f"did you mean {near[0]}?" if near else f"there is {' and '.join(SUBCOMMANDS)}: fit MODEL --data …"

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from reward_model.common.errors import UserError
 from reward_model.common.logging import show_messages
-from reward_model.config.parser import build_parser, read_words
+from reward_model.config.parser import build_parser, read_words, split_at_flags
 from reward_model.config.scoring import STDIN, ScoreConfig
 
 
@@ -35,7 +34,7 @@ def main(arguments: list[str]) -> int:
         epilog="Exit status: 0; 1, some rows could not be scored, and their lines say why, or nothing could be.\n"
         "example: reward-model score output answers.jsonl --best",
     )
-    named, words = _named(arguments)
+    named, words = split_at_flags(arguments)
     (config,) = read_words(parser, words)[:1]
     if not named:
         raise UserError("name a model before the flags: a folder or a hub name")
@@ -54,12 +53,3 @@ def main(arguments: list[str]) -> int:
         from reward_model.serving.lines import score_lines
 
         return score_lines(named[0], file, config, result)
-
-
-def _named(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words before the first flag, and the flags."""
-    words = list(arguments)
-    named: list[str] = []
-    while words and (words[0] == STDIN or not words[0].startswith("-")):
-        named.append(words.pop(0))
-    return named, words

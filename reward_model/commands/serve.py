@@ -13,7 +13,7 @@ import sys
 
 from reward_model.common.errors import UserError
 from reward_model.common.logging import show_messages
-from reward_model.config.parser import build_parser, read_words
+from reward_model.config.parser import build_parser, read_words, split_at_flags
 from reward_model.config.scoring import ServeConfig
 
 
@@ -32,10 +32,10 @@ def main(arguments: list[str]) -> int:
         epilog="It listens on loopback unless --host says otherwise, and needs pip install 'dschat-reward[serve]'.\n"
         "example: reward-model serve output --port 5000",
     )
-    named = [word for word in arguments[:1] if not word.startswith("-")]
-    (config,) = read_words(parser, arguments[len(named) :])[:1]
-    if not named:
-        raise UserError("name a model before the flags: a folder or a hub name")
+    named, words = split_at_flags(arguments)
+    (config,) = read_words(parser, words)[:1]
+    if len(named) != 1:
+        raise UserError("name one model before the flags: a folder or a hub name")
     show_messages()
     from reward_model.serving.api import serve
 

@@ -12,7 +12,7 @@ import json
 from reward_model.commands.evaluate import messages_aside
 from reward_model.common.errors import UserError
 from reward_model.common.logging import show_messages
-from reward_model.config.parser import build_parser, read_words
+from reward_model.config.parser import build_parser, read_words, split_at_flags
 from reward_model.config.verification import VerifyConfig
 
 
@@ -29,16 +29,15 @@ def main(arguments: list[str]) -> int:
         description="Score texts with a saved model in every way in which others would, and compare.",
         epilog="Exit status: 0, nothing differs beyond rounding; 1, something does.",
     )
-    words = list(arguments)
-    folder = words.pop(0) if words and not words[0].startswith("-") else ""
+    named, words = split_at_flags(arguments)
     (config,) = read_words(parser, words)[:1]
-    if not folder:
-        raise UserError("name the folder of a saved model before the flags")
+    if len(named) != 1:
+        raise UserError("name the folder of one saved model before the flags")
     show_messages()
     from reward_model.training.verification import verify
 
     with messages_aside(config.json):
-        found = verify(folder, config)
+        found = verify(named[0], config)
     if config.json:
         print(json.dumps(found.to_json(), ensure_ascii=False))
     else:

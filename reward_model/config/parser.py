@@ -96,14 +96,10 @@ def build_parser(groups: Sequence[type], **kwargs: Any):
 def run_parser():
     """The parser of ``main.py``'s flags."""
     started = Path(sys.argv[0]).name
-    program = {"__main__.py": "python -m reward_model train", "reward-model": "reward-model train"}.get(
-        started, started
-    )
+    as_command = {"__main__.py": "python -m reward_model train", "reward-model": "reward-model train"}
     parser = build_parser(
         list(GROUPS.values()),
-        prog={"__main__.py": "python -m reward_model train", "reward-model": "reward-model train"}.get(
-            program, program
-        ),
+        prog=as_command.get(started, started),
         description="Train a reward model on preference pairs, ranked lists or scores with DeepSpeed.",
         usage="%(prog)s --model_name_or_path MODEL [--config FILE] [FLAG [VALUE …] …]",
         epilog=f"A flag without a value can be given true or false. Hyphens may stand for underscores.\n"
@@ -122,6 +118,16 @@ def given_names(parser: argparse.ArgumentParser, words: Sequence[str]) -> frozen
     """The names of the flags that a command line gives."""
     flags = {word.split("=")[0] for word in words}
     return frozenset(action.dest for action in parser._actions if flags.intersection(action.option_strings))
+
+
+def split_at_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What a command line names before its first flag, and the rest. ``-``, standard input, is a name.
+
+    >>> split_at_flags(["output", "-", "--best"])
+    (['output', '-'], ['--best'])
+    """
+    at = next((i for i, word in enumerate(words) if word.startswith("-") and word != "-"), len(words))
+    return list(words[:at]), list(words[at:])
 
 
 def read_words(parser, words: Sequence[str]) -> tuple:
