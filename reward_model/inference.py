@@ -479,7 +479,7 @@ class RewardScorer:
                 prompt_tokens=made["prompt_tokens"],
                 two_segments=each.two_segments,
             )
-            found.append(Encoded(row, made["cut"]))
+            found.append(Encoded(row, made["cut"], each.empty))
         return found
 
     def choose_attention(self, longest: int, wanted: str = "auto") -> str:

@@ -186,19 +186,21 @@ def test_a_temperature_of_few_pairs_is_doubted():
         assert bool(said[count]) == (np.abs(of_end).max() > MOST_CHANGE)
         assert any(said[count] in line for line in lines_of(found | {"model": "m", "data": ["d"]})) or not said[count]
     assert said[3_000] == ""
-    assert said[60].startswith("a temperature of 60 pairs may as well be 0.")
+    assert said[60].startswith("the temperature is rough, 0.")
     assert "fewer than 10 prompts" in doubt_temperature(1.0, None, 40)
 
 
 def test_a_run_says_how_sure_its_temperature_is(caplog):
+    few_wrong = np.concatenate([np.linspace(0.05, 3, 58), [-0.01, -0.3]]) / 5
     for count, saved, said in (
         (3_000, True, ""),
-        (60, True, "score_temperature: a temperature of 60 pairs may as well be"),
+        (60, True, "score_temperature: the temperature is rough, "),
+        (few_wrong, False, "no score_temperature is saved: the temperature is rough, "),
         (12, False, "no temperature could be tried on 12 held-out pairs: each half of the prompts has to have 20"),
     ):
-        gaps, _ = gaps_of_prompts(count, each=1)
+        gaps = count if isinstance(count, np.ndarray) else gaps_of_prompts(count, each=1)[0]
         config = SimpleNamespace()
-        last = SimpleNamespace(judged=judged(np.stack([5 * gaps, np.zeros(count)], 1)))
+        last = SimpleNamespace(judged=judged(np.stack([5 * gaps, np.zeros(len(gaps))], 1)))
         forward, training = SimpleNamespace(scorer=SimpleNamespace(config=config)), SimpleNamespace(seed=1)
         settings = SimpleNamespace(training=training)
         caplog.clear()
@@ -206,14 +208,14 @@ def test_a_run_says_how_sure_its_temperature_is(caplog):
             keep_temperature(SimpleNamespace(last=last, forward=forward, settings=settings))
         assert hasattr(config, "score_temperature") is saved
         assert said in caplog.text
-        assert ("may as well be" in caplog.text) is ("may as well be" in said)
+        assert ("is rough" in caplog.text) is ("is rough" in said)
         if saved:  # and evaluate says so of the saved model, on whatever data
             assert config.score_temperature_fit["pairs"] == count
             gaps, _ = gaps_of_prompts(3_000, each=1, seed=2)
             found = assess(judged(np.stack([gaps, np.zeros(3_000)], 1)), stored=config.score_temperature)
             found["calibration"]["stored_fit"] = config.score_temperature_fit
             lines = "\n".join(lines_of(found | {"model": "m", "data": ["d"]}))
-            doubt = "as the model is saved: a temperature of 60 pairs may as well be"
+            doubt = "as the model is saved: the temperature is rough"
             assert (doubt in lines) is bool(said)
 
 

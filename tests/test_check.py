@@ -52,6 +52,14 @@ def test_rows_that_would_stop_the_run(tmp_path, capsys):
     assert refusal() == "--data_path is missing: name a file, a folder or a hub name, such as Dahoas/rm-static"
 
 
+def test_shifted_texts_are_looked_at(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [PAIR])
+    one = write(tmp_path / "one.jsonl", [{"prompt": "Who?", "response": " he"}])
+    assert "one.jsonl, row 1: --meta_data needs two answers or more" in refusal("--data_path", path, "--meta_data", one)
+    assert refusal("--data_path", path, "--meta_data", tmp_path / "none.jsonl").endswith("no such file or folder")
+    assert look("--data_path", path, "--meta_data", path) == 0
+
+
 def test_what_the_loss_needs(tmp_path):
     path = write(tmp_path / "rows.jsonl", [PAIR])
     assert "row 1: margin is missing" in refusal("--data_path", path, "--margin", "column")

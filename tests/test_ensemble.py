@@ -182,17 +182,18 @@ def test_rows_that_are_no_pairs_stay_as_they_are(models, tmp_path, capfd):
         {"prompt": "the cat", "response": " a", "score": 1},
         {"prompt": "the cat", "chosen": " sat", "rejected": None},
         {"prompt": "the cat ", "chosen": "sat", "rejected": "sat"},
+        {"prompt": "the cat ", "chosen": "sat", "rejected": ""},
     ]
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in [row_of(0), *others]) + "{no row\n")
     summary, found = judged(models[:1], data)
-    assert found[1:4] == others[:3]
-    assert [found[4][name] for name in COLUMNS] == [0.0, 0.0, 0.5, 1]  # equal answers are a tie
-    assert (summary["rows"], summary["judged"], summary["unreadable"]) == (5, 2, 1)
+    assert found[1:] == others
+    assert (summary["rows"], summary["judged"], summary["unreadable"]) == (6, 1, 1)
     said = capfd.readouterr().out
     assert "2 rows not judged, row 2 the first of them: it has no chosen and rejected answer" in said
     assert "1 row not judged, row 4 the first of them: rejected is missing" in said
-    assert "3 of 5 rows judged by no model, and written without strengths" in said
+    assert "1 row not judged, row 5 the first of them: chosen and rejected are equal" in said
+    assert "5 of 6 rows judged by no model, and written without strengths" in said
     assert "1 row could not be read, and left out" in said
     assert "one model: strength_std is 0" in said
 

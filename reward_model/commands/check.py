@@ -80,27 +80,30 @@ def check_data(config: RunConfig) -> list[str]:
     """
     data = config.data
     held_out = [path for paths in data.eval_sets.values() for path in paths]
-    entries = [(entry, True) for entry in data.data_path] + [(entry, False) for entry in held_out]
+    of_kinds = {"training": data.data_path, "held out": held_out, "shifted": data.meta_data}
+    entries = [(entry, kind) for kind, paths in of_kinds.items() for entry in paths]
     unseen = [entry for entry, _ in entries if _is_name(entry)]
     if len(unseen) == len(entries):
         return unseen
-    from reward_model.data.preprocessing import nothing_judged
+    from reward_model.data.preprocessing import nothing_judged, nothing_to_tell_apart
     from reward_model.data.sources import Splits, amount_of, read_sources
     from reward_model.objectives.objective import Objective, missing_by
 
     loss_missing = missing_by(Objective(resolve_loss(config.loss, config.given)), config.data)
     tokenizer = _tokenizer(config)
     pairs = _reads_pairs(config, tokenizer)
-    for entry, is_training in entries:
+    for entry, kind in entries:
         if entry in unseen:
             continue
         path, _ = amount_of(entry)
-        splits = Splits(data.split if is_training else None, data.eval_split)
+        splits = Splits(data.split if kind == "training" else None, data.eval_split)
         train, evaluation = read_sources(
             path, 0, names=data.names, splits=splits, chat=data.chat, hold_out=False, first=FIRST_ROWS
         )
-        train, evaluation = (train, evaluation) if is_training else ([], evaluation or train)
-        for sources, missing in ((train, loss_missing), (evaluation, nothing_judged)):
+        if kind != "training":
+            train, evaluation = [], evaluation or train
+        of_others = nothing_to_tell_apart if kind == "shifted" else nothing_judged
+        for sources, missing in ((train, loss_missing), (evaluation, of_others)):
             for source in sources:
                 _check_rows(source, tokenizer, missing, config, pairs)
     return unseen

@@ -228,7 +228,8 @@ def train(place: Path, config: EnsembleConfig, training: RunConfig, words: list[
     if status == RESUMABLE:
         raise UserError(f"{place / MODEL}: the training was asked to end; the same command with --resume goes on")
     if status:
-        raise UserError(f"{place / MODEL}: the training ended with status {status}; see above, and --resume goes on")
+        how = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
+        raise UserError(f"{place / MODEL}: the training ended {how}; see above, and --resume goes on")
 
 
 @contextmanager

@@ -83,10 +83,11 @@ class EncodedRow(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """A row to score, and whether it lost the left of its prompt."""
+    """A row to score, and whether it lost the left of its prompt. empty: as that of :class:`EncodedRow`."""
 
     row: Comparison
     cut: bool
+    empty: Sequence[bool] = ()
 
 
 @dataclass(frozen=True)

@@ -178,7 +178,8 @@ def doubts(train: Comparisons, evaluation: Comparisons) -> Iterator[str]:
     """What makes an evaluation say less than it seems to: few rows, many of them all, or rows that are trained on."""
     few, total = len(evaluation), len(train) + len(evaluation)
     if few < FEW_ROWS:
-        yield f"{counted(few, 'held-out row')}: its metrics say little; name more with --eval_data_path"
+        more = "more of them say more (--eval_data_path, --max_eval_samples)"
+        yield f"{counted(few, 'held-out row')}: their metrics say little; {more}"
     elif few > total * MOST_HELD_OUT:
         yield f"{few} of {total} rows are held out, more than one in {round(1 / MOST_HELD_OUT)}"
     hashes, _, counts = evaluation.texts()

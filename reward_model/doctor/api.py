@@ -12,7 +12,7 @@ import numpy as np
 from reward_model.common.errors import UserError
 from reward_model.common.files import write_whole
 from reward_model.common.logging import logger
-from reward_model.config.doctor import DoctorConfig
+from reward_model.config.doctor import WITH_STRENGTHS, DoctorConfig
 from reward_model.doctor.biases import bias_findings, biases_of, refusal_findings, script_findings
 from reward_model.doctor.cleaning import write_cleaned
 from reward_model.doctor.examination import Examination
@@ -51,7 +51,8 @@ def examine(data: str | Sequence[str], config: DoctorConfig | None = None) -> Ex
             cuts.add(ledger, row)
     strengths = Strengths(ledger)
     if config.needs_strengths and not len(strengths):
-        raise UserError(f"--output: {NO_STRENGTHS}")
+        asked = next(name for name in WITH_STRENGTHS if getattr(config, name))
+        raise UserError(f"--{asked}: {NO_STRENGTHS}")
     biases = biases_of(ledger, config.seed)
     found = Examination(paths, _counts(ledger), [], biases, _not_looked_at(ledger, config, len(strengths) > 0))
     found.findings += findings_of_rows(ledger)

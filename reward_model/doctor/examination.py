@@ -98,4 +98,5 @@ class Examination:
             yield from map(printable, self.cleaned.lines())
         bad, doubtful = len(self.of_level("hurts")), len(self.of_level("doubtful"))
         hurt = "finding hurts" if bad == 1 else "findings hurt"
-        yield f"\n{bad} {hurt}, {doubtful} {'is' if doubtful == 1 else 'are'} doubtful"
+        of = ", in the data as they were read" if self.cleaned else ""
+        yield f"\n{bad} {hurt}, {doubtful} {'is' if doubtful == 1 else 'are'} doubtful{of}"

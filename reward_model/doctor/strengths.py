@@ -19,7 +19,7 @@ from reward_model.evaluation.intervals import share
 MOST_SUSPICIOUS = 100
 HISTOGRAM = 40  # bins
 TEXT_LENGTH = 20_000  # characters of a text that is kept
-NO_STRENGTHS = "the training pairs have no strengths: `reward-model ensemble MODEL… --data DATA` writes them"
+NO_STRENGTHS = "the training pairs have no strengths: reward-model ensemble MODEL… --data DATA writes them"
 
 
 class Strengths:

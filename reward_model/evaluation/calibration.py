@@ -20,6 +20,7 @@ BOUNDS = (1e-3, 1e3)  # of a temperature; one at a bound was not found
 LEAST_PAIRS = 20  # a temperature of fewer says nothing
 MOST_CHANGE = 0.05  # of a probability, if T is at an end of its interval: one bin of ten over [½, 1]
 STEEPEST = 0.2239  # the most that σ(x / T) changes by, for a change of log T by 1: max of x·σ(x)·σ(−x), at x = 1.543
+MOST_OFF = 2.0  # a factor; a probability may then be off by 0.2239 · log 2 = 0.155
 NO_TEMPERATURE = "each half of the prompts has to have 20 pairs, some of them wrong and most of them right"
 
 
@@ -156,6 +157,11 @@ def interval_of(temperature: float, gaps: np.ndarray, prompts: np.ndarray) -> tu
     return float(temperature * np.exp(-reach)), float(temperature * np.exp(reach))
 
 
+def is_known(temperature: float, interval: tuple[float, float] | None) -> bool:
+    """Whether a temperature is known to a factor of ``MOST_OFF``, beyond which none is saved with a model."""
+    return interval is not None and interval[1] / temperature <= MOST_OFF
+
+
 def doubt_temperature(temperature: float, interval: tuple[float, float] | None, pairs: int) -> str:
     """In a line that the pairs are too few for a temperature; empty: they are enough.
 
@@ -164,11 +170,13 @@ def doubt_temperature(temperature: float, interval: tuple[float, float] | None, 
     σ(gap / T), it takes 600 pairs whose gaps have standard deviation T, and 300 with 2T.
     """
     if interval is None:
-        return f"a temperature of {counted(pairs, 'pair')} with fewer than {LEAST_PROMPTS} prompts: do not rely on it"
+        return (
+            f"the temperature is of {counted(pairs, 'pair')} with fewer than {LEAST_PROMPTS} prompts: do not rely on it"
+        )
     low, high = interval
     if STEEPEST * np.log(high / temperature) <= MOST_CHANGE:
         return ""
     return (
-        f"a temperature of {counted(pairs, 'pair')} may as well be {low:.3g} or {high:.3g} (95 %), by which "
-        "probabilities differ by more than 0.05: more held-out pairs make it sure"
+        f"the temperature is rough, {low:.3g} to {high:.3g} (95 %, {counted(pairs, 'pair')}): more held-out pairs pin "
+        "it down"
     )

@@ -67,6 +67,9 @@ def _calibration(found: dict) -> Iterator[str]:
             what = f"σ(gap / {found['stored_temperature']:.3f}), as the model is saved"
         errors = f"error {of['ece']:.4f} (largest {of['mce']:.3f}), Brier {of['brier']:.4f}, loss {of['log_loss']:.4f}"
         yield _line("calibration" if name == "raw" else "", f"{errors}: {what}")
+        if name == "stored" and of["log_loss"] > found["raw"]["log_loss"]:
+            worse = "here that is worse than none, and score and serve give probabilities by it"
+            yield _line("", f"{worse}: take score_temperature out of config.json, or fit one on more pairs")
         if name == "stored" and (doubt := _doubt_stored(found)):
             yield _line("", f"as the model is saved: {doubt}")
     if "tempered" not in found:

@@ -293,7 +293,9 @@ class Scoring:
         texts, places = [], []
         for at in mine:
             stored = block[at]
-            row = row_of(stored.number, stored.row, stored.source, self.reading.chat, self.reward.tokenizer)
+            row = row_of(
+                stored.number, stored.row, stored.source, self.reading.chat, self.reward.tokenizer, to_score=False
+            )
             if isinstance(row.texts, str):
                 reasons.append((at, row.texts))
             elif tuple(row.texts.names) != PAIR:
@@ -305,6 +307,8 @@ class Scoring:
         for at, each in zip(places, self.reward.encoded(texts, self.reading.max_seq_len)):
             if isinstance(each, BadRow):
                 reasons.append((at, str(each)))
+            elif reason := unusable(each):
+                reasons.append((at, reason))
             else:
                 assert isinstance(each, Encoded)
                 good.append((at, each.row))
@@ -316,6 +320,13 @@ class Scoring:
             else:
                 reasons.append((at, "a score is not finite; --dtype fp32 has a wider range"))
         return found, reasons, cut
+
+
+def unusable(pair: Encoded) -> str:
+    """Why training would not take a pair that can be scored; empty: it would."""
+    if any(pair.empty):
+        return f"{PAIR[list(pair.empty).index(True)]} is empty once tokenized"
+    return "chosen and rejected are equal once tokenized" if pair.row.responses[0] == pair.row.responses[1] else ""
 
 
 def _read(beside: Path) -> dict[str, Any]:

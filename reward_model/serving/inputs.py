@@ -230,11 +230,11 @@ def _settle(source: Source, first: list[tuple[int, dict]], names: dict[str, str]
         return
 
 
-def row_of(number: int, stored: dict, source: Source, chat: bool, tokenizer) -> Row:
-    """A row as it is stored → its texts, or why it cannot be scored."""
+def row_of(number: int, stored: dict, source: Source, chat: bool, tokenizer, to_score: bool = True) -> Row:
+    """A row as it is stored → its texts, or why it cannot be scored; without ``to_score``, or trained on."""
     try:
         fields = _with_answer(source.read(stored))
-        texts = read_row(fields, tokenizer, chat, to_score=True)
+        texts = read_row(fields, tokenizer, chat, to_score)
         return Row(number, texts, _answers(fields))
     except BadRow as problem:
         return Row(number, str(problem), [])

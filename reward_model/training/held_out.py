@@ -13,7 +13,7 @@ from reward_model.common.files import write_whole
 from reward_model.common.logging import logger
 from reward_model.common.words import counted
 from reward_model.evaluation.assessment import FILE, Responses, assess, mistakes
-from reward_model.evaluation.calibration import NO_TEMPERATURE, doubt_temperature, tempered
+from reward_model.evaluation.calibration import NO_TEMPERATURE, doubt_temperature, is_known, tempered
 from reward_model.evaluation.judged import Judged
 from reward_model.training.trainer import Trainer
 
@@ -38,6 +38,10 @@ def keep_temperature(trainer: Trainer) -> None:
     if fitted.log_loss >= raw.log_loss:
         logger.info(f"calibration error {raw.ece:.4f}: no temperature is better on pairs that it was not fitted on")
         return
+    doubt = doubt_temperature(found.temperature, found.interval, len(gaps))
+    if not is_known(found.temperature, found.interval):
+        logger.warning(f"no score_temperature is saved: {doubt}")
+        return
     config.score_temperature = found.temperature
     low, high = found.interval or (None, None)
     config.score_temperature_fit = {"pairs": len(gaps), "low": low, "high": high}
@@ -45,7 +49,7 @@ def keep_temperature(trainer: Trainer) -> None:
         f"calibration error {raw.ece:.4f}, and {fitted.ece:.4f} with σ(gap / {found.temperature:.3f}), on pairs that a "
         f"temperature was not fitted on; that of all {counted(len(gaps), 'pair')} is score_temperature in config.json"
     )
-    if doubt := doubt_temperature(found.temperature, found.interval, len(gaps)):
+    if doubt:
         logger.warning(f"score_temperature: {doubt}")
 
 
