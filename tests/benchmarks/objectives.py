@@ -78,6 +78,9 @@ COLUMNS = {
 }
 
 
+LEAST_SHOWN = 0.77  # accuracy in the picture; a triangle stands for what is below
+
+
 def read(path: Path) -> list[dict]:
     with gzip.open(path, "rt", encoding="utf-8") as file:
         return [json.loads(line) for line in file]
@@ -212,9 +215,13 @@ def draw(runs: list[dict], picture: Path) -> None:
             values = [r["evaluations"][-1][name] for r in runs if r["arm"] == arm]
             axis.plot(values, [i] * len(values), "o", color=color, markersize=4, alpha=0.5)
             axis.plot([mean(values)], [i], "|", color=color, markersize=14, markeredgewidth=2)
+            if name == "accuracy" and min(values) < LEAST_SHOWN:
+                axis.plot([LEAST_SHOWN], [i], "<", color=color, markersize=6, clip_on=False)
         if "logistic" in arms:
             plain = [r["evaluations"][-1][name] for r in runs if r["arm"] == "logistic"]
             axis.axvspan(min(plain), max(plain), color="grey", alpha=0.15, linewidth=0)
+        if name == "accuracy":
+            axis.set_xlim(left=LEAST_SHOWN)
         axis.set_title({"tempered_error": "with a temperature"}.get(name, COLUMNS[name]), fontsize=10)
         if name in ("calibration_error", "tempered_error"):
             axis.set_xlim(0, 0.35)  # the same for both, so that they can be compared
