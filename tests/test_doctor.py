@@ -403,6 +403,10 @@ def test_the_command_says_what_hurts(tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["healthy"] and not found["healthy_strict"] and found["counts"]["training"]["rows"] == 203
     assert json.loads((tmp_path / "page.json").read_text()) == found
+    worse = written(tmp_path / "worse.jsonl", healthy(20) * 2)
+    assert main(["doctor", worse]) == 1
+    cleaned = ["--drop_repetitions", "--output", str(tmp_path / "once.jsonl")]
+    assert main(["doctor", worse, *cleaned]) == 0 and "in the data as they were read" in capsys.readouterr().out
     assert main(["doctor"]) == 1 and "name the data" in capsys.readouterr().err
 
 
