@@ -119,7 +119,7 @@ def read(name, content, count=None, chat=False, tokenizer=0):
     path.write_bytes(content)
     with hostile.only_user_errors(path):
         source = files.read_file(path, first=1_000)
-        source.layout = sources._layout(source, chat)
+        source.layout = sources._layout("", source, chat)
         hostile_columns = list(sources.unread(source.fields(), source.layout))
         assert all(isinstance(column, str) for column in hostile_columns)
         require_whole(source, len(source.rows) if count is None else count, chat, tokenizer)

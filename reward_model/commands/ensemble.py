@@ -14,7 +14,6 @@ import os
 from reward_model.commands.evaluate import messages_aside, models_of
 from reward_model.common.errors import UserError
 from reward_model.common.logging import show_messages
-from reward_model.common.orphans import end_with_the_launcher
 from reward_model.config.ensemble import EnsembleConfig
 from reward_model.config.parser import build_parser, read_words
 
@@ -45,8 +44,10 @@ def main(arguments: list[str]) -> int:
     if not config.folds and not models:
         raise UserError("name the models before the flags: folders or hub names; or train them by --folds")
     show_messages()
-    end_with_the_launcher()  # ranks that went on would write what --resume goes on with
     from reward_model.common.distributed import end
+    from reward_model.common.orphans import end_with_the_launcher
+
+    end_with_the_launcher()  # ranks that went on would write what --resume goes on with
     from reward_model.serving.ensemble import described, ensemble
 
     with messages_aside(config.json):
