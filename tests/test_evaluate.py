@@ -237,7 +237,7 @@ def test_a_model_that_was_saved_with_a_temperature_of_few_pairs_is_doubted(model
     (copy / "config.json").write_text(json.dumps(saved))
     words = ["evaluate", str(copy), "--data", str(data), "--data_output_path", str(tmp_path)]
     assert main(words) == 0
-    doubt = "as the model is saved: a temperature of 40 pairs may as well be 0.25 or 1 (95 %)"
+    doubt = "as the model is saved: the temperature is rough, 0.25 to 1 (95 %, 40 pairs)"
     assert doubt in capsys.readouterr().out
     assert main([*words, "--temperature", "2"]) == 0  # it is the user's then
     assert doubt not in capsys.readouterr().out

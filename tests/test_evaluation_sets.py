@@ -103,7 +103,7 @@ def test_each_set_has_its_rows_and_its_limit(tmp_path, rules, capsys):
     assert (len(rows), [(name, len(held)) for name, held in sets.items()]) == (12, [("chat", 3), ("", 3)])
     said = capsys.readouterr().out
     assert "3 of 5 evaluation rows of chat, drawn at random" in said
-    assert "chat: 3 held-out rows: its metrics say little" in said
+    assert "chat: 3 held-out rows: the metrics say little" in said
     with pytest.raises(UserError, match="no evaluation rows of empty are left"):
         broken = write(tmp_path / "broken.jsonl", [{"prompt": "p", "chosen": "", "rejected": "x"}])
         load_comparisons([train], {"empty": [broken]}, tokenizer, special, replace(rules, on_bad_row="skip"), 0)

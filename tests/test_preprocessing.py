@@ -1281,8 +1281,8 @@ def numbered(name, count):
     ("train", "held", "said"),
     [
         (numbered("a", 400), numbered("b", 60), []),
-        (numbered("a", 400), numbered("b", 49), ["49 held-out rows: its metrics say little"]),
-        (numbered("a", 400), numbered("b", 1), ["1 held-out row: its metrics say little"]),
+        (numbered("a", 400), numbered("b", 49), ["49 held-out rows: the metrics say little"]),
+        (numbered("a", 400), numbered("b", 1), ["1 held-out row: the metrics say little"]),
         (numbered("a", 100), numbered("b", 60), ["60 of 160 rows are held out, more than one in 5"]),
         (
             numbered("a", 400),

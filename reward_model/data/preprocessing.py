@@ -179,7 +179,7 @@ def doubts(train: Comparisons, evaluation: Comparisons) -> Iterator[str]:
     few, total = len(evaluation), len(train) + len(evaluation)
     if few < FEW_ROWS:
         more = "more of them say more (--eval_data_path, --max_eval_samples)"
-        yield f"{counted(few, 'held-out row')}: their metrics say little; {more}"
+        yield f"{counted(few, 'held-out row')}: the metrics say little; {more}"
     elif few > total * MOST_HELD_OUT:
         yield f"{few} of {total} rows are held out, more than one in {round(1 / MOST_HELD_OUT)}"
     hashes, _, counts = evaluation.texts()
