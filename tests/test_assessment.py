@@ -20,7 +20,7 @@ from reward_model.evaluation.calibration import (
     temperature_of,
     tempered,
 )
-from reward_model.evaluation.intervals import FEW_PROMPTS, difference, share
+from reward_model.evaluation.intervals import FEW_PROMPTS, auroc, difference, share
 from reward_model.evaluation.judged import Judged
 from reward_model.evaluation.list_metrics import list_metrics, ndcg, specificity
 from reward_model.evaluation.words import compared_lines, lines_of
@@ -109,6 +109,25 @@ def test_all_right_is_no_certainty_and_one_prompt_no_interval():
     assert share(np.ones(30), np.zeros(30)).low is None
     assert share(np.tile([0.0, 1.0], 90), np.arange(180) % 9).low is None  # nine prompts
     assert math.isnan(share(np.zeros(0), np.zeros(0)).value)
+
+
+def test_an_area_by_hand_and_its_interval_is_that_of_the_bootstrap_by_prompt():
+    values, wanted = np.array([3.0, 1.0, 2.0, 2.0, 0.0]), np.array([True, False, True, False, False])
+    found = auroc(values, wanted, np.arange(5))
+    assert (found.value, found.low) == (pytest.approx(5.5 / 6), None)  # one tie
+    chance = np.random.default_rng(8)
+    prompts = np.repeat(np.arange(150), 8)
+    of_prompt = chance.normal(0, 1, 150)[prompts]  # pairs of a prompt are alike in both
+    values = of_prompt + chance.normal(0, 0.5, 1_200)
+    wanted = of_prompt + chance.normal(0, 2, 1_200) > 0.8
+    found = auroc(values, wanted, prompts)
+    drawn = []
+    for _ in range(400):
+        rows = np.concatenate([np.arange(8 * p, 8 * p + 8) for p in chance.integers(0, 150, 150)])
+        drawn.append(auroc(values[rows], wanted[rows], np.arange(1_200)).value)
+    assert found.high - found.low == pytest.approx(2 * 1.96 * np.std(drawn), rel=0.15)
+    alone = auroc(values, wanted, np.arange(1_200))
+    assert alone.value == found.value and alone.high - alone.low < 0.9 * (found.high - found.low)
 
 
 def test_mcnemar_counts_what_one_model_alone_has_right():

@@ -68,6 +68,15 @@ def test_flags_win_wherever_they_stand(write):
     assert read(["--config", path, "--data_path", "c"]).data_path == ["c"]
 
 
+def test_a_list_that_is_given_twice_is_said_and_one_that_a_file_has_too_is_not(write, caplog):
+    path = write(YAML)
+    assert read(["--config", path, "--data-path=c"]).data_path == ["c"]
+    assert read(["--config", path, "--seed", "1", "--seed", "2"]).seed == 2
+    assert not caplog.messages
+    assert read(["--config", path, "--data_path", "c", "d", "--data-path=e"]).data_path == ["e"]
+    assert caplog.messages == ["--data_path is given 2 times: what follows the last is taken, and no more"]
+
+
 def test_json_is_read_too(write):
     path = write({"model_name_or_path": "m", "learning_rate": 1e-5, "loss_weight": [2]}, "run.json")
     found = read(["--config", path])

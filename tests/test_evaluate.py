@@ -240,7 +240,8 @@ def test_a_model_that_was_saved_with_a_temperature_of_few_pairs_is_doubted(model
     doubt = "as the model is saved: the temperature is rough, 0.25 to 1 (95 %, 40 pairs)"
     assert doubt in capsys.readouterr().out
     assert main([*words, "--temperature", "2"]) == 0  # it is the user's then
-    assert doubt not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert doubt not in said and "σ(gap / 2.000), as --temperature says" in said and "as the model is" not in said
 
 
 def test_models_are_named_first_or_as_rewardbench_has_it():

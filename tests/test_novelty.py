@@ -206,6 +206,7 @@ def test_fit_score_evaluate_and_serve_agree(tmp_path, capsys, method, heads):
     out = capsys.readouterr().out
     assert f"{method} fitted to 96 texts, 24 held out by prompts: {folder}/novelty/novelty.safetensors" in out
     assert "called novel where its novelty is 0.4 or more" in out
+    assert "novelty is a share of 24 held-out texts, known to 0.042 at best" in out
     assert main([*words, "--json"]) == 0
     fitted = json.loads(capsys.readouterr().out)
     assert (fitted["texts"], fitted["held_out"], fitted["threshold"]) == (96, 24, 0.4)
@@ -226,10 +227,11 @@ def test_fit_score_evaluate_and_serve_agree(tmp_path, capsys, method, heads):
     found = json.loads(capsys.readouterr().out)["assessments"][0]["novelty"]
     assert found["threshold"] == 0.4 and found["mean"] == pytest.approx(novelty.mean(), abs=1e-3)
     assert found["novel"] == pytest.approx(np.mean(novel), abs=0.02)  # a text may lie at the threshold
+    assert f"tells wrong pairs with AUROC {found['wrong_auroc']['value']:.4f}" in said
     assert f"{found['mean']:.3f} on average, {found['novel']:.0%} of answers novel, at 0.4 or above" in said
     highest, wrong = novelty.max(1), np.array([line["scores"][0] < line["scores"][1] for line in lines])
     pairs = highest[wrong][:, None] - highest[~wrong]
-    assert found["wrong_auroc"] == pytest.approx(((pairs > 0) + 0.5 * (pairs == 0)).mean(), abs=0.02)
+    assert found["wrong_auroc"]["value"] == pytest.approx(((pairs > 0) + 0.5 * (pairs == 0)).mean(), abs=0.02)
 
     with server.Running(folder) as service:
         for row, line in zip(rows[:3], lines):

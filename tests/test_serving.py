@@ -261,6 +261,7 @@ def test_whole_texts_are_refused_where_pairs_are_read(folder, loaded):
         ("/score", {}, 422, "prompt: is missing"),
         ("/score", {"prompt": "a"}, 422, "responses: is missing"),
         ("/score", {"prompt": "a", "responses": ["b"], "tool": []}, 422, "did you mean tools?"),
+        ("/score", {"promt": "a", "responses": ["b"]}, 422, "did you mean prompt?"),
         ("/score", {"prompt": 3, "responses": ["a"]}, 422, "prompt: is not text"),
         ("/score", {"prompt": "a", "responses": "b"}, 422, "responses: is not a list"),
         ("/score", {"prompt": "a", "responses": []}, 400, "no responses"),

@@ -38,8 +38,10 @@ def main(arguments: list[str]) -> int:
         raise UserError("name a model before the flags: a folder or a hub name")
     show_messages()
     from reward_model.common.distributed import end
+    from reward_model.common.orphans import end_with_the_launcher
     from reward_model.judging.api import evaluate
 
+    end_with_the_launcher()
     with messages_aside(config.json):
         found = evaluate(models, config)
     if os.environ["RANK"] == "0":

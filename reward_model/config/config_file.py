@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,12 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_config_file(path: Path, parser) -> list[str]:
+def read_config_file(path: Path, parser, but: Container[str] = ()) -> list[str]:
     """What a file says, as words of a command line.
 
     Args:
         parser: of ``main.py``, which checks the values.
+        but: the names of flags whose values are checked and left out.
 
     Raises:
         UserError: no such file, not YAML (which JSON is too), an unknown key, or a wrong value; names the file.
@@ -59,13 +61,12 @@ def read_config_file(path: Path, parser) -> list[str]:
             raise UserError(f"--config {path}: a file is no place for hub_token; set HF_TOKEN in the environment")
         if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(v, (dict, list)) for v in value)):
             raise UserError(f"--config {path}: {name} is nested; give it a value, or a list of values")
-    words = words_of(values)
     needed = [] if "model_name_or_path" in values else ["--model_name_or_path=-"]
     try:
-        read_words(parser, [*words, *needed])
+        read_words(parser, [*words_of(values), *needed])
     except UserError as error:
         raise UserError(f"--config {path}: {error}") from error
-    return words
+    return words_of({name: value for name, value in values.items() if name not in but})
 
 
 def given_of_run(values: dict[str, Any], parser) -> dict[str, Any]:

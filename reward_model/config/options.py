@@ -92,7 +92,7 @@ DEFAULTS = _values(*(group("") if group is ModelConfig else group() for group in
 
 
 def expand(words: Sequence[str]) -> list[str]:
-    """A command line with what ``--config`` names in place of it: the file's words first, so that later ones win.
+    """A command line with what ``--config`` names in place of it, but for the flags that the line has, too.
 
     Raises:
         UserError: the file cannot be used.
@@ -103,7 +103,10 @@ def expand(words: Sequence[str]) -> list[str]:
         found, rest = parser.parse_known_args(words)
     except argparse.ArgumentError as error:
         raise UserError(f"{error}{HINT}") from error
-    return [*read_config_file(Path(found.config), run_parser()), *rest] if found.config else list(words)
+    if not found.config:
+        return list(words)
+    own = run_parser()
+    return [*read_config_file(Path(found.config), own, given_names(own, rest)), *rest]
 
 
 def parse(arguments: Sequence[str] | None = None) -> RunConfig:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from reward_model.common.errors import UserError
+from reward_model.common.logging import logger
 from reward_model.config.groups import GROUPS
 
 HINT = " (--help lists the flags)"
@@ -133,6 +134,8 @@ def split_at_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
 def read_words(parser, words: Sequence[str]) -> tuple:
     """A command line → one object of each of the parser's groups, and the namespace of the flags beside them.
 
+    A flag that is given twice has its last value, as in every program; of a list it is said.
+
     Raises:
         UserError: an unknown flag, with the nearest one, or a wrong value.
     """
@@ -141,4 +144,8 @@ def read_words(parser, words: Sequence[str]) -> tuple:
     )
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    for action in parser._actions:
+        times = sum(word.split("=")[0] in action.option_strings for word in words)
+        if times > 1 and action.nargs == "+":  # it could mean all of them
+            logger.warning(f"--{action.dest} is given {times} times: what follows the last is taken, and no more")
     return tuple(groups)

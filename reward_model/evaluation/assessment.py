@@ -13,7 +13,7 @@ from reward_model.data.comparisons import Comparison
 from reward_model.evaluation.baselines import baselines, longer_wins
 from reward_model.evaluation.bounds import bounds
 from reward_model.evaluation.calibration import calibration, tempered
-from reward_model.evaluation.intervals import share
+from reward_model.evaluation.intervals import auroc, share
 from reward_model.evaluation.judged import Judged
 from reward_model.evaluation.list_metrics import list_metrics, specificity
 from reward_model.evaluation.metrics import QUANTILES, correlation, point_metrics
@@ -118,18 +118,17 @@ def _novelty(judged: Judged) -> dict[str, Any]:
     """Of answers, and how well that of a pair, its higher one, tells wrong pairs from right ones; {}: not fitted.
 
     Returns:
-        ``mean``; ``threshold``, from which on an answer is novel; ``novel``, the share of such; ``wrong_auroc``.
+        ``mean``; ``threshold``, from which on an answer is novel; ``novel``, the share of such; ``wrong_auroc``, with
+        its interval.
     """
     found = judged.beside.get("novelty")
     if found is None or not len(found):
         return {}
-    said = {"mean": float(found.mean()), "threshold": judged.novel_from}
+    said: dict[str, Any] = {"mean": float(found.mean()), "threshold": judged.novel_from}
     said["novel"] = float((found >= judged.novel_from).mean())
     of_pairs, wrong = np.maximum(found[judged.better], found[judged.worse]), judged.right < 0.5
     if wrong.any() and not wrong.all():
-        order = np.sort(of_pairs[~wrong])
-        below = (np.searchsorted(order, of_pairs[wrong], "left") + np.searchsorted(order, of_pairs[wrong], "right")) / 2
-        said["wrong_auroc"] = float(below.mean() / len(order))
+        said["wrong_auroc"] = auroc(of_pairs, wrong, judged.pair_prompts).to_json()
     return said
 
 

@@ -86,6 +86,32 @@ def _interval(sums: np.ndarray, sizes: np.ndarray, seed: int) -> tuple[float, fl
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
+def auroc(values: np.ndarray, wanted: np.ndarray, prompts: np.ndarray) -> Share:
+    """How often a pair that is wanted has the higher value than one that is not, ties as half, with its interval.
+
+    The area under the ROC curve, and the normal interval of the variance of DeLong 1988 in its form for draws by
+    cluster (Obuchowski 1997): each pair weighs by how far its own share is from the area, and pairs of one prompt
+    together. None where there are too few prompts, or the pairs do not differ.
+
+    Args:
+        values: (p,). wanted: bool, (p,), some of them and not all. prompts: the prompt of each pair, (p,).
+    """
+    from scipy.stats import norm, rankdata
+
+    ranks, influence = rankdata(values), np.zeros(len(values))
+    for mine in (wanted, ~wanted):  # the share of the others below each, counted among its own and among all
+        influence[mine] = (ranks[mine] - rankdata(values[mine])) / (~mine).sum()
+    area = float(influence[wanted].mean())
+    for mine, mean in ((wanted, area), (~wanted, 1 - area)):
+        influence[mine] = (influence[mine] - mean) / mine.sum()
+    influence[~wanted] *= -1
+    sums, _ = by_prompt(influence, prompts)
+    if len(sums) < LEAST_PROMPTS or not sums.any():
+        return Share(area, None, None, len(values))
+    reach = norm.ppf((1 + CONFIDENCE) / 2) * np.sqrt(np.sum(sums**2) * len(sums) / (len(sums) - 1))
+    return Share(area, float(max(0.0, area - reach)), float(min(1.0, area + reach)), len(values))
+
+
 @dataclass(frozen=True)
 class Difference:
     """Accuracy of one model minus that of another on the same pairs.

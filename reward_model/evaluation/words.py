@@ -23,7 +23,7 @@ def lines_of(found: dict) -> Iterator[str]:
     if "bounds" in found:
         yield from _bounds(found["bounds"])
     if novelty := found.get("novelty"):
-        tells = f"; tells wrong pairs with AUROC {novelty['wrong_auroc']:.3f}" if "wrong_auroc" in novelty else ""
+        tells = f"; tells wrong pairs with AUROC {_share(novelty['wrong_auroc'])}" if "wrong_auroc" in novelty else ""
         novel = f"{novelty['novel']:.0%} of answers novel, at {novelty['threshold']:g} or above"
         yield _line("novelty", f"{novelty['mean']:.3f} on average, {novel}{tells}")
     yield from _length(found)
@@ -64,10 +64,11 @@ def _calibration(found: dict) -> Iterator[str]:
         if name == "tempered":
             what = f"σ(gap / {found['temperature']:.3f}), fitted on other prompts"
         elif name == "stored":
-            what = f"σ(gap / {found['stored_temperature']:.3f}), as the model is saved"
+            whose = "as --temperature says" if found.get("is_given") else "as the model is saved"
+            what = f"σ(gap / {found['stored_temperature']:.3f}), {whose}"
         errors = f"error {of['ece']:.4f} (largest {of['mce']:.3f}), Brier {of['brier']:.4f}, loss {of['log_loss']:.4f}"
         yield _line("calibration" if name == "raw" else "", f"{errors}: {what}")
-        if name == "stored" and of["log_loss"] > found["raw"]["log_loss"]:
+        if name == "stored" and not found.get("is_given") and of["log_loss"] > found["raw"]["log_loss"]:
             worse = "here that is worse than none, and score and serve give probabilities by it"
             yield _line("", f"{worse}: take score_temperature out of config.json, or fit one on more pairs")
         if name == "stored" and (doubt := _doubt_stored(found)):

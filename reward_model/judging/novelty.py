@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from reward_model.common.errors import UserError
+from reward_model.common.logging import logger
 from reward_model.common.progress import progress
 from reward_model.common.words import counted
 from reward_model.config.groups import DataConfig
@@ -26,6 +27,7 @@ from reward_model.novelty.sample import drawn, held_out
 
 PART = 256  # texts whose states are computed between two steps of the bar
 LEAST = 20  # texts; a fifth of them are held out
+FEW = 100  # held-out texts; the threshold of 0.95 is then the sixth highest of them
 
 
 def fit_novelty(model: str, config: NoveltyConfig) -> dict[str, Any]:
@@ -87,6 +89,11 @@ def fit_novelty(model: str, config: NoveltyConfig) -> dict[str, Any]:
         "threshold": config.threshold,
         "seed": config.seed,
     }
+    if len(unknown) < FEW:
+        logger.warning(
+            f"novelty is a share of {counted(len(unknown), 'held-out text')}, known to {1 / len(unknown):.2g} at best: "
+            "give more --data before it decides anything"
+        )
     fitted = Novelty.of(density, unknown, config.threshold, fingerprint(reward.scorer), about)
     return about | {"file": str(fitted.save(folder))}
 

@@ -109,6 +109,8 @@ class Subject:
         fit = getattr(self.scorer.scorer.config, "score_temperature_fit", None)
         if "stored" in found.get("calibration", {}) and self.config.temperature is None and isinstance(fit, dict):
             found["calibration"]["stored_fit"] = fit
+        if "stored" in found.get("calibration", {}) and self.config.temperature is not None:
+            found["calibration"]["is_given"] = True
         if len(judged):
             found["mistakes"] = mistakes(judged, self.scorer.tokenizer)
         return found

@@ -348,7 +348,7 @@ def _mistakes(page: Page) -> Iterator[str]:
     if not count:
         return
     most = TEXT_BYTES // (3 * count)  # of the three texts of each
-    yield '<section><h2 id="mistakes">The most confident mistakes</h2>'
+    yield '<section><h2 id="mistakes">Mistakes, the most confident first</h2>'
     yield '<p class="note">Pairs whose worse answer has the higher score, the largest gap first.</p>'
     for each, rows in all_of_them:
         if rows and len(page.assessments) > 1:

@@ -277,7 +277,8 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 async def _wrong_form(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
+    # a misspelt name is missing under its right one, too, and says more
+    first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
     kind, sent = first["type"], request.headers.get("content-type", "")
     if kind == "json_invalid":
         return JSONResponse(error_body(400, "the body is not JSON"), 400)

@@ -46,6 +46,7 @@ ARMS = {
     "norm_bt": ("pairs", "pairs", ["--pair_weight", "norm"]),
     "contrastive": ("pairs", "pairs", ["--contrastive_weight", 1]),
     "contrastive, difference": ("pairs", "pairs", ["--contrastive_weight", 1, "--contrastive", "difference"]),
+    "MetaRM": ("pairs", "pairs", ["--meta_data", "{data}/shifted.jsonl"]),  # the held-out topics, unjudged
     "center": ("pairs", "penalties on logistic", ["--score_penalty", "center"]),
     "center 0.1": ("pairs", "penalties on logistic", ["--score_penalty", "center", "--score_penalty_weight", 0.1]),
     "l2 0.1": ("pairs", "penalties on logistic", ["--score_penalty", "l2", "--score_penalty_weight", 0.1]),
@@ -113,6 +114,8 @@ def prepare(data: Path, folder: Path) -> None:
     )
     held_out = read(data / "eval_pairs.jsonl.gz")
     write(folder, "eval", [{f: p[f] for f in fields} for p in held_out])
+    both = [sorted((p["chosen"], p["rejected"])) for p in held_out]
+    write(folder, "shifted", [{"prompt": p["prompt"], "responses": texts} for p, texts in zip(held_out, both)])
 
 
 def run(options: argparse.Namespace, arm: str, seed: int, core: int) -> dict:
@@ -135,7 +138,7 @@ def run(options: argparse.Namespace, arm: str, seed: int, core: int) -> dict:
             options.eval_interval,
         ]
         words += [*STEPS.get(file, PAIR_STEP), *flags, *shlex.split(options.flags)]
-        words = [str(word).format(model=options.model) for word in words]
+        words = [str(word).format(model=options.model, data=data) for word in words]
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         pin = ["taskset", "-c", str(core)] if options.processes > 1 else []
         done = subprocess.run([*pin, *words], cwd=MAIN.parent, env=environment, capture_output=True, text=True)
