@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
+import signal
 import sys
 
-from reward_model.common.errors import UserError, not_installed
+from reward_model.common.errors import Ended, UserError, not_installed
 from reward_model.common.logging import quieten
 
 COMMANDS = {
@@ -52,10 +54,18 @@ def main(arguments: list[str] | None = None) -> int:
             near = difflib.get_close_matches(name, COMMANDS, n=1)
             meant = f"did you mean {near[0]}?" if near else f"there is {', '.join(COMMANDS)}"
             raise UserError(f"no command {name}; {meant}")
-        return importlib.import_module(COMMANDS[name][0]).main(rest)
+        status = importlib.import_module(COMMANDS[name][0]).main(rest)
+        sys.stdout.flush()
+        return status
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return os.EX_TEMPFAIL if isinstance(error, Ended) else 1
+    except KeyboardInterrupt:
+        print("\nended by Ctrl-C", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # whoever read it has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at the end
+        return 0
     except ModuleNotFoundError as error:
         if "--debug" in rest or (error.name or "").startswith("reward_model"):
             raise

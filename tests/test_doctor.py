@@ -3,12 +3,16 @@
 
 import gzip
 import json
+import os
 import random
+import subprocess
+import sys
 
 import browser as chromium
 import models
 import numpy as np
 import pytest
+import runs
 from test_report import DRAWN, HOSTILE, MOST, Tags, require_inert
 
 import reward_model
@@ -72,6 +76,11 @@ def test_repetitions_contradictions_and_circles(tmp_path):
     ]
     assert found.named("cycles").count == 3 and "1 circle," in found.named("cycles").line
     assert found.named("near_duplicates").count == 0 and not found.is_healthy()
+    spaced = [row | {"rejected": f"{row['chosen']} "} for row in rows[:2]]
+    found = found_in(tmp_path, rows[2:] + spaced)
+    assert found.named("same").rows == ["train.jsonl, row 19", "train.jsonl, row 20"]
+    assert found.named("same").level == "hurts"
+    assert not any(found.named(name).count for name in ("contradictions", "cycles", "alike"))
 
 
 def test_what_is_nearly_there_already(tmp_path):
@@ -134,6 +143,10 @@ def test_length_place_and_style_that_win(tmp_path):
     assert not found.is_healthy() and found.named("style_headings") is None
     of_few = found_in(tmp_path, [row | {"prompt": f"Of three: {i % 3} "} for i, row in enumerate(rows)]).named("length")
     assert of_few.share.low is None and of_few.level == "doubtful"  # too few prompts to prove that it hurts
+    longer = [row | {"chosen": f"{row['chosen']} and more of it"} for row in healthy(30)]
+    assert found_in(tmp_path, longer).named("length").level == "hurts"  # few, and without a doubt
+    few = found_in(tmp_path, longer[:6]).named("length")
+    assert few.level == "fine" and few.line.endswith("too few pairs to tell")
     rows = [
         {"prompt": f"Q: {i} ", "response_a": sentence(draw), "response_b": sentence(draw), "winner": "model_" + w}
         for i, w in enumerate("aaab" * 30)
@@ -152,7 +165,10 @@ def test_rows_that_cannot_be_used_ties_glued_and_refusals(tmp_path):
         row["prompt"] = row["prompt"].strip()
     found = found_in(tmp_path, rows)
     assert found.named("unusable").count == 2 and found.named("unusable").level == "hurts"
-    assert "chosen and rejected are equal" in found.named("unusable").line
+    assert found.named("unusable").examples == [
+        "1 × rejected is empty (train.jsonl, row 1)",
+        "1 × chosen and rejected are equal (train.jsonl, row 2)",
+    ]
     assert found.named("empty").count == 1 and found.named("empty").rows == ["train.jsonl, row 1"]
     assert found.named("ties").count == 1 and found.named("refusals").count == 1
     assert found.named("glued").count == 16 and found.named("glued").level == "hurts"
@@ -289,7 +305,7 @@ def test_repetitions_are_left_out_and_contradictions_stay(tmp_path):
 def test_an_encoder_is_given_pairs_as_in_training(tmp_path, caplog):
     """Pairs have a separator more, so that prompts are cut which would fit joined."""
     rows, folder = healthy(40), tmp_path / "bert"
-    tokenizer = models.write("bert", folder)
+    tokenizer = models.write("bert", folder, max_position_embeddings=256)
     path = written(tmp_path / "train.jsonl", rows)
     special = choose_special_tokens(tokenizer, len(tokenizer), fill=0)
     sizes = [len(ids) for row in rows for ids in tokenizer([row["prompt"]], [row["chosen"]])["input_ids"]]
@@ -302,6 +318,13 @@ def test_an_encoder_is_given_pairs_as_in_training(tmp_path, caplog):
     assert cut[True] > cut[False] > 0
     found = reward_model.examine(path, DoctorConfig(tokenizer=str(folder), max_seq_len=limit))
     assert found.named("cut").count == cut[True] and "read as pairs" in found.named("cut").line
+    assert "give --max_seq_len more tokens" in found.named("cut").advice and "positions" not in caplog.text
+    long = [row | {"chosen": f"{row['chosen']} " * 40} for row in rows[:3]]
+    found = found_in(tmp_path, rows + long, tokenizer=str(folder), max_seq_len=1024)
+    assert "--max_seq_len 1024: the model's positions are 256, and a training would take no more" in caplog.text
+    bad = found.named("unusable_once_tokenized")
+    assert bad.count == 3 and "the model takes no more tokens: shorten them" in bad.advice
+    assert bad.reasons[0]["rows"] == [f"train.jsonl, row {n}" for n in (41, 42, 43)] and "… tokens" in bad.in_words[0]
     (folder / "config.json").unlink()
     found = reward_model.examine(path, DoctorConfig(tokenizer=str(folder), max_seq_len=limit))
     assert found.named("cut").count == cut[False] and "read as pairs" not in found.named("cut").line
@@ -475,9 +498,27 @@ def test_nothing_that_is_there_is_replaced(tmp_path):
     path, there = written(tmp_path / "train.jsonl", strong()), tmp_path / "cleaned.jsonl"
     with pytest.raises(UserError, match=r"--output .*train.jsonl is there: name another file"):
         reward_model.examine(path, DoctorConfig(flip=0.1, output=path))
-    with pytest.raises(UserError, match=r"--report .*train.jsonl writes train.jsonl, which is the data"):
-        reward_model.examine(path, DoctorConfig(report=path))
+    with pytest.raises(UserError, match=r"--report .*train.jsonl: a page of HTML is written; end it with .html"):
+        DoctorConfig(report=path)
     other = written(tmp_path / "data.json", strong())
     with pytest.raises(UserError, match=r"--report .*data.html writes data.json, which is the data"):
         reward_model.examine(other, DoctorConfig(report=str(tmp_path / "data.html")))
     assert "smaller share" in "\n".join(reward_model.examine(path, DoctorConfig(remove=0.9, output=str(there))).lines())
+
+
+def test_a_reader_that_has_enough_and_ctrl_c_end_it_in_a_line(tmp_path, monkeypatch, capsys):
+    path = written(tmp_path / "train.jsonl", healthy(6))
+    command = [sys.executable, "-m", "reward_model", "doctor", path, "--json"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = runs.environment(HF_HUB_OFFLINE="1", RANK=None)
+    done = subprocess.run(command, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writer)
+    assert done.returncode == 0 and "Error" not in done.stderr and "Exception" not in done.stderr
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("reward_model.doctor.api.examine", interrupted)
+    assert main(["doctor", path]) == 130
+    assert capsys.readouterr().err == "\nended by Ctrl-C\n"

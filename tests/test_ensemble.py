@@ -207,15 +207,24 @@ def test_prompts_that_are_cut_are_counted(models, tmp_path, capfd):
 
 def test_what_all_ranks_left_out_is_told_together():
     notes = [
-        Notes(1.0, 1, 2, {"a": (3, 8, "row 9")}),
-        Notes(1.0, 1, 1, {"a": (1, 3, "row 4"), "b": (1, 6, "row 7")}),
+        Notes(1.0, 1, 2, {"a #": (3, 8, "row 9", "a 5")}),
+        Notes(1.0, 1, 1, {"a #": (1, 3, "row 4", "a 6"), "b": (1, 6, "row 7", "b")}),
         Notes(1.0, 1, 0, {}),
     ]
     assert list(notes_in_words(notes)) == [
         "the prompts of 3 rows lost their left, to fit the longest text (--max_seq_len)",
-        "4 rows not judged, row 4 the first of them: a",
+        "4 rows not judged, row 4 the first of them: a …",
         "1 row not judged, row 7 the first of them: b",
     ]
+
+
+def test_what_is_left_out_for_its_length_is_a_line_and_so_is_what_no_model_takes(models, tmp_path, capfd):
+    rows = [row_of(i) for i in range(3)] + [row_of(3) | {"chosen": " a b c" * (30 + i)} for i in range(4)]
+    summary, _ = judged(models[:2], write_rows(tmp_path / "rows.jsonl", rows), max_seq_len=48)
+    assert summary["judged"] == 3
+    said = [line for line in capfd.readouterr().out.splitlines() if "not judged" in line]
+    assert len(said) == 1 and said[0].startswith("all models: 4 rows not judged, row 4 the first of them: ")
+    assert "… tokens" in said[0] and "48" in said[0]
 
 
 def test_layouts_and_parquet(models, tmp_path):
@@ -533,7 +542,7 @@ def test_no_model_of_a_fold_has_seen_the_rows_it_judges(demo, tmp_path):
             time.sleep(0.2)
         process.send_signal(signal.SIGTERM)
         process.communicate()
-    assert process.returncode != 0
+    assert process.returncode == os.EX_TEMPFAIL
     assert not output.exists()
     done = subprocess.run(
         [*command, "--resume", "--", *training], env=environment, capture_output=True, text=True, timeout=900

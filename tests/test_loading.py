@@ -476,7 +476,7 @@ def test_an_adapter_is_no_model(tmp_path):
 
 @pytest.mark.parametrize("positions, limit, says", [
     (64, 10**30, "65 tokens, and the model's positions are 64: --max_seq_len 64"),
-    (64, 16, "65 tokens, and the model's positions are 64"),
+    (64, 16, "65 tokens, and its tokenizer's model_max_length is 16: --max_seq_len 16"),
     (128, 16, "65 tokens, and its tokenizer's model_max_length is 16: --max_seq_len 16"),
     (-1, 10**30, None),  # XLNet's: no limit
     (None, 10**30, None),

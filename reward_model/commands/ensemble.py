@@ -31,7 +31,8 @@ def main(arguments: list[str]) -> int:
         "       %(prog)s --folds K --data PATH … [FLAG [VALUE …] …] -- FLAGS OF THE TRAINING",
         description="Let several models judge pairs, and write the rows as JSON lines with strength_mean (of chosen "
         "minus rejected), strength_std, strength_agree (the share that prefers chosen) and strength_models.",
-        epilog="example: reward-model ensemble one two three --data train.jsonl --output judged.jsonl",
+        epilog="Exit status: 0; 75, --folds was asked to end, and goes on with --resume; else, an error.\n"
+        "example: reward-model ensemble one two three --data train.jsonl --output judged.jsonl",
     )
     at = arguments.index("--") if "--" in arguments else len(arguments)
     models, words = models_of(arguments[:at])

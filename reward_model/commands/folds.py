@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from reward_model.common.distributed import join, prepare_environment
-from reward_model.common.errors import UserError
+from reward_model.common.errors import Ended, UserError
 from reward_model.common.files import write_whole
 from reward_model.common.logging import logger
 from reward_model.common.words import counted
@@ -40,7 +40,7 @@ WORK = ".folds"  # of the folder beside the output
 PLAN = "folds.json"
 TRAIN, HELD_OUT, MODEL = "train.jsonl", "held_out.jsonl", "model"
 FINISHED = "finished.json"  # which a run writes beside its model
-RESUMABLE = os.EX_TEMPFAIL
+ENDED = (os.EX_TEMPFAIL, *(128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)))
 EVALUATED = 2_000  # rows of its own part on which the training of a model is evaluated
 OURS = (
     "data_path",
@@ -75,7 +75,7 @@ def cross_fit(config: EnsembleConfig, words: list[str]) -> dict[str, Any]:
     rows = rows_of(config, training.data.chat)
     work = output.with_name(output.name + WORK)
     if work.exists() and any(work.iterdir()) and not config.resume:
-        raise UserError(f"{work} is left of another run: --resume goes on with it, or remove it")
+        raise UserError(f"{work} is left of a run that did not end: --resume goes on with it, or remove it")
     work.mkdir(parents=True, exist_ok=True)
     wanted = {
         "input": identity_of(rows),
@@ -225,8 +225,8 @@ def train(place: Path, config: EnsembleConfig, training: RunConfig, words: list[
         for line in process.stdout:
             sys.stdout.write(line)
         status = process.wait()
-    if status == RESUMABLE:
-        raise UserError(f"{place / MODEL}: the training was asked to end; the same command with --resume goes on")
+    if status in ENDED:
+        raise Ended(f"{place / MODEL}: the training was asked to end; the same command with --resume goes on")
     if status:
         how = f"by {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
         raise UserError(f"{place / MODEL}: the training ended {how}; see above, and --resume goes on")

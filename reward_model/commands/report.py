@@ -7,6 +7,7 @@ import argparse
 
 from reward_model.common.errors import UserError
 from reward_model.common.logging import logger, show_messages
+from reward_model.config.groups import require_page
 from reward_model.config.parser import build_parser
 
 
@@ -19,6 +20,7 @@ def main(arguments: list[str]) -> int:
     parser = build_parser([], prog="reward-model report", description=__doc__.split("``: ")[1])
     _add_flags(parser)
     options = parser.parse_args(arguments)
+    require_page("--out", options.out)
     show_messages()
     from reward_model.reporting.report import report
 

@@ -90,7 +90,7 @@ def _interrupt(number: int, frame) -> None:
     _ignore_requests()
     if os.environ.get("RANK", "0") == "0":
         name = signal.Signals(number).name
-        what = f"error: ended at once by {name}; the same command goes on from the newest checkpoint, if there is one"
+        what = f"error: ended at once by {name}; started again, it goes on from the newest checkpoint, if there is one"
         print(f"\n{what}", file=sys.stderr, flush=True)
     release_shared_memory()
     os._exit(128 + number)

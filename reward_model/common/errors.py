@@ -50,6 +50,10 @@ class UserError(Exception):
         super().__init__(printable(message))
 
 
+class Ended(UserError):
+    """The process was asked to end, and the work that is done is kept: exit status 75, as of a training."""
+
+
 def not_installed(error: ModuleNotFoundError) -> str:
     """What to do about a package that this Python lacks, in a line."""
     top = Path(__file__).resolve().parents[2]

@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import re
+
+NUMBER = re.compile(r"\d+(?:[,.]\d+)*|…")
+
 
 def at_step(step: int, name: str = "") -> str:
     """Where something was found: after a step and, if there are several evaluation sets, in one of them.
@@ -20,6 +24,25 @@ def counted(count: int, noun: str) -> str:
     ('1 pair', '2 pairs')
     """
     return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def without_numbers(text: str) -> str:
+    """A text by which reasons of one kind are known, whatever the numbers in them.
+
+    >>> without_numbers("longer than 512: 1,385 tokens")
+    'longer than #: # tokens'
+    """
+    return NUMBER.sub("#", text)
+
+
+def in_common(one: str, other: str) -> str:
+    """A text of one kind with another, with dots for the numbers in which they differ.
+
+    >>> in_common("longer than 512: 1,385 tokens", "longer than 512: 600 tokens")
+    'longer than 512: … tokens'
+    """
+    numbers = iter(NUMBER.findall(other))
+    return NUMBER.sub(lambda found: found[0] if found[0] == next(numbers, "") else "…", one)
 
 
 def in_bytes(size: float) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from reward_model.common.errors import UserError
-from reward_model.config.groups import COUNT, POSITIVE, Bounds, DataConfig, Group, flag
+from reward_model.config.groups import COUNT, POSITIVE, Bounds, DataConfig, Group, flag, require_page
 
 WITH_STRENGTHS = ("remove", "flip", "soften", "margin")  # what makes a cleaned set
 CLEANING = ("drop_repetitions", *WITH_STRENGTHS)
@@ -90,10 +90,11 @@ class DoctorConfig(Group):
             raise UserError(f"--output needs {names} or --{CLEANING[-1]}: there is nothing else to write")
         if self.output and not self.output.endswith(OUTPUTS):
             raise UserError(f"--output {self.output}: end it with {' or '.join(OUTPUTS)}")
+        require_page("--report", self.report)
         if self.remove + self.flip >= 1:
             raise UserError(f"--flip {self.flip:g} and --remove {self.remove:g} take all pairs")
         if self.temperature != 1.0 and not self.soften:
-            raise UserError("--temperature is of --soften, which is not given")
+            raise UserError("--temperature goes with --soften, which is not given")
         for name in ("chat_template", "trust_remote_code"):
             if getattr(self, name) and not self.tokenizer:
                 raise UserError(f"--{name} is of a tokenizer: give --tokenizer")

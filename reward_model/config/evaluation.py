@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from reward_model.config.groups import COUNT, NOT_NEGATIVE, POSITIVE, Bounds, DataConfig, flag, set_of
+from reward_model.config.groups import COUNT, NOT_NEGATIVE, POSITIVE, Bounds, DataConfig, flag, require_page, set_of
 from reward_model.config.reading import ReadingConfig, beta_flag
 
 
@@ -57,6 +57,7 @@ class EvaluateConfig(ReadingConfig):
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, [getattr(self, name)])
         DataConfig(columns=self.columns)  # refuses what is no FIELD=COLUMN
+        require_page("--report", self.report)
 
     @property
     def sets(self) -> dict[str, list[str]]:

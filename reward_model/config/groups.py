@@ -69,6 +69,12 @@ class Group:
                     _require_bounds(f"--{each.name}", number, *self._bounds[each.name])
 
 
+def require_page(flag: str, path: str | None) -> None:
+    """Raises UserError: a page would be written to a file that says it is something else."""
+    if path is not None and Path(path).suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"{flag} {path}: a page of HTML is written; end it with .html")
+
+
 MOST = 2**63  # a number of 64 bits
 
 

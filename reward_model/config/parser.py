@@ -7,7 +7,7 @@ import argparse
 import difflib
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,7 @@ def split_at_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
 def read_words(parser, words: Sequence[str]) -> tuple:
     """A command line → one object of each of the parser's groups, and the namespace of the flags beside them.
 
-    A flag that is given twice has its last value, as in every program; of a list it is said.
+    A flag that is given twice has its last value, as in every program, which is said.
 
     Raises:
         UserError: an unknown flag, with the nearest one, or a wrong value.
@@ -144,8 +144,23 @@ def read_words(parser, words: Sequence[str]) -> tuple:
     )
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    for action in parser._actions:
-        times = sum(word.split("=")[0] in action.option_strings for word in words)
-        if times > 1 and action.nargs == "+":  # it could mean all of them
-            logger.warning(f"--{action.dest} is given {times} times: what follows the last is taken, and no more")
+    for name, times in _given_differently(parser, words):
+        logger.warning(f"--{name} is given {times} times: what follows the last is taken, and no more")
     return tuple(groups)
+
+
+def _given_differently(parser: argparse.ArgumentParser, words: Sequence[str]) -> Iterator[tuple[str, int]]:
+    """Flags that a command line gives several times with several values, and how many times."""
+    flags = {name: action.dest for action in parser._actions for name in action.option_strings}
+    given: dict[str, list[list[str]]] = {}
+    values: list[str] = []
+    for word in words:
+        flag, is_one_word, value = word.partition("=")
+        if flag in flags:
+            values = [value] if is_one_word else []
+            given.setdefault(flags[flag], []).append(values)
+        else:
+            values.append(word)
+    for name, each in given.items():
+        if len({tuple(values) for values in each}) > 1:
+            yield name, len(each)

@@ -148,7 +148,7 @@ def load_comparisons(
     for name, paths in eval_sets.items():
         for path in paths:
             evaluation[name] += _evaluation_rows(path, tokenizer, special, preprocessing, seed, nothing_judged)
-    if any(len(part) for part in undivided):
+    if is_divided := any(len(part) for part in undivided):
         undivided, held_out = _hold_out(undivided, seed)
         train += undivided
         evaluation[""] += held_out
@@ -158,7 +158,7 @@ def load_comparisons(
         for name, parts in evaluation.items()
     }
     for name, held in sets.items():
-        for line in doubts(rows, held):
+        for line in doubts(rows, held, is_divided):
             logger.warning(f"{name}: {line}" if name else line)
     return rows, sets
 
@@ -174,13 +174,17 @@ def _at_most(parts: list[Comparisons], most: int, what: str, seed: int) -> Compa
     return found.select(np.sort(np.random.RandomState(seed).permutation(len(found))[:most]))
 
 
-def doubts(train: Comparisons, evaluation: Comparisons) -> Iterator[str]:
-    """What makes an evaluation say less than it seems to: few rows, many of them all, or rows that are trained on."""
+def doubts(train: Comparisons, evaluation: Comparisons, is_divided: bool) -> Iterator[str]:
+    """What makes an evaluation say less than it seems to: few rows, or rows that are trained on; and what it costs.
+
+    Args:
+        is_divided: evaluation rows were taken from the training rows here.
+    """
     few, total = len(evaluation), len(train) + len(evaluation)
     if few < FEW_ROWS:
         more = "more of them say more (--eval_data_path, --max_eval_samples)"
         yield f"{counted(few, 'held-out row')}: the metrics say little; {more}"
-    elif few > total * MOST_HELD_OUT:
+    elif is_divided and few > total * MOST_HELD_OUT:
         yield f"{few} of {total} rows are held out, more than one in {round(1 / MOST_HELD_OUT)}"
     hashes, _, counts = evaluation.texts()
     seen = np.isin(hashes, train.texts()[0])

@@ -120,9 +120,7 @@ def _not_looked_at(ledger: Ledger, config: DoctorConfig, has_strengths: bool) ->
 
 def _written(report: str) -> tuple[Path, Path]:
     """The page, and the JSON beside it."""
-    page = Path(report)
-    beside = page.with_suffix(".json")
-    return page, beside if beside != page else page.with_name(f"{page.name}.json")
+    return Path(report), Path(report).with_suffix(".json")
 
 
 def _write_report(found: Examination, report: str) -> None:

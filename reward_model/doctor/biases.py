@@ -117,8 +117,8 @@ def bias_findings(biases: Biases) -> Iterator[Finding]:
         found = each.share
         if each.name == "characters":
             line = (
-                f"the longer answer wins {interval(found)} of the pairs, in characters; correlation of length and "
-                f"winning {biases.length_correlation:+.2f}"
+                f"the longer answer wins {interval(found)} of {found.pairs:,} pairs, in characters; correlation of "
+                f"length and winning {biases.length_correlation:+.2f}"
             )
             advice = (
                 "a model may learn length and nothing else: set its accuracy beside this share, compare pairs of "
@@ -142,9 +142,12 @@ def bias_findings(biases: Biases) -> Iterator[Finding]:
 
 def _of_bias(name: str, found: Share, line: str, advice: str, reach: float) -> Finding:
     level: Level = "fine"
-    if found.pairs >= LEAST_PAIRS and leaves(found, reach):
-        is_known = found.low is not None  # few prompts have no interval, and are no proof of what hurts
-        level = "hurts" if is_known and leaves(found, HURTS) and name in ("length", "position") else "doubtful"
+    is_known = found.low is not None  # few prompts have no interval, and are no proof of what hurts
+    is_one_of_few = name in ("length", "position")  # of many styles one leaves its interval by chance
+    if leaves(found, reach) and (found.pairs >= LEAST_PAIRS or (is_known and is_one_of_few)):
+        level = "hurts" if is_known and is_one_of_few and leaves(found, HURTS) else "doubtful"
+    elif abs(found.value - 0.5) > reach:
+        line += ": too few pairs to tell"
     count = round(found.value * found.pairs)
     return Finding(name, level, line, advice if level != "fine" else "", count, found.pairs, found)
 

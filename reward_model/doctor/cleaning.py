@@ -8,7 +8,7 @@ import json
 import math
 import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -38,7 +38,8 @@ THEIR_LABEL = "GPT4 label"  # of fnlp/hh-rlhf-strength-cleaned: 1, GPT-4 prefers
 @dataclass
 class Cleaned:
     """What was written. kept_as_is: rows that are no pair, or have no strength. not_flipped: whose layout does not let
-    their answers be swapped. flipped_above_zero: on whose order the models agree."""
+    their answers be swapped. flipped_above_zero: on whose order the models agree. too_small: flags whose share is less
+    than half a pair."""
 
     path: str
     rows: int = 0
@@ -55,6 +56,7 @@ class Cleaned:
     repetitions: int = 0
     without_strength: int = 0
     lost_judgments: int = 0
+    too_small: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict:
         return dict(vars(self))
@@ -76,6 +78,7 @@ class Cleaned:
         ):
             if count:
                 said.append(f"  {count:,} {what}")
+        said += [f"  --{name}: the share is less than one pair, and nothing was done" for name in self.too_small]
         if self.flipped_above_zero or self.removed_above_zero:
             said.append("  the models agree with the labels of those above 0: a smaller share leaves them as they are")
         if self.flipped:
@@ -111,6 +114,9 @@ def write_cleaned(ledger: Ledger, strengths: Strengths, judged: Judgements, conf
         os.replace(beside, path)
     except OSError as error:
         raise UserError(f"--output {path}: {error.strerror}") from error
+    found.too_small += [
+        name for name, rows in (("flip", flipped), ("remove", removed)) if getattr(config, name) and not len(rows)
+    ]
     return found
 
 

@@ -77,8 +77,8 @@ class Examination:
                 yield printable(f"  {each.line}")
                 if each.advice and level != "fine":
                     yield f"      → {each.advice}"
-                if each.rows and level != "fine":
-                    yield printable(f"      {'; '.join(each.rows)}{'; …' if each.count > len(each.rows) else ''}")
+                if level != "fine":
+                    yield from (printable(f"      {line}") for line in each.examples)
         if self.not_looked_at:
             yield "\nnot looked at:"
             yield from (f"  {line}" for line in self.not_looked_at)

@@ -19,6 +19,7 @@ class Finding:
     name: of the kind, for programs. level: ``hurts`` is reason enough for exit status 1, ``doubtful`` with --strict.
     line: what was counted, in words. advice: what to do; empty where nothing is wrong. count, of: how many of how many.
     share: of the pairs, with its interval, where the finding is a share. rows: the first of them.
+    reasons: of rows that cannot be used, each with its count and its first rows; in words, a line each.
     """
 
     name: str
@@ -29,9 +30,20 @@ class Finding:
     of: int = 0
     share: Share | None = None
     rows: list[str] = field(default_factory=list)
+    reasons: list[dict] = field(default_factory=list)
+    in_words: list[str] = field(default_factory=list)
+
+    @property
+    def examples(self) -> list[str]:
+        """Lines that name rows: a reason each or, without reasons, all in one."""
+        if self.in_words:
+            return self.in_words
+        return [f"{'; '.join(self.rows)}{'; …' if self.count > len(self.rows) else ''}"] if self.rows else []
 
     def to_json(self) -> dict:
-        return dict(vars(self)) | {"share": self.share.to_json() if self.share else None}
+        values = dict(vars(self)) | {"share": self.share.to_json() if self.share else None}
+        values.pop("in_words")
+        return values
 
 
 def level_of(share: float, doubtful: float, hurts: float) -> Level:

@@ -57,12 +57,17 @@ class Judgements:
     @cached_property
     def contradicted(self) -> np.ndarray:
         """Pairs whose opposite is there, too, (p,) truth values."""
-        return np.isin(self.forward, self.backward)
+        return np.isin(self.forward, self.backward) & ~self.same
+
+    @cached_property
+    def same(self) -> np.ndarray:
+        """Whether the two answers of a pair are the same but for white space, (p,)."""
+        return self.better == self.worse
 
     @cached_property
     def alike(self) -> np.ndarray:
-        """Whether the two answers of a pair are nearly alike, (p,)."""
-        return self.near[1] == self.near[2]
+        """Whether the two answers of a pair are nearly alike and not the same, (p,)."""
+        return (self.near[1] == self.near[2]) & ~self.same
 
     @cached_property
     def contradicted_by(self) -> np.ndarray:
@@ -104,7 +109,7 @@ class Judgements:
         Each prompt's answers are the nodes of a graph, and each judgement goes from the better to the worse. In a
         strongly connected component of three or more, every judgement is part of a circle.
         """
-        kept = np.flatnonzero(~self.contradicted)
+        kept = np.flatnonzero(~self.contradicted & ~self.same)
         ends = [joint(self.prompts[kept], side[kept]) for side in (self.better, self.worse)]
         nodes, numbers = np.unique(np.concatenate(ends), return_inverse=True)
         start, end = numbers[: len(kept)], numbers[len(kept) :]
@@ -241,6 +246,14 @@ def findings_within(ledger: Ledger, found: Judgements, of_set: int) -> Iterator[
         0.01,
         found.contradicted_by,
         "against",
+    )
+    yield of_pairs(
+        "same",
+        np.flatnonzero(found.same),
+        "{} have two answers that differ in white space alone",
+        "white space is all that can be learned from them: leave them out",
+        0.0,
+        0.01,
     )
     circles = found.circle_count
     yield of_pairs(

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from reward_model.common.words import counted, in_common, without_numbers
 from reward_model.data.preprocessing import is_glued
 from reward_model.doctor.near import BINS, key_of, mixed, signature
 from reward_model.doctor.reading import SETS, BadOne, Data, Row
@@ -22,6 +23,8 @@ from reward_model.doctor.style import STYLES, refuses, script_of, styles_of
 
 KEPT_TEXTS = 20_000  # the last texts, of which nothing is computed again: those of a list's pairs follow each other
 EXAMPLES = 5
+KEPT_ROWS = 100  # of a reason for which rows cannot be used
+REASONS_SHOWN = 10
 UNKNOWN = -1
 
 
@@ -37,16 +40,40 @@ class Facts(NamedTuple):
 
 @dataclass
 class Reasons:
-    """Why rows cannot be used. count: reason → rows. first: reason → the first of them, as said in messages."""
+    """Why rows cannot be used; reasons that differ in their numbers are one.
+
+    By the reason without its numbers: count, of rows; words, with the numbers that all of them have; first, the first
+    of them, as said in messages.
+    """
 
     count: Counter[str] = field(default_factory=Counter)
+    words: dict[str, str] = field(default_factory=dict)
     first: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, reason: str, origin: str) -> None:
-        self.count[reason] += 1
-        known = self.first.setdefault(reason, [])
-        if len(known) < EXAMPLES:
+        kind = without_numbers(reason)
+        self.count[kind] += 1
+        self.words[kind] = in_common(self.words.get(kind, reason), reason)
+        known = self.first.setdefault(kind, [])
+        if len(known) < KEPT_ROWS:
             known.append(origin)
+
+    def to_json(self) -> list[dict]:
+        """Each reason, how many rows have it, and the first ``KEPT_ROWS`` of them; the most frequent first."""
+        return [
+            {"reason": self.words[kind], "count": count, "rows": self.first[kind]}
+            for kind, count in self.count.most_common()
+        ]
+
+    def lines(self) -> list[str]:
+        """The same in words, of the most frequent reasons the first rows."""
+        said = []
+        for kind, count in self.count.most_common(REASONS_SHOWN):
+            more = "; …" if count > EXAMPLES else ""
+            said.append(f"{count:,} × {self.words[kind]} ({'; '.join(self.first[kind][:EXAMPLES])}{more})")
+        if (left := len(self.count) - REASONS_SHOWN) > 0:
+            said.append(f"and {counted(left, 'more reason')}, which --json has")
+        return said
 
     @property
     def total(self) -> int:

@@ -79,8 +79,7 @@ def _findings(found: Examination) -> Iterator[str]:
         items = []
         for each in of_level:
             advice = f'<br><span class="note">{text(each.advice)}</span>' if each.advice and level != "fine" else ""
-            more = ", …" if each.count > len(each.rows) else ""
-            rows = f'<br><span class="note">{text("; ".join(each.rows))}{more}</span>' if each.rows else ""
+            rows = "".join(f'<br><span class="note">{text(line)}</span>' for line in each.examples)
             items.append(f"<li>{text(each.line)}{advice}{rows if level != 'fine' else ''}</li>")
         body = f"<ul>{''.join(items)}</ul>"
         if level == "hurts":

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,9 +21,9 @@ from reward_model.data.preprocessing import compare, read_text
 from reward_model.data.rows import Texts
 from reward_model.data.tokenizer import choose_special_tokens, load_tokenizer
 from reward_model.doctor.findings import Finding, level_of, part
-from reward_model.doctor.ledger import EXAMPLES, Ledger
+from reward_model.doctor.ledger import EXAMPLES, Ledger, Reasons
 from reward_model.doctor.reading import SETS, TRAINING, BadOne, Row
-from reward_model.models.loading import is_reward_model, read_config
+from reward_model.models.loading import is_reward_model, most_tokens, read_config
 from reward_model.models.pair_encoding import for_training
 
 BATCH = 256  # rows that are tokenized together
@@ -39,17 +39,15 @@ def findings_of_rows(ledger: Ledger) -> Iterator[Finding]:
         prefix = "" if of_set == TRAINING else f"{name}_"
         reasons = ledger.reasons[name]
         bad = reasons.total
-        firsts = [origin for origins in reasons.first.values() for origin in origins][:EXAMPLES]
-        why = "; ".join(f"{count:,} × {reason}" for reason, count in reasons.count.most_common(5))
-        more = f"; and {len(reasons.count) - 5} more reasons" if len(reasons.count) > 5 else ""
         yield Finding(
             f"{prefix}unusable",
             "hurts" if bad else "fine",
-            f"{of}{part(bad, total, 'row')} cannot be used{f': {why}{more}' if bad else ''}",
+            f"{of}{part(bad, total, 'row')} cannot be used",
             "training stops at the first of them: mend them, or leave them out with --on_bad_row skip" if bad else "",
             bad,
             total,
-            rows=firsts,
+            reasons=reasons.to_json(),
+            in_words=reasons.lines(),
         )
         empty = sum(count for reason, count in reasons.count.items() if reason.endswith(" is empty"))
         yield Finding(
@@ -59,7 +57,9 @@ def findings_of_rows(ledger: Ledger) -> Iterator[Finding]:
             "they are among the rows that cannot be used" if empty else "",
             empty,
             total,
-            rows=[o for reason, origins in reasons.first.items() if reason.endswith(" is empty") for o in origins],
+            rows=[o for reason, origins in reasons.first.items() if reason.endswith(" is empty") for o in origins][
+                :EXAMPLES
+            ],
         )
         if of_set != TRAINING:
             continue
@@ -93,8 +93,9 @@ def findings_of_rows(ledger: Ledger) -> Iterator[Finding]:
         )
 
 
-def reads_pairs(config: DoctorConfig, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a training of the model that has this tokenizer would read prompt and answer as a pair of texts.
+def as_training(config: DoctorConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[bool, float]:
+    """Whether a training of the model that has this tokenizer would read prompt and answer as a pair of texts, and how
+    many tokens it would take at most.
 
     A tokenizer without a model is taken for a decoder's, which is said.
     """
@@ -105,9 +106,13 @@ def reads_pairs(config: DoctorConfig, tokenizer: PreTrainedTokenizerBase) -> boo
         model = read_config(name, config.trust_remote_code)
     except UserError as error:
         logger.warning(f"--tokenizer {name}: texts are joined, as for a decoder: {error}")
-        return False
+        return False, math.inf
+    most, whose = most_tokens(model.get_text_config(), tokenizer)
+    if most < config.max_seq_len:
+        logger.warning(f"--max_seq_len {config.max_seq_len}: {whose} {most}, and a training would take no more")
     is_trained = is_reward_model(name, model)
-    return for_training(None, name, model, tokenizer, config.chat, is_trained, None, config.trust_remote_code)
+    pairs = for_training(None, name, model, tokenizer, config.chat, is_trained, None, config.trust_remote_code)
+    return pairs, most
 
 
 @dataclass
@@ -123,7 +128,7 @@ class Cuts:
     equal: list[str] = field(default_factory=list)
     equal_count: int = 0
     equal_right: int = 0
-    problems: Counter[str] = field(default_factory=Counter)
+    problems: Reasons = field(default_factory=Reasons)
     waiting: list[tuple[str, Texts]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -133,7 +138,12 @@ class Cuts:
             give_template(self.tokenizer, self.config.chat_template)
         largest = max(self.tokenizer.get_vocab().values()) + 1
         special = choose_special_tokens(self.tokenizer, largest, fill=self.tokenizer.pad_token_id or 0)
-        self.how = Encoding(self.tokenizer, special, reads_pairs(self.config, self.tokenizer))
+        pairs, most = as_training(self.config, self.tokenizer)
+        self.how = Encoding(self.tokenizer, special, pairs)
+        self.limit = int(min(self.config.max_seq_len, most))
+        self.more = "give --max_seq_len more tokens"
+        if self.limit == most:
+            self.more = "the model takes no more tokens: shorten them"
 
     def add(self, ledger: Ledger, row: Row | BadOne) -> None:
         """Take a row; those to evaluate on, and those that cannot be used, are left out."""
@@ -144,16 +154,17 @@ class Cuts:
         if row.texts.templated:  # written once more, by the tokenizer's own template
             text = read_text(source, source.rows[row.index], self.tokenizer, ledger.data.chat)
         self.rows += 1
+        origin = ledger.data.origin(row.source, row.number)
         if isinstance(text, str):
-            self.problems[text] += 1
+            self.problems.add(text, origin)
             return
-        self.waiting.append((ledger.data.origin(row.source, row.number), text))
+        self.waiting.append((origin, text))
         if len(self.waiting) >= BATCH:
             self.flush()
 
     def flush(self) -> None:
         """Tokenize those that wait."""
-        limit = self.config.max_seq_len
+        limit = self.limit
         for (origin, text), row in zip(self.waiting, self.how.encoded([text for _, text in self.waiting])):
             try:
                 if isinstance(row, BadRow):
@@ -166,41 +177,40 @@ class Cuts:
                     continue
                 self.cut += compare(row.prompt, row.whole, self.how.special, limit, text.names, row.fixed)["cut"]
             except BadRow as problem:
-                self.problems[str(problem).split(":")[0]] += 1  # without the number of tokens
+                self.problems.add(str(problem), origin)
         self.waiting.clear()
 
     def findings(self) -> Iterator[Finding]:
         """What is left of the rows at --max_seq_len."""
         self.flush()
-        limit, total = self.config.max_seq_len, self.rows
+        limit, total = self.limit, self.rows
         yield Finding(
             "equal_once_cut",
             level_of(self.equal_count / max(1, total), 0.0, 0.001),
             f"{part(self.equal_count, total, 'row')} have answers that are equal once cut to {limit} tokens "
             f"on the left, as here; on the right, as elsewhere, {self.equal_right:,}",
-            "they cannot be used: give --max_seq_len more tokens" if self.equal_count else "",
+            f"they cannot be used: {self.more}, or leave them out" if self.equal_count else "",
             self.equal_count,
             total,
             rows=self.equal,
         )
-        bad = sum(self.problems.values())
-        why = "; ".join(f"{count:,} × {reason}" for reason, count in self.problems.most_common(3))
+        bad = self.problems.total
         yield Finding(
             "unusable_once_tokenized",
             "hurts" if bad else "fine",
-            f"{part(bad, total, 'row')} cannot be used once tokenized{f': {why}' if bad else ''}",
-            "give --max_seq_len more tokens, the tokenizer a chat template, or leave them out with --on_bad_row skip"
-            if bad
-            else "",
+            f"{part(bad, total, 'row')} cannot be used once tokenized",
+            f"{self.more}, give the tokenizer a chat template, or leave them out with --on_bad_row skip" if bad else "",
             bad,
             total,
+            reasons=self.problems.to_json(),
+            in_words=self.problems.lines(),
         )
         yield Finding(
             "cut",
             level_of(self.cut / max(1, total), 0.05, 0.5),
             f"{part(self.cut, total, 'row')} lose the left of their prompt at {counted(limit, 'token')}"
             f"{', read as pairs' if self.how.pairs else ''}",
-            "what was asked may be gone: give --max_seq_len more tokens" if self.cut else "",
+            f"what was asked may be gone: {self.more}" if self.cut else "",
             self.cut,
             total,
         )

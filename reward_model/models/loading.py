@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
     PretrainedConfig,
+    PreTrainedTokenizerBase,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -336,6 +338,19 @@ def read_config(name_or_path: str, trust_remote_code: bool = False):
     with never_asking(trust_remote_code):
         require_its_size(name_or_path, config, trust_remote_code)
     return config
+
+
+def most_tokens(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[float, str]:
+    """How many tokens a text may have by a model's text configuration and its tokenizer, and whose limit that is.
+
+    Infinite where neither says.
+    """
+    # RoBERTa's kind numbers its positions from 2 and says so only in its tokenizer; XLNet's -1 is no limit
+    limits = [
+        (getattr(config, "max_position_embeddings", None) or 0, "the model's positions are"),
+        (tokenizer.model_max_length, "its tokenizer's model_max_length is"),
+    ]
+    return min((limit for limit in limits if limit[0] > 0), default=(math.inf, ""))
 
 
 def is_reward_model(name_or_path: str, config) -> bool:

@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ from reward_model.common.files import flush_folder, remove_folder, write_whole
 from reward_model.common.locking import locked
 from reward_model.common.logging import logger
 from reward_model.common.progress import progress
-from reward_model.common.words import counted
+from reward_model.common.words import counted, in_common, without_numbers
 from reward_model.config.ensemble import EnsembleConfig
 from reward_model.data.comparisons import BadRow
 from reward_model.data.encoding import Encoded
@@ -169,33 +169,48 @@ def judge_with(judges: Sequence[Judge], config: EnsembleConfig, context: Distrib
                 logger.warning("one model: strength_std is 0, and strength_agree 0 or 1")
             found.append(scoring.run(parts, number, given, read))
         of_ranks = distributed.gather_objects(found)  # and all files are whole
-        for number, judge in enumerate(judges):
-            for line in notes_in_words([notes[number] for notes in of_ranks]):
-                logger.warning(f"{judge.model}: {line}")
+        of_models = {
+            judge.model: list(notes_in_words([notes[number] for notes in of_ranks]))
+            for number, judge in enumerate(judges)
+        }
+        for line in lines_of_models(of_models):
+            logger.warning(line)
         return write(judges, found, config, rows, context.world_size) if context.is_first else {}
 
 
 class Notes(NamedTuple):
     """What is told of a model's share of the rows.
 
-    temperature, heads: of the model. cut: rows whose prompt lost its left. left: why rows were not judged → how many,
-    and of the first its place and what it is called.
+    temperature, heads: of the model. cut: rows whose prompt lost its left. left: why rows were not judged, without
+    numbers → how many, of the first its place and what it is called, and the reason with the numbers of all.
     """
 
     temperature: float
     heads: int
     cut: int
-    left: dict[str, tuple[int, int, str]]
+    left: dict[str, tuple[int, int, str, str]]
 
 
 def notes_in_words(of_ranks: Sequence[Notes]) -> Iterator[str]:
     """The same of one model, from all ranks, in lines."""
     if cut := sum(notes.cut for notes in of_ranks):
         yield f"the prompts of {counted(cut, 'row')} lost their left, to fit the longest text (--max_seq_len)"
-    for reason in dict.fromkeys(reason for notes in of_ranks for reason in notes.left):
-        found = [notes.left[reason] for notes in of_ranks if reason in notes.left]
-        _, first = min((place, origin) for _, place, origin in found)
+    for kind in dict.fromkeys(kind for notes in of_ranks for kind in notes.left):
+        found = [notes.left[kind] for notes in of_ranks if kind in notes.left]
+        _, first = min((place, origin) for _, place, origin, _ in found)
+        reason = reduce(in_common, (each[3] for each in found))
         yield f"{counted(sum(each[0] for each in found), 'row')} not judged, {first} the first of them: {reason}"
+
+
+def lines_of_models(said: dict[str, list[str]]) -> Iterator[str]:
+    """What is said of several models, that of all of them once.
+
+    >>> list(lines_of_models({"a": ["one", "two"], "b": ["one"]}))
+    ['all models: one', 'a: two']
+    """
+    of_all = [line for line in next(iter(said.values())) if len(said) > 1 and all(line in of for of in said.values())]
+    yield from (f"all models: {line}" for line in of_all)
+    yield from (f"{model}: {line}" for model, lines in said.items() for line in lines if line not in of_all)
 
 
 @dataclass(frozen=True)
@@ -259,8 +274,7 @@ class Scoring:
     def _append(self, path: Path, rows: TrainingRows) -> Notes:
         size = BLOCK * self.heads * NUMBER.itemsize
         done = path.stat().st_size // size if path.exists() else 0
-        left: Counter[str] = Counter()
-        first: dict[str, tuple[int, str]] = {}
+        left: dict[str, tuple[int, int, str, str]] = {}
         cut = 0
         with path.open("ab") as file:
             file.truncate(done * size)  # of a block that was not written to its end
@@ -274,15 +288,16 @@ class Scoring:
                 differences, reasons, shortened = self._differences(start, block)
                 cut += shortened
                 for at, reason in reasons:
-                    left[reason] += 1
-                    first.setdefault(reason, (start + at, rows.origin(block[at].source, block[at].number)))
+                    kind, stored = without_numbers(reason), block[at]
+                    mine = (0, start + at, rows.origin(stored.source, stored.number), reason)
+                    count, place, origin, words = left.get(kind, mine)
+                    left[kind] = (count + 1, place, origin, in_common(words, reason))
                 file.write(differences.astype(NUMBER).tobytes())
                 file.flush()
                 bar.update(min(step, len(rows) - bar.n))
             bar.close()
             os.fsync(file.fileno())
-        found = {reason: (left[reason], *first[reason]) for reason in left}
-        return Notes(self.reward.temperature, self.heads, cut, found)
+        return Notes(self.reward.temperature, self.heads, cut, left)
 
     def _differences(self, start: int, block: list[Stored]) -> tuple[np.ndarray, list[tuple[int, str]], int]:
         """r(chosen) − r(rejected) of each row of a block by each head, (rows, K), NaN where there is none; why not, as

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import datetime
-import math
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -21,6 +20,7 @@ from reward_model.data.sources import Splits
 from reward_model.data.tokenizer import SpecialTokens, choose_special_tokens, load_tokenizer
 from reward_model.data.weakest import NONE, Weakest, rearrange
 from reward_model.models import pair_encoding
+from reward_model.models.loading import most_tokens
 from reward_model.objectives import answer_similarity
 from reward_model.objectives.objective import Objective, missing_by
 
@@ -131,9 +131,6 @@ def load_data(
 
 def require_positions(config, tokenizer, longest: int) -> None:
     """Raises UserError if the longest text has more tokens than the model or its tokenizer takes."""
-    positions = getattr(config, "max_position_embeddings", None) or math.inf
-    # RoBERTa's kind numbers its positions from 2 and says so only in its tokenizer; XLNet's -1 is no limit
-    limits = {"the model's positions are": positions, "its tokenizer's model_max_length is": tokenizer.model_max_length}
-    for whose, most in limits.items():
-        if 0 < most < longest:
-            raise UserError(f"the longest text has {longest} tokens, and {whose} {most}: --max_seq_len {most}")
+    most, whose = most_tokens(config, tokenizer)
+    if most < longest:
+        raise UserError(f"the longest text has {longest} tokens, and {whose} {most}: --max_seq_len {most}")
