@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import runs
 
+from reward_model.common.compile_lock import in_use
+
 PATCHES = runs.TOP / "patches"
 CHAT = "applications/DeepSpeed-Chat"
 PINS = {"package": "45b4b7156c8794a3452a5a7d03dbd8d797068569", "legacy": "ab4e2e54620d0e80ead128b30dd39d9d55751eab"}
@@ -113,6 +115,9 @@ class Tree:
         values |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(self.package)} | environment
         values["HF_DATASETS_CACHE"] = str(self.folder / "datasets")
         words = runs.command(launcher, processes)[:-1] + [self.chat / "training" / script, *flags]
+        for lock in Path(os.environ["TORCH_EXTENSIONS_DIR"]).glob("*/lock"):
+            if not in_use(str(lock)):  # left by a run that was killed: upstream waits for it for ever
+                lock.unlink(missing_ok=True)
         return subprocess.run(
             [str(word) for word in words], cwd=self.data / "hub", env=values, capture_output=True, text=True,
             timeout=timeout,
