@@ -55,7 +55,7 @@ def parse(arguments: Sequence[str]) -> tuple[PlanConfig, RunConfig]:
     actions["model_name_or_path"].option_strings.append("--model")
     for name in SHARED_FLAGS:
         of_run._add_action(actions[name])
-    cluster, run = read_words(parser, arguments)
+    cluster, run = read_words(parser, arguments, last_wins=True)
     given = given_names(parser, arguments)
     if "lora_module_name" in given and not run.lora_dim:
         raise UserError("--lora_module_name without --lora_dim: give the adapters' dimension")

@@ -116,7 +116,7 @@ def parse(arguments: Sequence[str] | None = None) -> RunConfig:
         UserError: an unknown flag or value, or two that contradict each other.
     """
     parser, words = run_parser(), expand(sys.argv[1:] if arguments is None else arguments)
-    groups = read_words(parser, words)[: len(GROUPS)]
+    groups = read_words(parser, words, last_wins=True)[: len(GROUPS)]
     return RunConfig(**dict(zip(GROUPS, groups)), given=given_names(parser, words))
 
 

@@ -131,10 +131,13 @@ def split_at_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return list(words[:at]), list(words[at:])
 
 
-def read_words(parser, words: Sequence[str]) -> tuple:
+def read_words(parser, words: Sequence[str], last_wins: bool = False) -> tuple:
     """A command line → one object of each of the parser's groups, and the namespace of the flags beside them.
 
     A flag that is given twice has its last value, as in every program, which is said.
+
+    Args:
+        last_wins: of a flag of one value it is meant: a recipe's flags come before the user's. Of a list it is said.
 
     Raises:
         UserError: an unknown flag, with the nearest one, or a wrong value.
@@ -144,7 +147,10 @@ def read_words(parser, words: Sequence[str]) -> tuple:
     )
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    lists = {action.dest for action in parser._actions if action.nargs == "+"}
     for name, times in _given_differently(parser, words):
+        if last_wins and name not in lists:
+            continue
         logger.warning(f"--{name} is given {times} times: what follows the last is taken, and no more")
     return tuple(groups)
 
