@@ -243,7 +243,7 @@ def draw(records: list[dict], path: Path, title: str) -> None:
     axes[0].set(ylabel="AUROC of finding wrong labels", ylim=(0.4, 1.0))
     for place, arm in enumerate(ARMS):
         means = [_mean(r["accuracy"], arm) for r in records]
-        ends = [np.std([row[arm] for row in r["accuracy"]]) for r in records]
+        ends = [np.std([row[arm] for row in r["accuracy"]], ddof=len(r["accuracy"]) > 1) for r in records]
         axes[1].errorbar(at + (place - 3) * 0.09, means, ends, fmt="o", markersize=4, label=arm)
     axes[1].set(ylabel="held-out accuracy")
     for ax in axes:
