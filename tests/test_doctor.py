@@ -324,7 +324,7 @@ def test_an_encoder_is_given_pairs_as_in_training(tmp_path, caplog):
     assert "--max_seq_len 1024: the model's positions are 256, and a training would take no more" in caplog.text
     bad = found.named("unusable_once_tokenized")
     assert bad.count == 3 and "the model takes no more tokens: shorten them" in bad.advice
-    assert bad.reasons[0]["rows"] == [f"train.jsonl, row {n}" for n in (41, 42, 43)] and "… tokens" in bad.in_words[0]
+    assert bad.reasons[0]["rows"] == [f"train.jsonl, row {n}" for n in (41, 42, 43)] and "… tokens" in bad.examples[0]
     (folder / "config.json").unlink()
     found = reward_model.examine(path, DoctorConfig(tokenizer=str(folder), max_seq_len=limit))
     assert found.named("cut").count == cut[False] and "read as pairs" not in found.named("cut").line

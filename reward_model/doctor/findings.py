@@ -6,9 +6,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from reward_model.common.words import counted
 from reward_model.evaluation.intervals import Share
 
 Level = Literal["hurts", "doubtful", "fine"]
+EXAMPLES = 5  # rows that a finding or a reason names
+REASONS_SHOWN = 10
 LEVELS: tuple[Level, ...] = ("hurts", "doubtful", "fine")
 
 
@@ -19,7 +22,7 @@ class Finding:
     name: of the kind, for programs. level: ``hurts`` is reason enough for exit status 1, ``doubtful`` with --strict.
     line: what was counted, in words. advice: what to do; empty where nothing is wrong. count, of: how many of how many.
     share: of the pairs, with its interval, where the finding is a share. rows: the first of them.
-    reasons: of rows that cannot be used, each with its count and its first rows; in words, a line each.
+    reasons: of rows that cannot be used, in place of rows, each with its count and its first rows.
     """
 
     name: str
@@ -31,19 +34,25 @@ class Finding:
     share: Share | None = None
     rows: list[str] = field(default_factory=list)
     reasons: list[dict] = field(default_factory=list)
-    in_words: list[str] = field(default_factory=list)
 
     @property
     def examples(self) -> list[str]:
         """Lines that name rows: a reason each or, without reasons, all in one."""
-        if self.in_words:
-            return self.in_words
-        return [f"{'; '.join(self.rows)}{'; …' if self.count > len(self.rows) else ''}"] if self.rows else []
+        if not self.reasons:
+            return [_first(self.rows, self.count)] if self.rows else []
+        said = [
+            f"{each['count']:,} × {each['reason']} ({_first(each['rows'], each['count'])})"
+            for each in self.reasons[:REASONS_SHOWN]
+        ]
+        left = len(self.reasons) - REASONS_SHOWN
+        return said + ([f"and {counted(left, 'more reason')}, which --json has"] if left > 0 else [])
 
     def to_json(self) -> dict:
-        values = dict(vars(self)) | {"share": self.share.to_json() if self.share else None}
-        values.pop("in_words")
-        return values
+        return dict(vars(self)) | {"share": self.share.to_json() if self.share else None}
+
+
+def _first(rows: list[str], count: int) -> str:
+    return f"{'; '.join(rows[:EXAMPLES])}{'; …' if count > EXAMPLES else ''}"
 
 
 def level_of(share: float, doubtful: float, hurts: float) -> Level:

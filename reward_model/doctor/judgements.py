@@ -14,8 +14,8 @@ import numpy as np
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from reward_model.doctor.findings import Finding, level_of, part
-from reward_model.doctor.ledger import EXAMPLES, Ledger, joint
+from reward_model.doctor.findings import EXAMPLES, Finding, level_of, part
+from reward_model.doctor.ledger import Ledger, joint
 from reward_model.doctor.near import groups
 from reward_model.doctor.reading import EVALUATION, SETS, TRAINING
 

@@ -15,16 +15,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from reward_model.common.words import counted, in_common, without_numbers
+from reward_model.common.words import in_common, without_numbers
 from reward_model.data.preprocessing import is_glued
 from reward_model.doctor.near import BINS, key_of, mixed, signature
 from reward_model.doctor.reading import SETS, BadOne, Data, Row
 from reward_model.doctor.style import STYLES, refuses, script_of, styles_of
 
 KEPT_TEXTS = 20_000  # the last texts, of which nothing is computed again: those of a list's pairs follow each other
-EXAMPLES = 5
 KEPT_ROWS = 100  # of a reason for which rows cannot be used
-REASONS_SHOWN = 10
 UNKNOWN = -1
 
 
@@ -64,16 +62,6 @@ class Reasons:
             {"reason": self.words[kind], "count": count, "rows": self.first[kind]}
             for kind, count in self.count.most_common()
         ]
-
-    def lines(self) -> list[str]:
-        """The same in words, of the most frequent reasons the first rows."""
-        said = []
-        for kind, count in self.count.most_common(REASONS_SHOWN):
-            more = "; …" if count > EXAMPLES else ""
-            said.append(f"{count:,} × {self.words[kind]} ({'; '.join(self.first[kind][:EXAMPLES])}{more})")
-        if (left := len(self.count) - REASONS_SHOWN) > 0:
-            said.append(f"and {counted(left, 'more reason')}, which --json has")
-        return said
 
     @property
     def total(self) -> int:

@@ -20,8 +20,8 @@ from reward_model.data.encoding import Encoding
 from reward_model.data.preprocessing import compare, read_text
 from reward_model.data.rows import Texts
 from reward_model.data.tokenizer import choose_special_tokens, load_tokenizer
-from reward_model.doctor.findings import Finding, level_of, part
-from reward_model.doctor.ledger import EXAMPLES, Ledger, Reasons
+from reward_model.doctor.findings import EXAMPLES, Finding, level_of, part
+from reward_model.doctor.ledger import Ledger, Reasons
 from reward_model.doctor.reading import SETS, TRAINING, BadOne, Row
 from reward_model.models.loading import is_reward_model, most_tokens, read_config
 from reward_model.models.pair_encoding import for_training
@@ -47,7 +47,6 @@ def findings_of_rows(ledger: Ledger) -> Iterator[Finding]:
             bad,
             total,
             reasons=reasons.to_json(),
-            in_words=reasons.lines(),
         )
         empty = sum(count for reason, count in reasons.count.items() if reason.endswith(" is empty"))
         yield Finding(
@@ -203,7 +202,6 @@ class Cuts:
             bad,
             total,
             reasons=self.problems.to_json(),
-            in_words=self.problems.lines(),
         )
         yield Finding(
             "cut",

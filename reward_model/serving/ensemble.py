@@ -173,7 +173,7 @@ def judge_with(judges: Sequence[Judge], config: EnsembleConfig, context: Distrib
             judge.model: list(notes_in_words([notes[number] for notes in of_ranks]))
             for number, judge in enumerate(judges)
         }
-        for line in lines_of_models(of_models):
+        for line in lines_of_models(of_models, is_of_all_rows=all(judge.rows is None for judge in judges)):
             logger.warning(line)
         return write(judges, found, config, rows, context.world_size) if context.is_first else {}
 
@@ -202,13 +202,15 @@ def notes_in_words(of_ranks: Sequence[Notes]) -> Iterator[str]:
         yield f"{counted(sum(each[0] for each in found), 'row')} not judged, {first} the first of them: {reason}"
 
 
-def lines_of_models(said: dict[str, list[str]]) -> Iterator[str]:
-    """What is said of several models, that of all of them once.
+def lines_of_models(said: dict[str, list[str]], is_of_all_rows: bool) -> Iterator[str]:
+    """What is said of several models; of those that judged the same rows, what all have in common once.
 
-    >>> list(lines_of_models({"a": ["one", "two"], "b": ["one"]}))
+    >>> list(lines_of_models({"a": ["one", "two"], "b": ["one"]}, is_of_all_rows=True))
     ['all models: one', 'a: two']
     """
-    of_all = [line for line in next(iter(said.values())) if len(said) > 1 and all(line in of for of in said.values())]
+    of_all = []
+    if is_of_all_rows and len(said) > 1:
+        of_all = [line for line in next(iter(said.values())) if all(line in lines for lines in said.values())]
     yield from (f"all models: {line}" for line in of_all)
     yield from (f"{model}: {line}" for model, lines in said.items() for line in lines if line not in of_all)
 
